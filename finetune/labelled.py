@@ -1,0 +1,115 @@
+"""What a fine-tuning run trains on, chooses by and is judged by; and that the three, and the archive, do not overlap."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.recipe import FinetuneRecipe
+from resunet.checkpoint import model_folder, read_config
+from resunet.config import PercentileZScore
+from resunet.data.cases import Case, LoadedCase, load_cases
+from resunet.data.leakage import Archive, describe_archive, find_leaks, read_archive, refuse_leaks
+from resunet.data.source import Source, assign_parts, open_source
+from resunet.data.splits import draw_groups
+from resunet.errors import InputError
+from resunet.training import progress
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Cases in memory. `archive` is what the encoder was pretrained on; None from scratch."""
+
+    source: Source
+    train: list[LoadedCase]
+    val: list[LoadedCase]
+    test: list[LoadedCase]
+    archive: Archive | None
+    allowed: list[str]
+
+    def notes(self) -> list[str]:
+        """What a reader of the results has to know."""
+        return self.source.notes() + [f"Allowed by the recipe: {one}." for one in self.allowed]
+
+
+def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """The recipe with what it leaves to the encoder filled in: the kind of norm layer and the normalisation.
+
+    Raises:
+        InputError: the recipe names another normalisation than the encoder's.
+    """
+    norm, normalisation = recipe.model.norm, recipe.normalisation
+    if recipe.encoder is not None:
+        config = read_config(model_folder(recipe.encoder))
+        norm = norm or getattr(config.architecture, "norm", None)
+        if normalisation is not None and normalisation != config.normalisation:
+            raise InputError(
+                f"normalisation={normalisation.model_dump()}: the encoder was pretrained with "
+                f"{config.normalisation.model_dump()}. Leave the key out to use the encoder's."
+            )
+        normalisation = config.normalisation
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"norm": norm or "batch"}),
+            "normalisation": normalisation or PercentileZScore(),
+        }
+    )
+
+
+def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
+    """The labelled groups of the recipe's draw, val and test.
+
+    With `data.labelled`, val is limited to as many groups as are trained on, by the same nested draw: labels that
+    choose a checkpoint are labels too.
+
+    Raises:
+        InputError: whatever is wrong with the source.
+        CheckFailed: val or test cases are among the training cases or in the encoder's archive.
+    """
+    assert recipe.normalisation is not None, "resolve() comes first"
+    source = assign_parts(open_source(recipe.data, masks=True), recipe.data.split_seed)
+    pool, val, test = (source.part(part) for part in ("pool", "val", "test"))
+    if not pool or not val:
+        raise InputError(f"data.source={recipe.data.source}: {len(pool)} pool and {len(val)} val cases; both are needed.")
+    drawn = draw_groups([case.group for case in pool], recipe.data.labelled, recipe.data.draw)
+    train = [case for case in pool if case.group in set(drawn)]
+    if recipe.data.labelled is not None:
+        val_groups = {case.group for case in val}
+        chosen = set(draw_groups(sorted(val_groups), min(len(drawn), len(val_groups)), recipe.data.draw))
+        val = [case for case in val if case.group in chosen]
+    loaded = _load(recipe, [*train, *val, *test], quiet)
+    parts = loaded[: len(train)], loaded[len(train) : len(train) + len(val)], loaded[len(train) + len(val) :]
+    archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None
+    return LabelledData(source, *parts, archive, _refuse_overlap(recipe, source, *parts, archive))
+
+
+def _load(recipe: FinetuneRecipe, cases: Sequence[Case], quiet: bool) -> list[LoadedCase]:
+    assert recipe.normalisation is not None
+    return load_cases(
+        cases,
+        recipe.data.channels,
+        recipe.normalisation,
+        recipe.data.classes,
+        recipe.data.ignore,
+        progress=lambda items, total: progress(items, total, "read", quiet=quiet),
+    )
+
+
+def _refuse_overlap(
+    recipe: FinetuneRecipe,
+    source: Source,
+    train: list[LoadedCase],
+    val: list[LoadedCase],
+    test: list[LoadedCase],
+    archive: Archive | None,
+) -> list[str]:
+    salt = source.salt.fingerprint
+    allow = "leak" in recipe.allow
+    seen = {"the labelled training cases": describe_archive(train, salt)}
+    if archive is not None:
+        seen["the pretraining archive"] = archive
+    allowed = []
+    for where, record in seen.items():
+        for part, cases in (("val", val), ("test", test)):
+            allowed += refuse_leaks(find_leaks(record, cases, salt), part, where, allow)
+    if archive is not None and archive.salt_fingerprint != salt:
+        allowed.append("group evidence unavailable: the encoder's archive was made with another salt, hashes alone compare")
+    return allowed

@@ -1,0 +1,228 @@
+"""Fine-tuning: labelled cases and an encoder (or none) → segmenter. Build, prepare, resume, loop, save, evaluate."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from finetune.augment import augment
+from finetune.evaluate import Measured, measure_cases, write_evaluation
+from finetune.labelled import LabelledData, read_labelled, resolve
+from finetune.losses import focal_dice_loss
+from finetune.metrics import METRICS, values_by_group
+from finetune.patches import PatchSampler
+from finetune.recipe import FinetuneRecipe
+from finetune.report import write_report
+from finetune.statistics import figure
+from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, folder_aside, model_folder, sha256, write_text
+from resunet.data.cases import LoadedCase, source_digest
+from resunet.data.leakage import ARCHIVE, describe_archive, merge_archives, write_archive
+from resunet.model import ResUNet, Segmenter, build_model
+from resunet.runs import Run, check_out, versions
+from resunet.training import (
+    any_rank,
+    failing_as,
+    learning_rate,
+    mean_over_ranks,
+    parameter_groups,
+    progress,
+    refuse_non_finite,
+    restore_training,
+    start_ranks,
+    step_generator,
+    stop_on_sigterm,
+    training_state,
+)
+from resunet.transfer import Receipt, transfer_encoder
+
+_PATCHES, _AUGMENT = 2, 3  # names of the random streams
+
+
+def finetune(recipe: FinetuneRecipe) -> Path:
+    """Run a fine-tuning recipe; the run directory.
+
+    Raises:
+        ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; see `resunet.errors`.
+    """
+    recipe = resolve(recipe)
+    check_out(recipe)
+    accelerator = start_ranks(recipe, recipe.batch, "patches")
+    main, device, ranks = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    data = read_labelled(recipe, quiet=not main)
+    model, receipt = _build(recipe, data)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = _optimizer(recipe, model)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    sampler = PatchSampler(data.train, recipe.patch, recipe.foreground)
+    inputs = {"data": source_digest([*data.train, *data.val, *data.test])}
+    if receipt is not None:
+        inputs |= {f"encoder/{name}": digest for name, digest in receipt.encoder_sha256.items()}
+    accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
+
+    run = Run(recipe, "finetune", inputs, writes=main)
+    with failing_as(run), stop_on_sigterm() as stop:
+        if main and receipt is not None:
+            write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
+        first, best, started = 0, -1.0, time.perf_counter()
+        if (state := run.load_checkpoint("last")) is not None:
+            first, best = restore_training(state, model, optimizer, accelerator), state["best"]
+            run.rewind(first)
+        for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, quiet=not main):
+            lr = _set_learning_rates(recipe, optimizer, step, transferred=receipt is not None)
+            model.train()
+            optimizer.zero_grad(set_to_none=True)
+            metrics = _forward_backward(recipe, wrapped, sampler, step, accelerator)
+            refuse_non_finite({"loss": metrics["loss"]}, step)
+            metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip))
+            optimizer.step()
+
+            done = step + 1
+            stopping = any_rank(bool(stop), accelerator)
+            validating = done % recipe.validate_every == 0 or done == recipe.steps
+            improved = False
+            if validating:
+                score = _validate(model, data.val, recipe, accelerator)
+                improved = score >= best
+                best = max(score, best)
+                metrics["val_dice"] = score
+            if done % recipe.log_every == 0 or validating:
+                run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
+            if validating or stopping or done % recipe.checkpoint_every == 0:
+                state = training_state(done, model, optimizer, accelerator) | {"best": best}
+                run.save_checkpoint(done, state, best=improved)
+            if stopping and done < recipe.steps:
+                stop.stop(run, done)
+
+        seconds = time.perf_counter() - started
+        accelerator.wait_for_everyone()  # the best checkpoint is on disk
+        chosen = run.load_checkpoint("best")
+        assert chosen is not None
+        model.load_state_dict(chosen["network"])
+        measured = measure_cases(model, data.test, len(recipe.data.classes), device, recipe.precision, accelerator, not main)
+        if main:
+            model.config = _model_config(recipe, model, data, inputs["data"])
+            _save(run, model, data, measured, recipe, receipt)
+        run.finish("done", step=recipe.steps, best_step=chosen["step"], best_val_dice=best, seconds=round(seconds, 1))
+    accelerator.wait_for_everyone()
+    return recipe.out
+
+
+def _build(recipe: FinetuneRecipe, data: LabelledData) -> tuple[Segmenter, Receipt | None]:
+    """The network, fresh but for what the receipt says. The seed makes the fresh part the same in every arm."""
+    torch.manual_seed(recipe.seed)
+    assert recipe.model.norm is not None, "resolve() comes first"
+    architecture = recipe.model.architecture(
+        data.train[0].values.shape[0], len(recipe.data.classes), recipe.model.norm
+    )
+    model = build_model(architecture)
+    assert isinstance(model, Segmenter)
+    if recipe.encoder is None:
+        return model, None
+    assert isinstance(model, ResUNet), "the recipe refuses an encoder for another network"
+    return model, transfer_encoder(recipe.encoder, model, "input_channels" in recipe.allow)
+
+
+def _optimizer(recipe: FinetuneRecipe, model: Segmenter) -> Optimizer:
+    modules: dict[str, nn.Module] = {"network": model}
+    if isinstance(model, ResUNet):
+        modules = {"encoder": model.encoder, "decoder": model.decoder, "head": model.head}
+    return AdamW(parameter_groups(modules, recipe.optimizer.weight_decay), lr=recipe.optimizer.lr)
+
+
+def _set_learning_rates(recipe: FinetuneRecipe, optimizer: Optimizer, step: int, transferred: bool) -> float:
+    """Warm-up and cosine for all; a transferred encoder at its own rate, and still while the decoder goes first."""
+    lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
+    still = step < recipe.optimizer.decoder_first * recipe.steps
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if transferred and group["name"] == "encoder":
+            group["lr"] = 0.0 if still else lr * recipe.optimizer.encoder_lr
+    return lr
+
+
+def _forward_backward(
+    recipe: FinetuneRecipe, wrapped: nn.Module, sampler: PatchSampler, step: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """The gradients of one optimiser step, accumulated; its losses and the rms elastic displacement in pixels."""
+    metrics: dict[str, float] = {}
+    for part in range(recipe.accumulate):
+        images, labels, moved = _batch(recipe, sampler, step * recipe.accumulate + part, accelerator)
+        with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                logits = wrapped(images)
+            terms = focal_dice_loss(
+                logits, labels, recipe.loss.gamma, recipe.loss.focal_weight, recipe.loss.dice_weight
+            )
+            accelerator.backward(terms["loss"] / recipe.accumulate)
+        values = {name: float(term.detach()) for name, term in terms.items()} | {"elastic_rms": moved}
+        for name, value in values.items():
+            metrics[name] = metrics.get(name, 0.0) + value / recipe.accumulate
+    return metrics
+
+
+def _batch(
+    recipe: FinetuneRecipe, sampler: PatchSampler, index: int, accelerator: Accelerator
+) -> tuple[Tensor, Tensor, float]:
+    rank = accelerator.process_index
+    share = recipe.batch // accelerator.num_processes
+    images, labels = sampler.batch(share, (recipe.seed, _PATCHES, index, rank))
+    generator = step_generator(accelerator.device, recipe.seed, _AUGMENT, index, rank)
+    device = accelerator.device
+    images, labels, moved = augment(images.to(device), labels.to(device), recipe.augment, generator)
+    return images.contiguous(memory_format=torch.channels_last), labels, moved
+
+
+def _validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
+    """Dice of the whole val scans, as evaluation counts it; 0 where no case defines one."""
+    measured = measure_cases(
+        model, val, len(recipe.data.classes), accelerator.device, recipe.precision, accelerator, quiet=True
+    )
+    dice = figure(values_by_group([one.row() for one in measured], lambda case: case.macro("dice")))["mean"]
+    return 0.0 if dice is None else float(dice)
+
+
+def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, data_sha256: str) -> ModelConfig:
+    parent = sha256(model_folder(recipe.encoder) / WEIGHTS) if recipe.encoder is not None else None
+    assert recipe.normalisation is not None
+    planes = [[s for axis, s in enumerate(case.spacing) if axis != case.axis] for case in data.train]
+    return ModelConfig(
+        architecture=model.config.architecture,
+        input_channels=recipe.data.channels,
+        spacing=tuple(float(s) for s in np.median(planes, axis=0)),
+        normalisation=recipe.normalisation,
+        classes=recipe.data.classes,
+        ignore=recipe.data.ignore,
+        provenance=Provenance(
+            data_sha256=data_sha256, recipe_sha256=recipe.sha256(), parent_sha256=parent, versions=versions()
+        ),
+        allowed=data.allowed,
+    )
+
+
+def _save(
+    run: Run,
+    model: Segmenter,
+    data: LabelledData,
+    measured: Sequence[Measured],
+    recipe: FinetuneRecipe,
+    receipt: Receipt | None,
+) -> None:
+    """model/, evaluation/ and report.html."""
+    archive = merge_archives(describe_archive(data.train, data.source.salt.fingerprint), data.archive)
+    with folder_aside(run.folder / "model") as aside:
+        model.save_pretrained(aside)
+        write_archive(aside / ARCHIVE, archive)
+    summary = None
+    if measured:
+        device = next(model.parameters()).device
+        summary = write_evaluation(
+            run.folder / "evaluation", model, measured, model.config, "test", data.notes(), device, recipe.precision
+        )
+        run.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
+    write_report(recipe, data, receipt, summary)

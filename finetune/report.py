@@ -1,0 +1,71 @@
+"""The report of a fine-tuning run: how good, on how many, where it fails, and what came from the encoder."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from finetune.labelled import LabelledData
+from finetune.overlay import LEGEND
+from finetune.recipe import FinetuneRecipe
+from resunet.report import Section, curves, image, read_metrics, shown, write_page
+from resunet.transfer import Receipt
+
+
+def write_report(
+    recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None, summary: dict[str, Any] | None
+) -> None:
+    """report.html of a finished run; `summary` is evaluation/summary.json, None where there are no test cases."""
+    counts = ", ".join(
+        f"{len(cases)} {name} cases of {len({case.case.group for case in cases})} groups"
+        for name, cases in (("training", data.train), ("val", data.val), ("test", data.test))
+    )
+    lead = "No test cases: nothing was evaluated." if summary is None else f"Test Dice {shown(summary['dice'])} groups."
+    origin = "Trained from scratch." if receipt is None else f"Encoder: {receipt.line()}."
+    sections = [Section(lead=[lead], notes=data.notes(), text=[f"{counts}. {recipe.steps} steps.", origin])]
+    if summary is not None:
+        sections.append(Section("On the test cases", table=figures_table({"": summary})))
+    metrics = read_metrics(recipe.out)
+    sections.append(
+        Section(
+            "Learning",
+            pictures=[
+                curves({n: metrics[n] for n in ("loss", "focal", "dice")}, "Training loss by step", "step", "loss"),
+                curves({"val": metrics["val_dice"]}, "Dice of the whole val scans by step", "step", "Dice"),
+            ],
+        )
+    )
+    if summary is not None:
+        paths = sorted((recipe.out / "evaluation" / "overlays").glob("*.png"), key=lambda path: _rank(path.stem))
+        pictures = [
+            image(np.asarray(Image.open(path)), path.stem.rpartition("-")[0].replace("-", " ")) for path in paths
+        ]
+        text = [f"Scan, truth, prediction. {LEGEND}"]
+        sections.append(Section("Worst, median and best", text=text, pictures=pictures))
+        policy = [["Matter", "How it was treated"], *([key, value] for key, value in summary["policy"].items())]
+        sections.append(Section("How the figures were counted", table=policy))
+    write_page(recipe.out / "report.html", "Fine-tuning", sections)
+
+
+def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The figures of one or several summaries, a column each."""
+    first = next(iter(summaries.values()))
+    rows = [["", *(name or "mean [95 % interval], groups" for name in summaries)]]
+    for key, label in (("dice", "Dice"), ("iou", "IoU"), ("precision", "Precision"), ("recall", "Recall")):
+        rows.append([label, *(shown(summary[key]) for summary in summaries.values())])
+    if len(first["classes"]) > 1:
+        for name in first["classes"]:
+            rows.append([f"Dice, {name}", *(shown(s["classes"][name]["dice"]) for s in summaries.values())])
+    for key, label in (("recall", "Objects found"), ("precision", "Predicted objects that are true"), ("f1", "Object F1")):
+        rows.append([label, *(shown(summary["lesions"][key]) for summary in summaries.values())])
+    for index, size in enumerate(first["lesions"]["by_size"]):
+        label = f"Found of {size['n']} objects of {size['range']} {'voxels'}"
+        rows.append([label, *(shown(summary["lesions"]["by_size"][index]["recall"]) for summary in summaries.values())])
+    alarms = [summary["false_alarms"] for summary in summaries.values()]
+    label = f"False alarms in {alarms[0]['images_without_target']} cases without target"
+    rows.append([label, *(f"{alarm['alarmed']}" for alarm in alarms)])
+    return rows
+
+
+def _rank(stem: str) -> tuple[int, str]:
+    return ("worst", "median", "best").index(stem.split("-")[0]), stem

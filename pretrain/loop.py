@@ -1,0 +1,194 @@
+"""Pretraining: archive → encoder. Build, prepare, resume, loop, save, report; one function reads top to bottom."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lightly.utils.lars import LARS
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from pretrain.objective import SimCLR, contrast, nt_xent
+from pretrain.recipe import PretrainRecipe
+from pretrain.report import write_report
+from pretrain.views import make_views, stack_scans
+from resunet.checkpoint import ModelConfig, Provenance, folder_aside
+from resunet.data.cases import Case, LoadedCase, load_cases, source_digest
+from resunet.data.leakage import ARCHIVE, describe_archive, find_leaks, refuse_leaks, write_archive
+from resunet.data.source import Source, open_source
+from resunet.encoder import ResidualEncoder
+from resunet.errors import InputError
+from resunet.runs import Run, check_out, versions
+from resunet.training import (
+    any_rank,
+    batch_order,
+    epoch_order,
+    failing_as,
+    training_state,
+    restore_training,
+    learning_rate,
+    mean_over_ranks,
+    parameter_groups,
+    progress,
+    refuse_non_finite,
+    start_ranks,
+    step_generator,
+    stop_on_sigterm,
+)
+from resunet.transfer import fingerprint
+
+_VIEWS = 1  # names the random stream of the views in step_generator
+_SHOWN = 8  # scans on the report's picture of views
+
+
+def pretrain(recipe: PretrainRecipe) -> Path:
+    """Run a pretraining recipe; the run directory.
+
+    Raises:
+        ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; see `resunet.errors`.
+    """
+    check_out(recipe)
+    accelerator = start_ranks(recipe, recipe.batch, "scans")
+    main = accelerator.is_main_process
+    source, archive, allowed = _read_archive(recipe, quiet=not main)
+    slices = [(case, i) for case in archive for i in range(case.num_slices) if not case.is_constant(i)]
+    if len(slices) < recipe.batch:
+        raise InputError(f"batch={recipe.batch}: the archive has only {len(slices)} slices. Set a smaller batch.")
+
+    torch.manual_seed(recipe.seed)
+    architecture = recipe.model.architecture(archive[0].values.shape[0])
+    encoder = ResidualEncoder(**architecture.model_dump(exclude={"name"}))
+    network = SimCLR(encoder, recipe.head)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = _optimizer(recipe, network)
+    criterion = nt_xent(recipe.temperature)
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
+
+    inputs = {"data": source_digest(archive)}
+    accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
+    run = Run(recipe, "pretrain", inputs, writes=main)
+    with failing_as(run), stop_on_sigterm() as stop:
+        first = 0
+        if (state := run.load_checkpoint("last")) is not None:
+            first = restore_training(state, network, optimizer, accelerator)
+            run.rewind(first)
+        for step in progress(range(first, recipe.steps), recipe.steps, "pretrain", first, quiet=not main):
+            lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+            metrics: dict[str, float] = {}
+            for part in range(recipe.accumulate):
+                views = _views(recipe, slices, step * recipe.accumulate + part, accelerator)
+                last_part = part == recipe.accumulate - 1
+                with nullcontext() if last_part else accelerator.no_sync(wrapped):
+                    with accelerator.autocast():
+                        embedding, projection = wrapped(views)
+                    terms = contrast(embedding, projection, criterion)
+                    accelerator.backward(terms["loss"] / recipe.accumulate)
+                for name, value in terms.items():
+                    metrics[name] = metrics.get(name, 0.0) + float(value.detach()) / recipe.accumulate
+            refuse_non_finite({"loss": metrics["loss"]}, step)
+            optimizer.step()
+            done = step + 1
+            if done % recipe.log_every == 0 or done == recipe.steps:
+                run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
+            stopping = any_rank(bool(stop), accelerator)
+            if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping:
+                run.save_checkpoint(done, training_state(done, network, optimizer, accelerator))
+            if stopping and done < recipe.steps:
+                stop.stop(run, done)
+
+        if main:
+            _save_encoder(recipe, encoder, archive, source, inputs["data"], allowed)
+            facts = {"scans": len(archive), "slices": len(slices), "groups": len({c.case.group for c in archive})}
+            write_report(recipe, facts, source.notes() + allowed, _example(recipe, slices))
+        run.finish("done", step=recipe.steps)
+    accelerator.wait_for_everyone()
+    return recipe.out
+
+
+def _read_archive(recipe: PretrainRecipe, quiet: bool) -> tuple[Source, list[LoadedCase], list[str]]:
+    """The source, its scans in memory, and what the recipe allowed; held-out images among them stop the run."""
+    source = open_source(recipe.data, masks=False)
+    cases = source.part("pool") if source.has_splits else list(source.cases)
+
+    def load(cases: Sequence[Case], label: str) -> list[LoadedCase]:
+        return load_cases(
+            cases,
+            recipe.data.channels,
+            recipe.normalisation,
+            progress=lambda items, total: progress(items, total, label, quiet=quiet),
+        )
+
+    archive = load(cases, "read archive")
+    held_out = [case for case in source.cases if case.part in ("val", "test")]
+    if recipe.data.held_out is not None:
+        elsewhere = open_source(recipe.data.model_copy(update={"source": Path(recipe.data.held_out)}), masks=False)
+        held_out += [case for case in elsewhere.cases if case.part != "pool"]
+    salt = source.salt.fingerprint
+    leaks = find_leaks(describe_archive(archive, salt), load(held_out, "read held-out images"), salt)
+    return source, archive, refuse_leaks(leaks, "held-out", "the pretraining archive", "leak" in recipe.allow)
+
+
+def _views(
+    recipe: PretrainRecipe, slices: list[tuple[LoadedCase, int]], index: int, accelerator: Accelerator
+) -> Tensor:
+    """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, S, S)."""
+    share = recipe.batch // accelerator.num_processes
+    rank = accelerator.process_index
+    chosen = batch_order(len(slices), recipe.batch, recipe.seed, index)[rank * share : (rank + 1) * share]
+    scans, sizes = stack_scans([slices[i][0].image_slice(slices[i][1]) for i in chosen])
+    generator = step_generator(accelerator.device, recipe.seed, _VIEWS, index, rank)
+    views = make_views(scans.to(accelerator.device), sizes, recipe.views, generator)
+    return views.contiguous(memory_format=torch.channels_last)
+
+
+def _optimizer(recipe: PretrainRecipe, network: SimCLR) -> Optimizer:
+    groups = parameter_groups({"network": network}, recipe.optimizer.weight_decay)
+    if recipe.optimizer.name == "lars":
+        return LARS(groups, lr=recipe.optimizer.lr, momentum=0.9)
+    return AdamW(groups, lr=recipe.optimizer.lr)
+
+
+def _save_encoder(
+    recipe: PretrainRecipe,
+    encoder: ResidualEncoder,
+    archive: list[LoadedCase],
+    source: Source,
+    data_sha256: str,
+    allowed: list[str],
+) -> None:
+    encoder.config = ModelConfig(
+        architecture=encoder.config.architecture,
+        input_channels=recipe.data.channels,
+        normalisation=recipe.normalisation,
+        provenance=Provenance(data_sha256=data_sha256, recipe_sha256=recipe.sha256(), versions=versions()),
+        feature_check=fingerprint(encoder),
+        allowed=allowed,
+    )
+    with folder_aside(recipe.out / "model") as aside:
+        encoder.save_pretrained(aside)
+        write_archive(aside / ARCHIVE, describe_archive(archive, source.salt.fingerprint))
+
+
+def _example(recipe: PretrainRecipe, slices: list[tuple[LoadedCase, int]]) -> list[NDArray[np.float32]]:
+    """A few scans with their two views, one row each side by side, for the report: (S, 3 S) greys in [0, 1]."""
+    chosen = epoch_order(len(slices), recipe.seed, 0)[:_SHOWN]
+    scans = [slices[i][0].image_slice(slices[i][1]) for i in chosen]
+    padded, sizes = stack_scans(scans)
+    generator = step_generator(torch.device("cpu"), recipe.seed, _VIEWS, 0, 0)
+    views = make_views(padded, sizes, recipe.views, generator).mean(dim=1).chunk(2)
+    size = (recipe.views.size, recipe.views.size)
+    rows = []
+    for i, scan in enumerate(scans):
+        whole = torch.nn.functional.interpolate(torch.from_numpy(scan)[None], size, mode="area")[0].mean(dim=0)
+        row = torch.cat([whole, views[0][i], views[1][i]], dim=1)
+        rows.append(((row - whole.min()) / (whole.max() - whole.min())).clamp(0, 1).numpy())
+    return rows

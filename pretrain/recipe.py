@@ -1,0 +1,93 @@
+"""The pretraining recipe: every key, its range and its default."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from resunet.architecture import EncoderArchitecture, Widths
+from resunet.blocks import NormKind
+from resunet.config import DataSettings, Frozen, Normalisation, PercentileZScore, Recipe
+
+Range = tuple[float, float]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class ArchiveSettings(DataSettings):
+    """What is pretrained on: the pool of a source that has splits, else all of it."""
+
+    held_out: str | None = Field(None, description="a source whose val and test (without splits: all) must not be in it")
+
+
+class EncoderSettings(Frozen):
+    """The encoder's shape; its input channels follow from data.channels."""
+
+    channels: Widths = (32, 64, 128, 256, 512)
+    units: int = Field(2, ge=1)
+    norm: NormKind = "batch"
+
+    def architecture(self, in_channels: int) -> EncoderArchitecture:
+        return EncoderArchitecture(
+            in_channels=in_channels, channels=self.channels, units=self.units, norm=self.norm
+        )
+
+
+class ViewSettings(Frozen):
+    """The two views of a scan; see `pretrain.views`. Intensities are in standard deviations of the scan."""
+
+    size: int = Field(96, ge=8, description="pixels; every view is square")
+    scale: Range = Field((0.2, 1.0), description="share of the scan's area that a crop covers")
+    ratio: Range = Field((0.75, 4 / 3), description="width over height of a crop")
+    flip: Probability = 0.5
+    rotation: float = Field(15.0, ge=0, le=180, description="degrees, either way")
+    intensity: Probability = Field(0.8, description="of scale, shift and gamma")
+    intensity_scale: Range = (0.7, 1.3)
+    intensity_shift: Range = (-0.3, 0.3)
+    gamma: Range = (0.7, 1.5)
+    blur: Probability = 0.3
+    blur_sigma: Range = Field((0.3, 1.5), description="pixels of the view")
+    noise: Probability = 0.5
+    noise_sigma: Range = (0.0, 0.15)
+
+    @field_validator("scale", "ratio", "intensity_scale", "intensity_shift", "gamma", "blur_sigma", "noise_sigma")
+    @classmethod
+    def _ordered(cls, value: Range) -> Range:
+        if value[0] > value[1]:
+            raise ValueError(f"the first of {list(value)} must not be above the second")
+        return value
+
+    @model_validator(mode="after")
+    def _positive(self) -> "ViewSettings":
+        for name in ("scale", "ratio", "gamma", "blur_sigma"):
+            if getattr(self, name)[0] <= 0:
+                raise ValueError(f"{name}={list(getattr(self, name))} must be above 0")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale={list(self.scale)}: a crop covers at most the whole scan (1)")
+        return self
+
+
+class HeadSettings(Frozen):
+    """SimCLR's projection head (lightly): two linear layers, thrown away after pretraining."""
+
+    hidden: int = Field(512, ge=1)
+    output: int = Field(128, ge=1)
+
+
+class OptimizerSettings(Frozen):
+    name: Literal["adamw", "lars"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="at the end of the warm-up")
+    weight_decay: float = Field(1e-4, ge=0, description="not on norms and biases")
+
+
+class PretrainRecipe(Recipe):
+    """Everything `resunet pretrain` reads."""
+
+    data: ArchiveSettings
+    normalisation: Normalisation = PercentileZScore()
+    model: EncoderSettings = EncoderSettings()
+    batch: int = Field(64, ge=2, description="scans in one contrastive set, over all ranks")
+    accumulate: int = Field(1, ge=1, description="contrastive sets an optimiser step; adds no negatives")
+    views: ViewSettings = ViewSettings()
+    head: HeadSettings = HeadSettings()
+    temperature: float = Field(0.2, gt=0)
+    optimizer: OptimizerSettings = OptimizerSettings()
+    allow: tuple[Literal["leak"], ...] = ()

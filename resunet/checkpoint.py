@@ -1,0 +1,236 @@
+"""A model directory: config.json and model.safetensors in the Hugging Face layout, written atomically, loaded exactly.
+
+Loading is exact: every name and shape matches, or it fails with the sorted lists of what is missing, unexpected or of
+another shape. Nothing is unpickled.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from resunet.architecture import Architecture
+from resunet.config import Frozen, Normalisation, PercentileZScore
+from resunet.errors import InputError
+
+SCHEMA_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+class FeatureCheck(Frozen):
+    """Features of a fixed input as the live network gave them; see `resunet.transfer.fingerprint`."""
+
+    seed: int
+    size: int
+    features: dict[str, list[float]]
+
+
+class Provenance(Frozen):
+    """Where a model comes from. Hashes and versions only: no path, no name."""
+
+    data_sha256: str | None = None
+    recipe_sha256: str | None = None
+    parent_sha256: str | None = Field(None, description="weights of the encoder it was fine-tuned from")
+    versions: dict[str, str] = {}
+
+
+class ModelConfig(Frozen):
+    """A model directory's config.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    architecture: Architecture
+    input_channels: str | int = Field("grey", description="how a scan is read: grey, rgb or a number of channels")
+    spacing: tuple[float, ...] | None = Field(None, description="mm per pixel, in array order; null: as each scan has it")
+    normalisation: Normalisation = PercentileZScore()
+    classes: dict[int, str] | None = Field(None, description="raw mask value → name, background first; null: encoder")
+    ignore: tuple[int, ...] = Field((), description="raw mask values that are left out of every count")
+    provenance: Provenance = Provenance()
+    feature_check: FeatureCheck | None = None
+    allowed: list[str] = Field([], description="checks that a recipe set aside by name")
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Checkpointed(ModelHubMixin, library_name="resunet", license="apache-2.0", tags=["image-segmentation", "medical"]):
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` for a network with an `architecture`.
+
+    `config` is what stands in the model directory's config.json; a network that was not loaded has the defaults.
+    """
+
+    kind: ClassVar[str]
+    config: ModelConfig
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self, nn.Module)
+        write_weights(save_directory / WEIGHTS, self.state_dict())
+        write_text(save_directory / CONFIG, self.config.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+    ) -> Self:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = _download(model_id, revision, cache_dir, force_download, local_files_only, token)
+        config = read_config(folder)
+        if config.architecture.name != cls.kind:
+            raise InputError(
+                f"{folder / CONFIG}: architecture.name={config.architecture.name!r} is not a {cls.__name__} "
+                f"({cls.kind!r}); resunet.load_model loads whichever it is."
+            )
+        model = cls(**config.architecture.model_dump(exclude={"name"}))
+        assert isinstance(model, nn.Module)
+        load_exactly(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
+        model.config = config
+        return model.eval()  # type: ignore[no-any-return]
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config.json of a model directory.
+
+    Raises:
+        InputError: no such file, another schema, or a value that is not allowed.
+    """
+    path = folder / CONFIG
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: not a model directory (no {CONFIG}). Give a run directory, or its model/ folder."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path}: schema_version={version!r}; this version reads {SCHEMA_VERSION}.")
+    try:
+        return ModelConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{path}: not a valid model config: {error}") from error
+
+
+def model_folder(path: Path) -> Path:
+    """The model directory that a run directory or a model directory means."""
+    if not path.exists():
+        raise InputError(f"{path}: no such folder. Give a run directory or a model directory.")
+    return path / "model" if (path / "model" / CONFIG).is_file() else path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; a model directory holds {CONFIG} and {WEIGHTS}.") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def load_exactly(module: M, tensors: dict[str, Tensor], where: str) -> M:
+    """Load `tensors` into `module`; names and shapes are equal, or an InputError lists what is not."""
+    own = module.state_dict()
+    problems = differences(own, tensors)
+    if problems:
+        raise InputError(f"{where}: the weights are not those of this {type(module).__name__}:\n{problems}")
+    module.load_state_dict(tensors, strict=True)
+    return module
+
+
+def differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """What differs between two sets of tensors in names and shapes, as sorted lists; empty where nothing does."""
+    missing = sorted(set(wanted) - set(given))
+    unexpected = sorted(set(given) - set(wanted))
+    shapes = [
+        f"{name}: {tuple(given[name].shape)} in the file, {tuple(wanted[name].shape)} in the network"
+        for name in sorted(set(wanted) & set(given))
+        if wanted[name].shape != given[name].shape
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return "\n".join(f"  {what} ({len(names)}): {', '.join(names)}" for what, names in lists.items() if names)
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside)
+    _settle(aside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside.write_text(text, encoding="utf-8")
+    _settle(aside, path)
+
+
+@contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """A new folder that stands at `folder` once the block has ended, whole or not at all; one that stands is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    aside.mkdir()
+    try:
+        yield aside
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _settle(aside: Path, path: Path) -> None:
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(model_id: str, *arguments: Any) -> Path:
+    revision, cache_dir, force_download, local_files_only, token = arguments
+    try:
+        return Path(
+            snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=[CONFIG, WEIGHTS],
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(f"{model_id}: neither a local folder nor a model that the Hub gives: {error}") from error
+
+
+def cast_to(module: M, dtype: torch.dtype) -> M:
+    """A copy of a module on the CPU in another dtype, in evaluation mode; the original is not touched."""
+    return copy.deepcopy(module).to(device="cpu", dtype=dtype).eval()

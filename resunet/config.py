@@ -1,0 +1,214 @@
+"""Recipes: frozen pydantic models, parsed from YAML and `key=value` by OmegaConf, with messages a person can act on.
+
+What every stage shares is here; each application declares its own recipe on top of it. A recipe is looked up as a
+path, then by name in the installed package, then in the checkout.
+"""
+
+import difflib
+import hashlib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from resunet.errors import InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Frozen(BaseModel):
+    """Every record in this project: no key that is not declared, no change after it was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PercentileZScore(Frozen):
+    """Clip a scan to two of its own percentiles, then subtract its mean and divide by its standard deviation."""
+
+    kind: Literal["percentile_zscore"] = "percentile_zscore"
+    low: float = Field(0.5, ge=0, lt=100)
+    high: float = Field(99.5, gt=0, le=100)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PercentileZScore":
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} must be below high={self.high}")
+        return self
+
+
+class FixedNormalisation(Frozen):
+    """The same constants for every scan: clip to [low, high], subtract `mean`, divide by `std`."""
+
+    kind: Literal["fixed"]
+    low: float
+    high: float
+    mean: float
+    std: float = Field(gt=0)
+
+
+Normalisation = Annotated[PercentileZScore | FixedNormalisation, Field(discriminator="kind")]
+
+
+class WandbSettings(Frozen):
+    """Where the run is mirrored. The local record is complete without it."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "resunet"
+    group: str | None = None
+
+
+class DataSettings(Frozen):
+    """What is read, and how. See `resunet.data.source` for the layouts that `source` may have."""
+
+    source: Path
+    channels: Literal["grey", "rgb"] | Annotated[int, Field(ge=1)] = "grey"
+    names: Literal["hash", "keep"] = "hash"
+    salt_file: Path | None = None
+    split_seed: int = 0
+
+
+class Recipe(Frozen):
+    """The keys that every stage shares."""
+
+    out: Path
+    resume: bool = False
+    seed: int = 0
+    steps: int = Field(ge=1)
+    precision: Precision = "fp32"
+    processes: int = Field(1, ge=1)
+    warmup: float = Field(0.05, ge=0, le=1, description="share of steps over which the learning rate rises")
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(200, ge=1)
+    wandb: WandbSettings = WandbSettings()
+
+    def sha256(self) -> str:
+        """Identifies what was asked for, wherever it is written and however often it was resumed."""
+        return hashlib.sha256(self.model_dump_json(exclude={"out", "resume"}).encode()).hexdigest()
+
+    @field_validator("out")
+    @classmethod
+    def _not_empty(cls, out: Path) -> Path:
+        if out == Path():
+            raise ValueError("must be the path of a new folder")
+        return out
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequence[str] = ()) -> R:
+    """The recipe `name` of a stage ('pretrain', 'finetune') with `key=value` overrides applied.
+
+    Raises:
+        InputError: no such recipe, YAML that does not parse, an interpolation, or keys and values that are not
+            allowed; all faults at once, each with its key, its value and what is allowed.
+    """
+    path = find_recipe(stage, name)
+    try:
+        parsed = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(_dotted(overrides))))
+        values = OmegaConf.to_container(parsed, resolve=False)
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as a recipe: {error}") from error
+    except Exception as error:  # PyYAML's own errors share no public base with OmegaConf's
+        if type(error).__module__.split(".")[0] != "yaml":
+            raise
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    _refuse_interpolation(values, path)
+    return validate(recipe_class, values, f"recipe {path}")
+
+
+def validate(recipe_class: type[R], values: Any, where: str) -> R:
+    """`recipe_class` from plain values, or an InputError that lists every fault."""
+    try:
+        return recipe_class.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_fault(recipe_class, e)}" for e in error.errors())
+        raise InputError(f"{where} is not valid:\n{faults}") from error
+
+
+def find_recipe(stage: str, name: str) -> Path:
+    """The file of a recipe: a path, a name in the installed package, or a name in the checkout."""
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml") or len(given.parts) > 1:
+        if given.is_file():
+            return given
+        raise InputError(f"recipe {name}: no such file. Shipped {stage} recipes: {', '.join(_shipped(stage))}.")
+    for folder in _recipe_folders(stage):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    close = difflib.get_close_matches(name, _shipped(stage), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise InputError(
+        f"recipe {name!r}: not found.{hint} Give the path of a YAML file, or one of the shipped {stage} recipes: "
+        f"{', '.join(_shipped(stage)) or 'none'}."
+    )
+
+
+def _recipe_folders(stage: str) -> list[Path]:
+    package = Path(__file__).parent
+    return [package / "configs" / stage, package.parent / "configs" / stage]
+
+
+def _shipped(stage: str) -> list[str]:
+    return sorted({path.stem for folder in _recipe_folders(stage) for path in folder.glob("*.yaml")})
+
+
+def _dotted(overrides: Sequence[str]) -> Iterator[str]:
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise InputError(f"{override!r}: an override is written key=value, for example steps=500 or data.source=DIR.")
+        yield override
+
+
+def _refuse_interpolation(values: Any, path: Path, key: str = "") -> None:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_interpolation(value, path, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_interpolation(value, path, key)
+    elif isinstance(values, str) and "${" in values:
+        raise InputError(f"{path}: {key}={values!r}: interpolation (${{…}}) is refused; write the value itself.")
+
+
+def _fault(model: type[BaseModel], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = list(_keys(model))
+        # a key may be right but in the wrong place: compare the whole path first, the last word then
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [
+            k for k in known if k.split(".")[-1] == key.split(".")[-1]
+        ][:1]
+        siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed here: {', '.join(siblings)}"
+        return f"{key}={error['input']!r}: there is no such key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: is required and has no default; give it in the recipe or as {key}=…"
+    return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for nested in _models_in(field.annotation):
+            yield from _keys(nested, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, Annotated):
+        for argument in typing.get_args(annotation):
+            yield from _models_in(argument)
+
+
+def split_arguments(program: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """RECIPE and its overrides from a command line."""
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        raise InputError(f"usage: {program} RECIPE [key=value …]; RECIPE is a YAML file or the name of a shipped recipe.")
+    return arguments[0], list(arguments[1:])

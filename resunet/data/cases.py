@@ -1,0 +1,179 @@
+"""A case: one file and, where somebody labelled it, its mask. Loading checks everything a later step relies on."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resunet.config import FixedNormalisation, Normalisation
+from resunet.data.images import read_mask, read_scan
+from resunet.errors import InputError
+from resunet.runtime import Intensity, normalise, percentile_intensity, slice_axis
+
+IGNORE = 255  # in a label map: left out of every loss and every count
+_MAX_CLASSES = 254
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where a case is, and what it may be called in a record.
+
+    id, group: as a run may show them: HMACs, or the names themselves where the recipe keeps names.
+    group_hmac: always the HMAC, for the leakage guard.
+    part: 'pool', 'val', 'test', or None where the source has no splits.
+    """
+
+    id: str
+    group: str
+    group_hmac: str
+    part: str | None
+    image: Path
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class LoadedCase:
+    """A case in memory, in the file's own dtype.
+
+    values: (C, y, x) or (C, z, y, x).
+    labels: (y, x) or (z, y, x) uint8 class indices, or None.
+    spacing: mm, in array order.
+    """
+
+    case: Case
+    values: NDArray
+    spacing: tuple[float, ...]
+    intensities: list[Intensity]
+    labels: NDArray[np.uint8] | None
+    file_sha256: str
+    pixel_sha256: str
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
+    @property
+    def axis(self) -> int | None:
+        """The axis a volume is sliced along; None for an image."""
+        return slice_axis(self.spacing) if len(self.size) == 3 else None
+
+    @property
+    def num_slices(self) -> int:
+        return 1 if self.axis is None else self.size[self.axis]
+
+    def image_slice(self, index: int) -> NDArray[np.float32]:
+        """Slice `index`, normalised with the whole scan's intensities: (C, y, x)."""
+        values = self.values if self.axis is None else self.values.take(index, axis=self.axis + 1)
+        return normalise(values, self.intensities)
+
+    def label_slice(self, index: int) -> NDArray[np.uint8]:
+        """The class indices of slice `index`: (y, x)."""
+        assert self.labels is not None
+        return self.labels if self.axis is None else self.labels.take(index, axis=self.axis)
+
+    def assemble(self, slices: Sequence[NDArray]) -> NDArray:
+        """Slices of (y, x) put back where `image_slice` took them from."""
+        return slices[0] if self.axis is None else np.stack(slices, axis=self.axis)
+
+    def is_constant(self, index: int) -> bool:
+        """A slice without any contrast, such as air outside the field of view."""
+        values = self.values if self.axis is None else self.values.take(index, axis=self.axis + 1)
+        return bool(values.min() == values.max())
+
+
+def load_cases(
+    cases: Sequence[Case],
+    channels: str | int,
+    normalisation: Normalisation,
+    classes: Mapping[int, str] | None = None,
+    ignore: Sequence[int] = (),
+    progress: Callable[[Iterable[LoadedCase], int], Iterable[LoadedCase]] | None = None,
+) -> list[LoadedCase]:
+    """Read cases and check them; with `classes` (raw mask value → name, background first), masks too.
+
+    Raises:
+        InputError: the first file at fault, with what is wrong with it.
+    """
+
+    def load(case: Case) -> LoadedCase:
+        return _load(case, channels, normalisation, classes, ignore)
+
+    with ThreadPoolExecutor() as pool:  # SimpleITK and the image codecs release the GIL
+        loaded = pool.map(load, cases)
+        return list(progress(loaded, len(cases)) if progress else loaded)
+
+
+def source_digest(cases: Iterable[LoadedCase]) -> str:
+    """sha256 over the sorted file hashes: which images these are, whatever they are called."""
+    return hashlib.sha256("".join(sorted(case.file_sha256 for case in cases)).encode()).hexdigest()
+
+
+def encode_labels(mask: NDArray, classes: Mapping[int, str], ignore: Sequence[int], path: Path) -> NDArray[np.uint8]:
+    """Raw mask values → class indices in the order of `classes`; ignored values → IGNORE.
+
+    Raises:
+        InputError: a value that is in neither, with all such values.
+    """
+    assert 2 <= len(classes) <= _MAX_CLASSES
+    labels = np.full(mask.shape, IGNORE, np.uint8)
+    known = np.isin(mask, list(ignore))
+    for index, value in enumerate(classes):
+        here = mask == value
+        labels[here] = index
+        known |= here
+    if not known.all():
+        unlisted = [int(value) for value in np.unique(mask[~known])]
+        raise InputError(
+            f"{path}: the mask holds the values {_short(unlisted)}, which data.classes does not list. data.classes has "
+            f"{', '.join(f'{value}: {name}' for value, name in classes.items())}. Add them there, or to data.ignore."
+        )
+    return labels
+
+
+def _load(
+    case: Case,
+    channels: str | int,
+    normalisation: Normalisation,
+    classes: Mapping[int, str] | None,
+    ignore: Sequence[int],
+) -> LoadedCase:
+    scan = read_scan(case.image, channels)
+    labels = None
+    if classes is not None:
+        assert case.mask is not None, "the source refuses images without masks where masks are needed"
+        mask = read_mask(case.mask)
+        if mask.values.shape != scan.values.shape[1:]:
+            raise InputError(
+                f"{case.mask}: the mask is {_size(mask.values.shape)}, its image {_size(scan.values.shape[1:])}. "
+                "They must have the same size."
+            )
+        labels = encode_labels(mask.values, classes, ignore, case.mask)
+    values = np.ascontiguousarray(scan.values)
+    return LoadedCase(
+        case=case,
+        values=values,
+        spacing=scan.spacing,
+        intensities=_intensities(values, normalisation),
+        labels=labels,
+        file_sha256=hashlib.sha256(case.image.read_bytes()).hexdigest(),
+        pixel_sha256=hashlib.sha256(f"{values.dtype.str}{values.shape}".encode() + values.tobytes()).hexdigest(),
+    )
+
+
+def _intensities(values: NDArray, normalisation: Normalisation) -> list[Intensity]:
+    if isinstance(normalisation, FixedNormalisation):
+        fixed = Intensity(normalisation.low, normalisation.high, normalisation.mean, normalisation.std)
+        return [fixed] * values.shape[0]
+    return percentile_intensity(values, normalisation.low, normalisation.high)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "×".join(str(n) for n in shape)
+
+
+def _short(values: list[int]) -> str:
+    return ", ".join(map(str, values[:10])) + (f" and {len(values) - 10} more" if len(values) > 10 else "")

@@ -1,0 +1,174 @@
+"""Reading one scan or one mask, with nothing lost: 8, 16 and 32 bit, float, grey, colour, palette indices, geometry.
+
+Imports no torch. A scan keeps its dtype; what converts it to float is normalisation, later.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import imagecodecs
+import numpy as np
+import SimpleITK as sitk
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from resunet.errors import InputError
+
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+TIFFS = (".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", *TIFFS)
+READABLE = VOLUMES + IMAGES
+
+# ITU-R BT.601, what PIL's convert("L") uses, in float so that 16 bits stay 16 bits.
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One image or volume.
+
+    values: (C, y, x) or (C, z, y, x), in the file's own dtype. A volume is in the canonical frame LPS: z grows towards
+        superior, y towards posterior, x towards the patient's left.
+    spacing: mm per pixel in array order (y, x) or (z, y, x); 1 where the file does not say.
+    """
+
+    values: NDArray
+    spacing: tuple[float, ...]
+
+
+def suffix_of(path: Path) -> str:
+    """The lower-case ending that names the format, '.nii.gz' as one."""
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+
+
+def stem_of(path: Path) -> str:
+    """The name without that ending."""
+    return path.name[: len(path.name) - len(suffix_of(path))]
+
+
+def read_scan(path: Path, channels: str | int) -> Scan:
+    """A scan with the channels a recipe asks for: 'grey', 'rgb', or a number that must be the file's own.
+
+    Raises:
+        InputError: unreadable, NaN or infinite values, or another number of channels.
+    """
+    values, spacing = _read(path)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        bad = int(values.size - np.isfinite(values).sum())
+        raise InputError(f"{path}: {bad} of {values.size} values are NaN or infinite. Repair or remove the file.")
+    return Scan(_with_channels(values, channels, path), spacing)
+
+
+def read_mask(path: Path) -> Scan:
+    """A mask as the indices that the file stores: palette and 1-bit images are not turned into colours.
+
+    values: (y, x) or (z, y, x), integer.
+
+    Raises:
+        InputError: unreadable, values that are not whole numbers, or a colour image.
+    """
+    values, spacing = _read(path)
+    if values.shape[0] > 1 and not (values == values[:1]).all():
+        raise InputError(
+            f"{path}: the mask has {values.shape[0]} different channels. A mask holds one class index a pixel: "
+            "grey, palette or 1-bit."
+        )
+    mask = values[0]
+    if mask.dtype.kind == "f":
+        if not np.isfinite(mask).all() or (mask != np.round(mask)).any():
+            raise InputError(f"{path}: the mask holds values that are not whole numbers. It must hold class indices.")
+        mask = mask.astype(np.int64)
+    return Scan(mask, spacing)
+
+
+def _read(path: Path) -> tuple[NDArray, tuple[float, ...]]:
+    suffix = suffix_of(path)
+    if suffix in VOLUMES:
+        return _guarded(path, _read_volume)
+    if suffix in TIFFS:
+        return _guarded(path, _read_tiff)
+    if suffix in IMAGES:
+        return _guarded(path, _read_image)
+    raise InputError(f"{path}: {suffix or 'no ending'} is not a format this reads: {', '.join(READABLE)}.")
+
+
+def _guarded(path: Path, reader: Callable[[Path], T]) -> T:
+    try:
+        return reader(path)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file.") from error
+    except Exception as error:  # each library has error types of its own, some of them bare RuntimeErrors
+        raise InputError(f"{path}: cannot be read: {type(error).__name__}: {str(error).strip()[:300]}") from error
+
+
+def _read_volume(path: Path) -> tuple[NDArray, tuple[float, ...]]:
+    image = sitk.ReadImage(str(path))
+    if image.GetDimension() == 3:
+        image = sitk.DICOMOrient(image, "LPS")
+    values = sitk.GetArrayFromImage(image)
+    spacing = tuple(float(s) for s in image.GetSpacing()[::-1])
+    if image.GetDimension() not in (2, 3):
+        raise InputError(f"{path}: has {image.GetDimension()} dimensions; images of 2 and volumes of 3 are read.")
+    if min(spacing) <= 0:
+        raise InputError(f"{path}: spacing {spacing} mm; every spacing must be above 0.")
+    values = np.moveaxis(values, -1, 0) if image.GetNumberOfComponentsPerPixel() > 1 else values[None]
+    if values.ndim == 4 and values.shape[1] == 1:  # a 2D image in a volume format
+        return values[:, 0], spacing[1:]
+    return values, spacing
+
+
+def _read_tiff(path: Path) -> tuple[NDArray, tuple[float, ...]]:
+    with tifffile.TiffFile(path) as file:
+        series = file.series[0]
+        values, axes = series.asarray(), series.axes
+    if "S" in axes:
+        values = np.moveaxis(values, axes.index("S"), 0)
+        axes = axes.replace("S", "")
+    else:
+        values = values[None]
+    if len(axes) not in (2, 3):
+        raise InputError(f"{path}: TIFF axes {axes!r}; an image (YX), a stack of pages and colour samples are read.")
+    return _without_alpha(values), (1.0,) * len(axes)
+
+
+def _read_image(path: Path) -> tuple[NDArray, tuple[float, ...]]:
+    with Image.open(path) as image:
+        colour = image.mode in ("RGB", "RGBA")
+        if colour and image.format == "PNG":
+            values = imagecodecs.png_decode(path.read_bytes())  # PIL cuts 16-bit colour to 8 bits
+        elif image.mode in ("1", "P", "L", "I", "F", "RGB", "RGBA", "LA") or image.mode.startswith("I;16"):
+            values = np.asarray(image)
+        else:
+            values = np.asarray(image.convert("RGB"))  # CMYK, YCbCr, Lab
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
+    return _without_alpha(values), (1.0, 1.0)
+
+
+def _without_alpha(values: NDArray) -> NDArray:
+    return values[:-1] if values.shape[0] in (2, 4) else values
+
+
+def _with_channels(values: NDArray, channels: str | int, path: Path) -> NDArray:
+    count = values.shape[0]
+    if channels == "grey":
+        if count == 1:
+            return values
+        if count == 3:
+            return np.tensordot(_LUMINANCE, values.astype(np.float32), axes=1)[None]
+    elif channels == "rgb":
+        if count == 3:
+            return values
+        if count == 1:
+            return np.repeat(values, 3, axis=0)
+    elif count == channels:
+        return values
+    raise InputError(f"{path}: has {count} channels, data.channels={channels} cannot be made of them. Set data.channels={count}.")

@@ -1,0 +1,38 @@
+"""The progressive decoder: from the encoder's coarsest level to its finest, one `UpBlock` a level."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from resunet.blocks import NormKind, UpBlock
+from resunet.encoder import Encoder
+
+
+class ProgressiveDecoder(nn.Module):
+    """Transposed convolution ×2, skip through a 1×1 convolution (optional squeeze-and-excitation), added, residual unit.
+
+    It asks the encoder for channels and strides. The finest feature map it returns has the size and the width of the
+    encoder's finest level.
+
+    Args:
+        encoder: whose `channels`, `strides` and `spatial_dims` shape the decoder; it is not kept.
+        norm: 'batch', 'instance' or 'group'.
+        squeeze_excite: squeeze-and-excitation on every skip.
+    """
+
+    def __init__(self, encoder: Encoder, norm: NormKind = "batch", squeeze_excite: bool = False) -> None:
+        super().__init__()
+        steps = [coarse // fine for fine, coarse in zip(encoder.strides, encoder.strides[1:], strict=False)]
+        assert all(step == 2 for step in steps), f"every level halves the one before: strides {encoder.strides}"
+        widths = encoder.channels[::-1]  # coarsest first
+        self.blocks = nn.ModuleList(
+            UpBlock(encoder.spatial_dims, below, skip, skip, norm, squeeze_excite)
+            for below, skip in zip(widths, widths[1:], strict=False)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Features finest first, as an encoder returns them → (N, channels[0], *size of the finest)."""
+        x = features[-1]
+        for block, skip in zip(self.blocks, reversed(features[:-1]), strict=True):
+            x = block(x, skip)
+        return x

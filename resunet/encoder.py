@@ -1,0 +1,105 @@
+"""The residual encoder, and the interface by which a decoder asks any encoder what it gives.
+
+An encoder declares `channels` and `strides`, one per level, finest first, and returns one feature map a level. The
+decoder builds itself from what is declared; nobody guesses.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from resunet.architecture import EncoderArchitecture
+from resunet.blocks import NormKind, ResidualUnit
+from resunet.checkpoint import Checkpointed, ModelConfig
+from resunet.errors import InputError
+
+
+class Encoder(Protocol):
+    """What a decoder needs: level i is (N, channels[i], *ceil(size / strides[i]))."""
+
+    spatial_dims: int
+    in_channels: int
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> list[Tensor]: ...
+
+
+class ResidualEncoder(nn.Module, Checkpointed):
+    """Levels of residual units; from the second level on, the first unit of a level halves the size.
+
+    Args:
+        in_channels: channels of the scan.
+        channels: width of each level, finest first; their number is the number of levels.
+        units: residual units a level.
+        norm: 'batch', 'instance' or 'group'.
+        spatial_dims: 2 or 3.
+
+    Raises:
+        InputError: a level, width or dimension that no network can have.
+    """
+
+    kind: ClassVar[str] = "residual_encoder"
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: Sequence[int] = (32, 64, 128, 256, 512),
+        units: int = 2,
+        norm: NormKind = "batch",
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise InputError(f"spatial_dims={spatial_dims}: allowed are 2 and 3.")
+        if in_channels < 1 or units < 1 or not channels or min(channels) < 1:
+            raise InputError(
+                f"in_channels={in_channels}, channels={list(channels)}, units={units}: each must be at least 1, "
+                "and there must be at least one level."
+            )
+        architecture = EncoderArchitecture.model_validate(
+            dict(spatial_dims=spatial_dims, in_channels=in_channels, channels=channels, units=units, norm=norm)
+        )
+        self.config = ModelConfig(architecture=architecture)
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.channels = tuple(channels)
+        self.strides = tuple(2**level for level in range(len(channels)))
+        self.levels = nn.ModuleList()
+        width_before = in_channels
+        for level, width in enumerate(self.channels):
+            first = ResidualUnit(spatial_dims, width_before, width, stride=1 if level == 0 else 2, norm=norm)
+            rest = [ResidualUnit(spatial_dims, width, width, norm=norm) for _ in range(units - 1)]
+            self.levels.append(nn.Sequential(first, *rest))
+            width_before = width
+        initialise(self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, in_channels, *size) → one (N, channels[i], *ceil(size / strides[i])) a level."""
+        features = []
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        return features
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The global average pool of the last level: (N, in_channels, *size) → (N, channels[-1])."""
+        last = self(x)[-1]
+        return last.mean(dim=tuple(range(2, last.ndim)))
+
+    def input_convolutions(self) -> list[str]:
+        """Names of the weights that see the scan's channels; they alone change with `in_channels`."""
+        names = ["levels.0.0.conv1.weight"]
+        if isinstance(self.levels[0][0].shortcut, nn.Sequential):  # type: ignore[index, union-attr]
+            names.append("levels.0.0.shortcut.0.weight")
+        return names
+
+
+def initialise(module: nn.Module) -> None:
+    """He initialisation of every convolution (He et al. 2015, arXiv 1502.01852, equation 10)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,177 @@
+"""Segmentation networks: the Res-UNet, and the plain U-Net it is compared with.
+
+Both take (N, in_channels, *size) of any size, odd ones too, and give logits (N, out, *size): one channel for a binary
+task (sigmoid), one a class otherwise (softmax).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resunet.architecture import (
+    EncoderArchitecture,
+    ResUNetArchitecture,
+    UNetArchitecture,
+)
+from resunet.blocks import NormKind, convolution, crop_to, normalisation_layer, transposed_convolution
+from resunet.checkpoint import Checkpointed, ModelConfig, model_folder, read_config
+from resunet.decoder import ProgressiveDecoder
+from resunet.encoder import ResidualEncoder, initialise
+from resunet.errors import InputError
+
+
+class ResUNet(nn.Module, Checkpointed):
+    """A U-Net of residual units: `ResidualEncoder`, `ProgressiveDecoder` and a 1×1 head.
+
+    After Ronneberger et al. 2015 (arXiv 1505.04597) and Zhang et al. 2018 (arXiv 1711.10684), with skips added
+    instead of concatenated.
+
+    Args:
+        in_channels: channels of the scan.
+        num_classes: classes, background included; two give one logit a pixel.
+        channels: width of each level, finest first.
+        units: residual units a level of the encoder.
+        norm: 'batch', 'instance' or 'group'.
+        squeeze_excite: squeeze-and-excitation on every skip.
+        spatial_dims: 2 or 3.
+    """
+
+    kind: ClassVar[str] = "resunet"
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        channels: Sequence[int] = (32, 64, 128, 256, 512),
+        units: int = 2,
+        norm: NormKind = "batch",
+        squeeze_excite: bool = False,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        self.encoder = ResidualEncoder(in_channels, channels, units, norm, spatial_dims)
+        self.decoder = ProgressiveDecoder(self.encoder, norm, squeeze_excite)
+        self.head = convolution(spatial_dims, self.encoder.channels[0], logit_channels(num_classes), 1, bias=True)
+        initialise(self.decoder)
+        initialise(self.head)
+        self.config = ModelConfig(
+            architecture=ResUNetArchitecture.model_validate(
+                dict(self.encoder.config.architecture.model_dump(exclude={"name"}))
+                | dict(num_classes=num_classes, squeeze_excite=squeeze_excite)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, *size) → logits (N, 1 or num_classes, *size)."""
+        logits: Tensor = self.head(self.decoder(self.encoder(x)))
+        return logits
+
+
+class UNet(nn.Module, Checkpointed):
+    """The plain U-Net, the baseline: double convolutions, max-pooling, transposed convolutions, concatenation.
+
+    Ronneberger et al. 2015 (arXiv 1505.04597), with padding and normalisation layers, as it is used today. Arguments
+    as `ResUNet`.
+    """
+
+    kind: ClassVar[str] = "unet"
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        channels: Sequence[int] = (64, 128, 256, 512, 1024),
+        norm: NormKind = "batch",
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3) or not channels or min(channels) < 1 or in_channels < 1:
+            raise InputError(
+                f"spatial_dims={spatial_dims}, in_channels={in_channels}, channels={list(channels)}: 2 or 3 dimensions, "
+                "and at least one channel a level."
+            )
+        widths = tuple(channels)
+        self.config = ModelConfig(
+            architecture=UNetArchitecture.model_validate(
+                dict(
+                    spatial_dims=spatial_dims,
+                    in_channels=in_channels,
+                    num_classes=num_classes,
+                    channels=widths,
+                    norm=norm,
+                )
+            )
+        )
+        self.pool = F.max_pool2d if spatial_dims == 2 else F.max_pool3d
+        self.down = nn.ModuleList(
+            _double_convolution(spatial_dims, before, width, norm)
+            for before, width in zip((in_channels, *widths), widths, strict=False)
+        )
+        pairs = list(zip(widths[::-1], widths[-2::-1], strict=False))  # (coarser, finer), coarsest first
+        self.up = nn.ModuleList(transposed_convolution(spatial_dims, coarse, fine) for coarse, fine in pairs)
+        self.merge = nn.ModuleList(_double_convolution(spatial_dims, 2 * fine, fine, norm) for _, fine in pairs)
+        self.head = convolution(spatial_dims, widths[0], logit_channels(num_classes), 1, bias=True)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, *size) → logits (N, 1 or num_classes, *size)."""
+        skips: list[Tensor] = []
+        for level, block in enumerate(self.down):
+            x = block(x if level == 0 else self.pool(x, 2, ceil_mode=True))
+            skips.append(x)
+        for up, merge, skip in zip(self.up, self.merge, skips[-2::-1], strict=True):
+            x = merge(torch.cat([skip, crop_to(up(x), skip.shape[2:])], dim=1))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+Segmenter = ResUNet | UNet
+
+
+def logit_channels(num_classes: int) -> int:
+    """One logit decides between two classes; more classes take one each."""
+    if num_classes < 2:
+        raise InputError(f"num_classes={num_classes}: at least 2, the background included.")
+    return 1 if num_classes == 2 else num_classes
+
+
+def build_model(architecture: EncoderArchitecture | ResUNetArchitecture | UNetArchitecture) -> nn.Module:
+    """The network that an architecture describes, with fresh weights."""
+    arguments = architecture.model_dump(exclude={"name"})
+    return NETWORKS[architecture.name](**arguments)
+
+
+def load_model(path: str | Path) -> Segmenter:
+    """The segmenter in a run directory or a model directory, in evaluation mode, loaded exactly.
+
+    Raises:
+        InputError: not a model directory, weights that do not match, or an encoder without a decoder.
+    """
+    folder = model_folder(Path(path))
+    name = read_config(folder).architecture.name
+    if name == ResidualEncoder.kind:
+        raise InputError(
+            f"{folder}: holds an encoder, not a segmenter. Fine-tune it: resunet finetune RECIPE encoder={path}"
+        )
+    model: Segmenter = NETWORKS[name].from_pretrained(folder)
+    return model
+
+
+NETWORKS: dict[str, type[ResidualEncoder] | type[ResUNet] | type[UNet]] = {
+    network.kind: network for network in (ResidualEncoder, ResUNet, UNet)
+}
+
+
+def _double_convolution(spatial_dims: int, in_channels: int, out_channels: int, norm: NormKind) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before in (in_channels, out_channels):
+        layers += [
+            convolution(spatial_dims, before, out_channels, 3),
+            normalisation_layer(norm, spatial_dims, out_channels),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)

@@ -1,0 +1,116 @@
+"""report.html: self-contained pages of text, tables, curves and pictures; what a person opens first."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from resunet.checkpoint import write_text
+
+# Okabe & Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Something to look at, as inline markup, with the words under it."""
+
+    markup: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A block of the page; the first row of `table` is its header."""
+
+    heading: str = ""
+    lead: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    text: Sequence[str] = ()
+    table: Sequence[Sequence[str]] = ()
+    pictures: Sequence[Picture] = field(default=())
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Render a page, atomically."""
+    environment = Environment(loader=PackageLoader("resunet", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    try:
+        installed = version("resunet")
+    except PackageNotFoundError:
+        installed = "(not installed)"
+    page = environment.get_template("report.html.j2").render(title=title, sections=sections, version=installed)
+    write_text(path, page)
+
+
+def image(pixels: NDArray[np.uint8], caption: str, scale: int = 1) -> Picture:
+    """Pixels (y, x) or (y, x, 3) as an inline PNG; `scale` repeats pixels, so that small images keep their edges."""
+    enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(enlarged).save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Picture(Markup(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'), caption)
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, xlabel: str, ylabel: str, log: bool = False
+) -> Picture:
+    """Lines, name → (x, y), as an inline SVG."""
+    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+    axes = figure.subplots()
+    for (name, (x, y)), colour in zip(series.items(), COLOURS, strict=False):
+        axes.plot(x, y, label=name, color=colour, linewidth=1.8)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_yscale("log" if log else "linear")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return svg(figure, caption)
+
+
+def svg(figure: Figure, caption: str) -> Picture:
+    """A matplotlib figure as an inline SVG with a name for screen readers."""
+    buffer = io.StringIO()
+    # a fixed salt, so that the same figure gives the same ids
+    with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
+    return Picture(Markup(text), caption)
+
+
+def read_metrics(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """metrics.jsonl of a run as name → (steps, values)."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        step = values.pop("step")
+        for name, value in values.items():
+            steps, its = found.setdefault(name, ([], []))
+            steps.append(step)
+            its.append(value)
+    return found
+
+
+def shown(figure: Figures, digits: int = 3) -> str:
+    """A figure of summary.json as 'mean [low, high], n'."""
+    if figure["mean"] is None:
+        return "undefined"
+    interval = figure.get("ci95")
+    bounds = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else " (too few groups for an interval)"
+    return f"{figure['mean']:.{digits}f}{bounds}, n = {figure['n']}"

@@ -1,0 +1,205 @@
+"""What both training loops need and neither should repeat: ranks and precision, the schedule, order, progress, SIGTERM.
+
+The loops themselves stay visible in pretrain/loop.py and finetune/loop.py.
+"""
+
+import math
+import signal
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lightly.models.utils import get_weight_decay_parameters
+from lightly.utils.scheduler import cosine_warmup_schedule
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from resunet.config import Recipe
+from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
+from resunet.runs import Run, say
+
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+T = TypeVar("T")
+
+
+def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
+    """The accelerator of this rank, with the recipe's precision; says ranks and batch first.
+
+    Args:
+        batch: what is processed together over all ranks; ranks must divide it exactly.
+        what: its unit, for messages ('scans', 'patches').
+
+    Raises:
+        InputError: other ranks than `processes`, or ranks that do not divide the batch.
+        EnvironmentFault: fp16 without a GPU.
+    """
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise EnvironmentFault("precision=fp16: needs a GPU, and none is visible. On a CPU use precision=bf16 or fp32.")
+    accelerator = Accelerator(mixed_precision=_MIXED[recipe.precision])
+    ranks = accelerator.num_processes
+    if ranks != recipe.processes:
+        raise InputError(
+            f"processes={recipe.processes}: the recipe wants {recipe.processes} ranks, {ranks} started. Launch with "
+            f"`accelerate launch --multi_gpu --num_processes {recipe.processes} -m …` or torchrun (on CPUs too: "
+            f"`accelerate launch --cpu` starts one whatever it is told), or set processes={ranks}."
+        )
+    if batch % ranks:
+        raise InputError(f"batch={batch}: {ranks} ranks do not divide it exactly. Set a multiple of {ranks}.")
+    if accelerator.is_main_process:
+        say(
+            f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {accelerator.device.type}, batch {batch} {what} "
+            f"({batch // ranks} a rank), {recipe.precision}, {recipe.steps} steps"
+        )
+    return accelerator
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    warmup_steps = min(round(warmup * steps), steps - 1)
+    return cosine_warmup_schedule(step, steps, peak, 0.0, warmup_steps, 0.0)
+
+
+def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups by name, without weight decay on norms and biases."""
+    groups = []
+    for name, module in modules.items():
+        decayed, plain = get_weight_decay_parameters([module])
+        groups.append({"name": name, "params": decayed, "weight_decay": weight_decay})
+        groups.append({"name": name, "params": plain, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch, a pure function of its arguments: a resumed run sees the same scans."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(size)
+
+
+def batch_order(size: int, batch: int, seed: int, index: int) -> NDArray[np.int64]:
+    """The items of the `index`-th batch; what does not fill the last batch of an epoch is left out of that epoch."""
+    epoch, position = divmod(index, size // batch)
+    return epoch_order(size, seed, epoch)[position * batch : (position + 1) * batch]
+
+
+def step_generator(device: torch.device, seed: int, stage: int, step: int, rank: int) -> torch.Generator:
+    """The random generator of one step on one rank, a pure function of its arguments."""
+    entropy = np.random.SeedSequence([seed, stage, step, rank]).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(entropy[0]) << 32 | int(entropy[1]))
+
+
+def training_state(step: int, network: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Any]:
+    """All that a loop needs to go on after `step` steps; order and random numbers are functions of the step."""
+    return {
+        "step": step,
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+    }
+
+
+def restore_training(
+    state: Mapping[str, Any], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
+) -> int:
+    """Load what `training_state` gave; the number of steps already done."""
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def any_rank(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set on any rank."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor([int(flag)], device=accelerator.device)
+    return bool(accelerator.reduce(flags, reduction="sum").item())
+
+
+def mean_over_ranks(metrics: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Each metric averaged over the ranks."""
+    if accelerator.num_processes == 1:
+        return dict(metrics)
+    values = torch.tensor(list(metrics.values()), device=accelerator.device)
+    return dict(zip(metrics, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+
+def refuse_non_finite(losses: Mapping[str, float], step: int) -> None:
+    """Stop on a loss that is not finite.
+
+    Raises:
+        CheckFailed: with the step and what usually helps.
+    """
+    if all(math.isfinite(value) for value in losses.values()):
+        return
+    shown = ", ".join(f"{name}={value}" for name, value in losses.items())
+    raise CheckFailed(
+        f"step {step}: the loss is not finite ({shown}). Lower the learning rate, lengthen the warm-up, or use "
+        "precision=bf16 or fp32. The last checkpoint stands; resume=true continues from it."
+    )
+
+
+class StopRequest:
+    """Becomes true when SIGTERM arrives; the loop saves and leaves at its next step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+    def stop(self, run: Run, step: int) -> None:
+        """Close the run and leave with 143.
+
+        Raises:
+            Stopped: always.
+        """
+        run.finish("stopped", step=step)
+        raise Stopped(f"stopped by SIGTERM after step {step}; continue with resume=true")
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[StopRequest]:
+    """SIGTERM sets the request; the handler before is restored at the end."""
+    request = StopRequest()
+
+    def handle(signum: int, frame: types.FrameType | None) -> None:
+        request.requested = True
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def failing_as(run: Run) -> Iterator[None]:
+    """Whatever leaves the block as an error leaves the run as failed; a stopped run stays stopped."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException:
+        run.finish("failed")
+        raise
+
+
+def progress(items: Iterable[T], total: int, label: str, start: int = 0, quiet: bool = False) -> Iterator[T]:
+    """A progress bar on a terminal; in a log, a plain line at each tenth of the work."""
+    if quiet:
+        yield from items
+    elif sys.stderr.isatty():
+        yield from tqdm(items, total=total, initial=start, desc=label, dynamic_ncols=True, leave=False)
+    else:
+        tenth = max(1, total // 10)
+        for done, item in enumerate(items, start + 1):
+            yield item
+            if done % tenth == 0 or done == total:
+                say(f"{label} {done}/{total}")
