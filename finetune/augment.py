@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from finetune.recipe import AugmentSettings
 
 
-def augment(images: Tensor, labels: Tensor, settings: AugmentSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+def augment(
+    images: Tensor, labels: Tensor, settings: AugmentSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
     """Augment a batch.
 
     Args:
@@ -36,9 +38,7 @@ def augment(images: Tensor, labels: Tensor, settings: AugmentSettings, generator
     return (images - mean) * factor + mean, moved[:, 0].to(labels.dtype), rms
 
 
-def elastic_displacement(
-    count: int, height: int, width: int, sigma: float, alpha: float, generator: torch.Generator
-) -> Tensor:
+def elastic_displacement(count: int, height: int, width: int, sigma: float, alpha: float, generator: torch.Generator) -> Tensor:
     """Simard's elastic deformation: α · Gaussian_σ(uniform noise in [−1, 1]), (count, 2, height, width) in pixels (x, y).
 
     Simard, Steinkraus & Platt 2003, ICDAR, section 2: a random field convolved with a Gaussian of σ pixels and

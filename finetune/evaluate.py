@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,13 @@ SCHEMA_VERSION = 1
 _OVERLAYS = 9  # the worst, the median and the best three
 
 
+class EvaluateRequest(DataSettings):
+    """What `resunet evaluate` takes beside the model; how channels are read comes from the model."""
+
+    split: Literal["pool", "val", "test"] = "test"
+    precision: Precision = "fp32"
+
+
 @dataclass(frozen=True)
 class Measured:
     """One evaluated case."""
@@ -41,26 +48,19 @@ class Measured:
         return self.case.case.id, self.case.case.group, self.measures
 
 
-def evaluate(
-    model: Path,
-    settings: DataSettings,
-    split: str = "test",
-    out: Path | None = None,
-    allow_leak: bool = False,
-    precision: Precision = "fp32",
-) -> Path:
+def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, allow_leak: bool = False) -> Path:
     """Evaluate a segmenter on a source; the folder with the results.
 
     Args:
         model: a fine-tuning run or a segmenter's model directory.
-        settings: `source`, `names` and `salt_file` count; channels come from the model.
-        split: 'pool', 'val' or 'test'; a source without splits is evaluated whole, and the summary says so.
+        request: the source and the part of it; a source without splits is evaluated whole, and the summary says so.
         out: a new folder; without it `evaluation-SPLIT` beside the model.
 
     Raises:
         InputError: the model, the source or `out`.
         CheckFailed: cases of the split were in the model's training data, and `allow_leak` is not set.
     """
+    split = request.split
     folder = model_folder(model)
     out = out if out is not None else model / f"evaluation-{split}"
     if out.exists():
@@ -68,10 +68,10 @@ def evaluate(
     network = load_model(folder)
     config = read_config(folder)
     assert config.classes is not None
-    source = open_source(settings, masks=True)
+    source = open_source(request, masks=True)
     cases = source.part(split) if source.has_splits else list(source.cases)
     if not cases:
-        raise InputError(f"--split {split}: is empty in {settings.source / 'splits.json'}. Choose another part.")
+        raise InputError(f"--split {split}: is empty in {request.source / 'splits.json'}. Choose another part.")
     notes = source.notes()
     if not source.has_splits:
         notes.append(f"--split {split}: without splits.json all {len(cases)} cases were evaluated.")
@@ -92,8 +92,8 @@ def evaluate(
         say(note)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    measured = measure_cases(network, loaded, len(config.classes), device, precision)
-    write_evaluation(out, network, measured, config, split, notes, device, precision)
+    measured = measure_cases(network, loaded, len(config.classes), device, request.precision)
+    write_evaluation(out, network, measured, config, split, notes, device, request.precision)
     return out
 
 
@@ -168,12 +168,10 @@ def telling_cases(measured: Sequence[Measured]) -> list[tuple[str, Measured]]:
     scored.sort(key=lambda pair: pair[0])
     third = min(_OVERLAYS // 3, (len(scored) + 2) // 3)
     middle = max(third, min(len(scored) // 2 - third // 2, len(scored) - 2 * third))
-    chosen = [
-        *((f"worst-{i + 1}", one) for i, (_, one) in enumerate(scored[:third])),
-        *((f"median-{i + 1}", one) for i, (_, one) in enumerate(scored[middle : max(middle, min(middle + third, len(scored) - third))])),
-        *((f"best-{i + 1}", one) for i, (_, one) in enumerate(reversed(scored[max(third, len(scored) - third) :]))),
-    ]
-    return chosen
+    best = scored[max(third, len(scored) - third) :][::-1]
+    median = scored[middle : max(middle, min(middle + third, len(scored) - third))]
+    named = {"worst": scored[:third], "median": median, "best": best}
+    return [(f"{name}-{i + 1}", one) for name, chosen in named.items() for i, (_, one) in enumerate(chosen)]
 
 
 def _slice(labels: Any, axis: int | None, index: int) -> Any:

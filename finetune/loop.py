@@ -26,6 +26,7 @@ from resunet.data.leakage import ARCHIVE, describe_archive, merge_archives, writ
 from resunet.model import ResUNet, Segmenter, build_model
 from resunet.runs import Run, check_out, versions
 from resunet.training import (
+    StepClock,
     any_rank,
     failing_as,
     learning_rate,
@@ -53,7 +54,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     recipe = resolve(recipe)
     check_out(recipe)
     accelerator = start_ranks(recipe, recipe.batch, "patches")
-    main, device, ranks = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    main, device = accelerator.is_main_process, accelerator.device
     data = read_labelled(recipe, quiet=not main)
     model, receipt = _build(recipe, data)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -69,7 +70,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     with failing_as(run), stop_on_sigterm() as stop:
         if main and receipt is not None:
             write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
-        first, best, started = 0, -1.0, time.perf_counter()
+        first, best, clock = 0, -1.0, StepClock()
+        started = time.perf_counter()
         if (state := run.load_checkpoint("last")) is not None:
             first, best = restore_training(state, model, optimizer, accelerator), state["best"]
             run.rewind(first)
@@ -81,6 +83,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             refuse_non_finite({"loss": metrics["loss"]}, step)
             metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip))
             optimizer.step()
+            clock.tick()
 
             done = step + 1
             stopping = any_rank(bool(stop), accelerator)
@@ -108,7 +111,14 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         if main:
             model.config = _model_config(recipe, model, data, inputs["data"])
             _save(run, model, data, measured, recipe, receipt)
-        run.finish("done", step=recipe.steps, best_step=chosen["step"], best_val_dice=best, seconds=round(seconds, 1))
+        run.finish(
+            "done",
+            step=recipe.steps,
+            best_step=chosen["step"],
+            best_val_dice=best,
+            seconds=round(seconds, 1),
+            seconds_per_step=clock.seconds_per_step(),
+        )
     accelerator.wait_for_everyone()
     return recipe.out
 
@@ -117,9 +127,7 @@ def _build(recipe: FinetuneRecipe, data: LabelledData) -> tuple[Segmenter, Recei
     """The network, fresh but for what the receipt says. The seed makes the fresh part the same in every arm."""
     torch.manual_seed(recipe.seed)
     assert recipe.model.norm is not None, "resolve() comes first"
-    architecture = recipe.model.architecture(
-        data.train[0].values.shape[0], len(recipe.data.classes), recipe.model.norm
-    )
+    architecture = recipe.model.architecture(data.train[0].values.shape[0], len(recipe.data.classes), recipe.model.norm)
     model = build_model(architecture)
     assert isinstance(model, Segmenter)
     if recipe.encoder is None:
@@ -156,9 +164,7 @@ def _forward_backward(
         with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
                 logits = wrapped(images)
-            terms = focal_dice_loss(
-                logits, labels, recipe.loss.gamma, recipe.loss.focal_weight, recipe.loss.dice_weight
-            )
+            terms = focal_dice_loss(logits, labels, recipe.loss.gamma, recipe.loss.focal_weight, recipe.loss.dice_weight)
             accelerator.backward(terms["loss"] / recipe.accumulate)
         values = {name: float(term.detach()) for name, term in terms.items()} | {"elastic_rms": moved}
         for name, value in values.items():
@@ -166,9 +172,7 @@ def _forward_backward(
     return metrics
 
 
-def _batch(
-    recipe: FinetuneRecipe, sampler: PatchSampler, index: int, accelerator: Accelerator
-) -> tuple[Tensor, Tensor, float]:
+def _batch(recipe: FinetuneRecipe, sampler: PatchSampler, index: int, accelerator: Accelerator) -> tuple[Tensor, Tensor, float]:
     rank = accelerator.process_index
     share = recipe.batch // accelerator.num_processes
     images, labels = sampler.batch(share, (recipe.seed, _PATCHES, index, rank))

@@ -32,9 +32,7 @@ def predict_slices(
 ) -> Sequence[NDArray[np.uint8]]:
     """Class indices (N, y, x) of normalised images (N, C, y, x)."""
     x = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
-    autocast = (
-        torch.autocast(device.type, _DTYPES[precision]) if precision in _DTYPES else contextlib.nullcontext()
-    )
+    autocast = torch.autocast(device.type, _DTYPES[precision]) if precision in _DTYPES else contextlib.nullcontext()
     with autocast:
         logits = model(x)
     labels: NDArray[np.uint8] = decide(logits).cpu().numpy()

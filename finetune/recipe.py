@@ -64,9 +64,7 @@ class NetworkSettings(Frozen):
 
     def architecture(self, in_channels: int, num_classes: int, norm: NormKind) -> ResUNetArchitecture | UNetArchitecture:
         if self.name == "unet":
-            return UNetArchitecture(
-                in_channels=in_channels, num_classes=num_classes, channels=self.channels, norm=norm
-            )
+            return UNetArchitecture(in_channels=in_channels, num_classes=num_classes, channels=self.channels, norm=norm)
         return ResUNetArchitecture(
             in_channels=in_channels,
             num_classes=num_classes,

@@ -12,9 +12,7 @@ from resunet.report import Section, curves, image, read_metrics, shown, write_pa
 from resunet.transfer import Receipt
 
 
-def write_report(
-    recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None, summary: dict[str, Any] | None
-) -> None:
+def write_report(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None, summary: dict[str, Any] | None) -> None:
     """report.html of a finished run; `summary` is evaluation/summary.json, None where there are no test cases."""
     counts = ", ".join(
         f"{len(cases)} {name} cases of {len({case.case.group for case in cases})} groups"
@@ -37,9 +35,7 @@ def write_report(
     )
     if summary is not None:
         paths = sorted((recipe.out / "evaluation" / "overlays").glob("*.png"), key=lambda path: _rank(path.stem))
-        pictures = [
-            image(np.asarray(Image.open(path)), path.stem.rpartition("-")[0].replace("-", " ")) for path in paths
-        ]
+        pictures = [image(np.asarray(Image.open(path)), path.stem.rpartition("-")[0].replace("-", " ")) for path in paths]
         text = [f"Scan, truth, prediction. {LEGEND}"]
         sections.append(Section("Worst, median and best", text=text, pictures=pictures))
         policy = [["Matter", "How it was treated"], *([key, value] for key, value in summary["policy"].items())]

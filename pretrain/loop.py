@@ -24,20 +24,21 @@ from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
 from resunet.runs import Run, check_out, versions
 from resunet.training import (
+    StepClock,
     any_rank,
     batch_order,
     epoch_order,
     failing_as,
-    training_state,
-    restore_training,
     learning_rate,
     mean_over_ranks,
     parameter_groups,
     progress,
     refuse_non_finite,
+    restore_training,
     start_ranks,
     step_generator,
     stop_on_sigterm,
+    training_state,
 )
 from resunet.transfer import fingerprint
 
@@ -74,7 +75,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
     run = Run(recipe, "pretrain", inputs, writes=main)
     with failing_as(run), stop_on_sigterm() as stop:
-        first = 0
+        first, clock = 0, StepClock()
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, network, optimizer, accelerator)
             run.rewind(first)
@@ -96,6 +97,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                     metrics[name] = metrics.get(name, 0.0) + float(value.detach()) / recipe.accumulate
             refuse_non_finite({"loss": metrics["loss"]}, step)
             optimizer.step()
+            clock.tick()
             done = step + 1
             if done % recipe.log_every == 0 or done == recipe.steps:
                 run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
@@ -109,7 +111,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             _save_encoder(recipe, encoder, archive, source, inputs["data"], allowed)
             facts = {"scans": len(archive), "slices": len(slices), "groups": len({c.case.group for c in archive})}
             write_report(recipe, facts, source.notes() + allowed, _example(recipe, slices))
-        run.finish("done", step=recipe.steps)
+        run.finish("done", step=recipe.steps, seconds_per_step=clock.seconds_per_step())
     accelerator.wait_for_everyone()
     return recipe.out
 
@@ -137,9 +139,7 @@ def _read_archive(recipe: PretrainRecipe, quiet: bool) -> tuple[Source, list[Loa
     return source, archive, refuse_leaks(leaks, "held-out", "the pretraining archive", "leak" in recipe.allow)
 
 
-def _views(
-    recipe: PretrainRecipe, slices: list[tuple[LoadedCase, int]], index: int, accelerator: Accelerator
-) -> Tensor:
+def _views(recipe: PretrainRecipe, slices: list[tuple[LoadedCase, int]], index: int, accelerator: Accelerator) -> Tensor:
     """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, S, S)."""
     share = recipe.batch // accelerator.num_processes
     rank = accelerator.process_index

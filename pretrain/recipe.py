@@ -26,9 +26,7 @@ class EncoderSettings(Frozen):
     norm: NormKind = "batch"
 
     def architecture(self, in_channels: int) -> EncoderArchitecture:
-        return EncoderArchitecture(
-            in_channels=in_channels, channels=self.channels, units=self.units, norm=self.norm
-        )
+        return EncoderArchitecture(in_channels=in_channels, channels=self.channels, units=self.units, norm=self.norm)
 
 
 class ViewSettings(Frozen):

@@ -1,0 +1,59 @@
+"""From an archive of unlabelled scans and a handful of labelled ones to a segmentation model.
+
+The promised API; everything else may change. Names are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resunet.checkpoint import ModelConfig
+    from resunet.decoder import ProgressiveDecoder
+    from resunet.encoder import ResidualEncoder
+    from resunet.errors import CheckFailed, EnvironmentFault, InputError, ResUNetError, Stopped
+    from resunet.model import ResUNet, UNet, build_model, load_model
+    from resunet.transfer import Receipt, transfer_encoder
+
+_HOME = {
+    "CheckFailed": "errors",
+    "EnvironmentFault": "errors",
+    "InputError": "errors",
+    "ModelConfig": "checkpoint",
+    "ProgressiveDecoder": "decoder",
+    "Receipt": "transfer",
+    "ResUNet": "model",
+    "ResUNetError": "errors",
+    "ResidualEncoder": "encoder",
+    "Stopped": "errors",
+    "UNet": "model",
+    "build_model": "model",
+    "load_model": "model",
+    "transfer_encoder": "transfer",
+}
+
+__all__ = [
+    "CheckFailed",
+    "EnvironmentFault",
+    "InputError",
+    "ModelConfig",
+    "ProgressiveDecoder",
+    "Receipt",
+    "ResUNet",
+    "ResUNetError",
+    "ResidualEncoder",
+    "Stopped",
+    "UNet",
+    "build_model",
+    "load_model",
+    "transfer_encoder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"resunet.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'resunet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -46,6 +46,4 @@ class UNetArchitecture(Frozen):
 
 
 SegmenterArchitecture = Annotated[ResUNetArchitecture | UNetArchitecture, Field(discriminator="name")]
-Architecture = Annotated[
-    EncoderArchitecture | ResUNetArchitecture | UNetArchitecture, Field(discriminator="name")
-]
+Architecture = Annotated[EncoderArchitecture | ResUNetArchitecture | UNetArchitecture, Field(discriminator="name")]

@@ -98,7 +98,7 @@ class Recipe(Frozen):
         return out
 
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=Frozen)
 
 
 def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequence[str] = ()) -> R:
@@ -181,9 +181,10 @@ def _fault(model: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = list(_keys(model))
         # a key may be right but in the wrong place: compare the whole path first, the last word then
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [
-            k for k in known if k.split(".")[-1] == key.split(".")[-1]
-        ][:1]
+        close = (
+            difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+            or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+        )
         siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
         hint = f"did you mean {close[0]!r}?" if close else f"allowed here: {', '.join(siblings)}"
         return f"{key}={error['input']!r}: there is no such key; {hint}"

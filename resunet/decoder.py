@@ -1,5 +1,6 @@
 """The progressive decoder: from the encoder's coarsest level to its finest, one `UpBlock` a level."""
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -22,12 +23,11 @@ class ProgressiveDecoder(nn.Module):
 
     def __init__(self, encoder: Encoder, norm: NormKind = "batch", squeeze_excite: bool = False) -> None:
         super().__init__()
-        steps = [coarse // fine for fine, coarse in zip(encoder.strides, encoder.strides[1:], strict=False)]
+        steps = [coarse // fine for fine, coarse in itertools.pairwise(encoder.strides)]
         assert all(step == 2 for step in steps), f"every level halves the one before: strides {encoder.strides}"
         widths = encoder.channels[::-1]  # coarsest first
         self.blocks = nn.ModuleList(
-            UpBlock(encoder.spatial_dims, below, skip, skip, norm, squeeze_excite)
-            for below, skip in zip(widths, widths[1:], strict=False)
+            UpBlock(encoder.spatial_dims, below, skip, skip, norm, squeeze_excite) for below, skip in itertools.pairwise(widths)
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:

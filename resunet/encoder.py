@@ -4,6 +4,7 @@ An encoder declares `channels` and `strides`, one per level, finest first, and r
 decoder builds itself from what is declared; nobody guesses.
 """
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
@@ -97,9 +98,22 @@ class ResidualEncoder(nn.Module, Checkpointed):
 
 
 def initialise(module: nn.Module) -> None:
-    """He initialisation of every convolution (He et al. 2015, arXiv 1502.01852, equation 10)."""
+    """He initialisation of every convolution (He et al. 2015, arXiv 1502.01852, section 2.2).
+
+    A transposed convolution of kernel 2 and stride 2 writes every output from one position, so that its fan-in is its
+    number of input channels.
+    """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        if isinstance(layer, nn.ConvTranspose2d | nn.ConvTranspose3d):
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_channels))
+        elif isinstance(layer, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def initialise_head(head: nn.Module) -> None:
+    """Small weights, so that training starts from logits near 0 (Lin et al. 2017, arXiv 1708.02002, section 4.1)."""
+    assert isinstance(head, nn.Conv2d | nn.Conv3d) and head.bias is not None
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)

@@ -20,7 +20,7 @@ from resunet.architecture import (
 from resunet.blocks import NormKind, convolution, crop_to, normalisation_layer, transposed_convolution
 from resunet.checkpoint import Checkpointed, ModelConfig, model_folder, read_config
 from resunet.decoder import ProgressiveDecoder
-from resunet.encoder import ResidualEncoder, initialise
+from resunet.encoder import ResidualEncoder, initialise, initialise_head
 from resunet.errors import InputError
 
 
@@ -57,7 +57,7 @@ class ResUNet(nn.Module, Checkpointed):
         self.decoder = ProgressiveDecoder(self.encoder, norm, squeeze_excite)
         self.head = convolution(spatial_dims, self.encoder.channels[0], logit_channels(num_classes), 1, bias=True)
         initialise(self.decoder)
-        initialise(self.head)
+        initialise_head(self.head)
         self.config = ModelConfig(
             architecture=ResUNetArchitecture.model_validate(
                 dict(self.encoder.config.architecture.model_dump(exclude={"name"}))
@@ -116,6 +116,7 @@ class UNet(nn.Module, Checkpointed):
         self.merge = nn.ModuleList(_double_convolution(spatial_dims, 2 * fine, fine, norm) for _, fine in pairs)
         self.head = convolution(spatial_dims, widths[0], logit_channels(num_classes), 1, bias=True)
         initialise(self)
+        initialise_head(self.head)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) → logits (N, 1 or num_classes, *size)."""
@@ -154,9 +155,7 @@ def load_model(path: str | Path) -> Segmenter:
     folder = model_folder(Path(path))
     name = read_config(folder).architecture.name
     if name == ResidualEncoder.kind:
-        raise InputError(
-            f"{folder}: holds an encoder, not a segmenter. Fine-tune it: resunet finetune RECIPE encoder={path}"
-        )
+        raise InputError(f"{folder}: holds an encoder, not a segmenter. Fine-tune it: resunet finetune RECIPE encoder={path}")
     model: Segmenter = NETWORKS[name].from_pretrained(folder)
     return model
 

@@ -168,7 +168,7 @@ class Run:
 
     def _drop_old_checkpoints(self) -> None:
         folder = self.folder / "checkpoints"
-        pointed = {os.readlink(folder / name) for name in ("last", "best") if (folder / name).is_symlink()}
+        pointed = {(folder / name).readlink().name for name in ("last", "best") if (folder / name).is_symlink()}
         steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
         for path in steps[:-_KEPT_CHECKPOINTS]:
             if path.name not in pointed:
@@ -249,6 +249,16 @@ def git_commit() -> str | None:
 def say(message: str) -> None:
     """A line for the person at the terminal; standard output is kept for results."""
     print(message, file=sys.stderr, flush=True)
+
+
+def wandb_state() -> str:
+    """What a recipe's wandb.mode=online would do on this machine."""
+    import wandb
+
+    host = wandb.Settings().base_url
+    if _wandb_key(host):
+        return f"{wandb.__version__}, a key for {host} is there: wandb.mode=online uploads"
+    return f"{wandb.__version__}, no key for {host}: runs are written offline, `wandb sync` uploads them later"
 
 
 def _wandb_key(base_url: str) -> bool:

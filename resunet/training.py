@@ -6,6 +6,7 @@ The loops themselves stay visible in pretrain/loop.py and finetune/loop.py.
 import math
 import signal
 import sys
+import time
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,9 +104,7 @@ def training_state(step: int, network: nn.Module, optimizer: Optimizer, accelera
     }
 
 
-def restore_training(
-    state: Mapping[str, Any], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator
-) -> int:
+def restore_training(state: Mapping[str, Any], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> int:
     """Load what `training_state` gave; the number of steps already done."""
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
@@ -143,6 +142,22 @@ def refuse_non_finite(losses: Mapping[str, float], step: int) -> None:
         f"step {step}: the loss is not finite ({shown}). Lower the learning rate, lengthen the warm-up, or use "
         "precision=bf16 or fp32. The last checkpoint stands; resume=true continues from it."
     )
+
+
+class StepClock:
+    """Seconds a step, the first of a process left out: it allocates and compiles."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def tick(self) -> None:
+        """Once at the end of every step."""
+        self._times.append(time.perf_counter())
+
+    def seconds_per_step(self) -> float | None:
+        """The median over the steps of this process; None before two have ended."""
+        steps = np.diff(self._times)
+        return round(float(np.median(steps)), 5) if len(steps) else None
 
 
 class StopRequest:

@@ -191,9 +191,7 @@ def _receipt(folder: Path, model: ResUNet, adapted: set[str], error: float) -> R
         elif source in adapted:
             state = "adapted"
         tensors.append(
-            TensorReceipt(
-                name=name, state=state, shape=tuple(tensor.shape), norm=float(tensor.double().norm()), source=source
-            )
+            TensorReceipt(name=name, state=state, shape=tuple(tensor.shape), norm=float(tensor.double().norm()), source=source)
         )
     sizes = {name: parameter.numel() for name, parameter in model.encoder.named_parameters()}
     loaded = sum(size for name, size in sizes.items() if name not in adapted)

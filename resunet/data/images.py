@@ -171,4 +171,6 @@ def _with_channels(values: NDArray, channels: str | int, path: Path) -> NDArray:
             return np.repeat(values, 3, axis=0)
     elif count == channels:
         return values
-    raise InputError(f"{path}: has {count} channels, data.channels={channels} cannot be made of them. Set data.channels={count}.")
+    raise InputError(
+        f"{path}: has {count} channels, data.channels={channels} cannot be made of them. Set data.channels={count}."
+    )

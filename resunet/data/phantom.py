@@ -48,7 +48,6 @@ Triple = tuple[float, float, float]
 Range = tuple[float, float]
 
 
-
 def _check(name: str, value: object, allowed: bool, what: str) -> None:
     if not allowed:
         raise InputError(f"phantom: {name} = {value!r}; allowed is {what}. Change {name}.")
@@ -151,7 +150,9 @@ def write_phantom(
         for part in PARTS:
             splits[part] = stems[start : start + getattr(config, part)]
             start += getattr(config, part)
-        (aside / "splits.json").write_text(json.dumps({part: splits[part] for part in ("pool", "val", "test")}, indent=1) + "\n")
+        (aside / "splits.json").write_text(
+            json.dumps({part: splits[part] for part in ("pool", "val", "test")}, indent=1) + "\n"
+        )
         (aside / "SOURCE.txt").write_text(f"{SOURCE_TEXT}seed      {seed}\nconfig    {config}\n")
         aside.chmod(0o755)  # mkdtemp makes it private
         aside.rename(folder)
@@ -370,7 +371,9 @@ def _paint(
     if (low >= high).any():
         return
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    offsets = np.meshgrid(*((np.arange(a, b) - c) * f for a, b, c, f in zip(low, high, centre, fine, strict=True)), indexing="ij")
+    offsets = np.meshgrid(
+        *((np.arange(a, b) - c) * f for a, b, c, f in zip(low, high, centre, fine, strict=True)), indexing="ij"
+    )
     r = np.linalg.norm(np.einsum("ij,jzyx->izyx", axes, np.stack(offsets)), axis=0)
     unevenness = 0.16 * np.clip((radius.mean() - 2.0) / 2.0, 0, 1)  # a lesion of a voxel stays round
     inside = (1 - r + unevenness * bumps[box]) * radius.min()  # about mm to the surface
@@ -403,7 +406,9 @@ def _flair(
         for spot in inside[rng.integers(0, len(inside), int(rng.integers(1, 4)))]:
             grid = [((np.arange(n) - c) * f).astype(np.float32) ** 2 for n, c, f in zip(shape, spot, fine, strict=True)]
             squared = grid[0][:, None, None] + grid[1][None, :, None] + grid[2][None, None, :]
-            csf = csf + amount * np.float32(rng.uniform(0.3, 0.9)) * np.exp(-squared / np.float32(2 * rng.uniform(1.5, 3.0) ** 2))
+            csf = csf + amount * np.float32(rng.uniform(0.3, 0.9)) * np.exp(
+                -squared / np.float32(2 * rng.uniform(1.5, 3.0) ** 2)
+            )
     signal = grey * tissue["grey"] + white * tissue["white"] + csf * tissue["csf"]
     return signal * np.exp(rng.uniform(*config.bias) * _noise(rng, shape, fine, 70.0))
 

@@ -1,9 +1,9 @@
 """What `data.source` may be: a folder of scans, with or without masks, groups and splits.
 
-    SOURCE/images/…    one file a case; or, without images/, every readable file below SOURCE
-    SOURCE/masks/…     the same stems (only fine-tuning and evaluation need them)
-    SOURCE/groups.csv  stem,group: the patient or the physical item; without it every image is its own group
-    SOURCE/splits.json {"pool": [stem, …], "val": […], "test": […]}; without it `assign_parts` makes one by group
+SOURCE/images/…    one file a case; or, without images/, every readable file below SOURCE
+SOURCE/masks/…     the same stems (only fine-tuning and evaluation need them)
+SOURCE/groups.csv  stem,group: the patient or the physical item; without it every image is its own group
+SOURCE/splits.json {"pool": [stem, …], "val": […], "test": […]}; without it `assign_parts` makes one by group
 """
 
 import csv
@@ -56,7 +56,9 @@ def open_source(settings: DataSettings, masks: bool) -> Source:
     """
     root = settings.source
     if not root.is_dir():
-        raise InputError(f"data.source={root}: no such folder. Give a folder with images/ (and masks/, groups.csv, splits.json).")
+        raise InputError(
+            f"data.source={root}: no such folder. Give a folder with images/ (and masks/, groups.csv, splits.json)."
+        )
     folder = root / "images" if (root / "images").is_dir() else root
     images = _by_stem(folder, recursive=folder == root)
     if not images:
@@ -108,9 +110,12 @@ def _by_stem(folder: Path, recursive: bool = False) -> dict[str, Path]:
 def _masks(root: Path, images: dict[str, Path]) -> dict[str, Path]:
     masks = _by_stem(root / "masks")
     if not masks:
-        raise InputError(f"data.source={root}: no mask in {root / 'masks'}. Labelled data has images/ and masks/ with the same stems.")
-    _complain(root / "masks", "images without a mask", sorted(set(images) - set(masks)), "Add the masks, or remove the images.")
-    _complain(root / "images", "masks without an image", sorted(set(masks) - set(images)), "Add the images, or remove the masks.")
+        raise InputError(
+            f"data.source={root}: no mask in {root / 'masks'}. Labelled data has images/ and masks/ with the same stems."
+        )
+    bare, orphaned = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
+    _complain(root / "masks", "images without a mask", bare, "Add the masks, or remove the images.")
+    _complain(root / "images", "masks without an image", orphaned, "Add the images, or remove the masks.")
     return masks
 
 

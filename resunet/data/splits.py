@@ -66,7 +66,9 @@ def draw_groups(groups: Sequence[str], labelled: float | int | None, draw: int) 
         return order
     count = max(1, round(labelled * len(order))) if labelled < 1 else int(labelled)
     if count > len(order):
-        raise InputError(f"data.labelled={labelled}: the pool has only {len(order)} groups. Give at most that, or a share below 1.")
+        raise InputError(
+            f"data.labelled={labelled}: the pool has only {len(order)} groups. Give at most that, or a share below 1."
+        )
     return order[:count]
 
 

@@ -21,7 +21,6 @@ from finetune.metrics import (
 from resunet.data.cases import IGNORE
 from resunet.errors import InputError
 
-
 MARKS = {".": 0, "1": 1, "2": 2, "3": 3, "#": IGNORE}
 
 
@@ -338,12 +337,32 @@ def test_case_rows():
     case = measure(labels("11.", "...", "..1"), labels("1..", "...", "..."), 3)
     assert case_rows([("c", "g", case)], ["background", "one", "two"]) == [
         {
-            **{"id": "c", "group": "g", "class": "one", "dice": 0.5, "iou": 1 / 3, "precision": 1.0, "recall": 1 / 3},
-            **{"truth_voxels": 3, "predicted_voxels": 1, "lesions": 2, "lesions_found": 1, "lesions_false": 0},
+            "id": "c",
+            "group": "g",
+            "class": "one",
+            "dice": 0.5,
+            "iou": 1 / 3,
+            "precision": 1.0,
+            "recall": 1 / 3,
+            "truth_voxels": 3,
+            "predicted_voxels": 1,
+            "lesions": 2,
+            "lesions_found": 1,
+            "lesions_false": 0,
         },
         {
-            **{"id": "c", "group": "g", "class": "two", "dice": "", "iou": "", "precision": "", "recall": ""},
-            **{"truth_voxels": 0, "predicted_voxels": 0, "lesions": 0, "lesions_found": 0, "lesions_false": 0},
+            "id": "c",
+            "group": "g",
+            "class": "two",
+            "dice": "",
+            "iou": "",
+            "precision": "",
+            "recall": "",
+            "truth_voxels": 0,
+            "predicted_voxels": 0,
+            "lesions": 0,
+            "lesions_found": 0,
+            "lesions_false": 0,
         },
     ]
 

@@ -30,7 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def patients(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     stems = sorted(path.name for path in (folder / "images").iterdir())
-    return [tuple(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / kind / s))) for kind in ("images", "masks")) for s in stems]
+    return [
+        tuple(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / kind / s))) for kind in ("images", "masks")) for s in stems
+    ]
 
 
 def lesion_sizes(mask: np.ndarray) -> np.ndarray:

@@ -1,0 +1,251 @@
+"""Finished runs side by side: figures, paired differences by group, curves, and where they disagree most.
+
+Runs are compared only on the same test cases. A difference is taken per group over the cases that have something to
+find, where Dice is defined whatever was predicted; false alarms stand apart in the table.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from finetune.overlay import LEGEND, error_picture, grey_picture, label_picture, side_by_side, telling_slice
+from finetune.predict import predict_case
+from finetune.recipe import FinetuneRecipe
+from finetune.report import figures_table
+from finetune.statistics import group_means, paired_difference
+from resunet.checkpoint import folder_aside
+from resunet.data.cases import load_cases
+from resunet.data.source import assign_parts, open_source
+from resunet.errors import InputError
+from resunet.model import load_model
+from resunet.report import COLOURS, Picture, Section, curves, image, read_metrics, shown, svg, write_page
+from resunet.transfer import Receipt
+
+_OVERLAYS = 6
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One finished fine-tuning run. scores: (case, class) → Dice, of classes that the truth has; groups: case → group."""
+
+    name: str
+    folder: Path
+    recipe: FinetuneRecipe
+    record: Mapping[str, Any]
+    summary: dict[str, Any]
+    scores: dict[tuple[str, str], float]
+    groups: dict[str, str]
+    receipt: Receipt | None
+
+    def case_dice(self) -> dict[str, float]:
+        """Dice of every case that has something to find: the mean over the classes that its truth has."""
+        by_case: dict[str, list[float]] = {}
+        for (case, _), dice in self.scores.items():
+            by_case.setdefault(case, []).append(dice)
+        return {case: float(np.mean(values)) for case, values in by_case.items()}
+
+    def group_dice(self) -> dict[str, float]:
+        """The mean over the cases of each group."""
+        by_group: dict[str, list[float]] = {}
+        for case, dice in self.case_dice().items():
+            by_group.setdefault(self.groups[case], []).append(dice)
+        return group_means(by_group)
+
+
+def compare(
+    runs: Sequence[Path],
+    out: Path,
+    names: Sequence[str] | None = None,
+    title: str = "Comparison",
+    preamble: Sequence[Section] = (),
+    notes: Sequence[str] = (),
+) -> Path:
+    """Compare finished fine-tuning runs; the first is measured against each of the others. Writes compare.json, report.html.
+
+    Args:
+        runs: run directories, two or more.
+        out: a new folder.
+        names: what to call the runs; their folders' names without it.
+
+    Returns:
+        out.
+
+    Raises:
+        InputError: fewer than two runs, one that is not finished or was not evaluated, other test cases, or `out` exists.
+    """
+    if len(runs) < 2:
+        raise InputError(f"compare needs at least two runs, {len(runs)} given.")
+    if out.exists():
+        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    arms = [read_arm(run, name) for run, name in zip(runs, names or _distinct_names(runs), strict=True)]
+    for other in arms[1:]:
+        _refuse_other_cases(arms[0], other)
+    differences = {other.name: paired_difference(arms[0].group_dice(), other.group_dice()) for other in arms[1:]}
+    pictures, missing = _overlays(arms)
+    sections = [
+        Section(lead=[verdict(arms[0].name, name, figure) for name, figure in differences.items()], notes=[*notes, *missing]),
+        *preamble,
+        Section("On the test cases", table=figures_table({arm.name: arm.summary for arm in arms})),
+        Section("Paired by group", pictures=[_paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
+        Section("What differs", table=recipe_differences(arms)),
+        Section("Learning", pictures=_learning(arms)),
+        Section(
+            "Where they differ most",
+            text=[f"Scan, truth, {', '.join(arm.name for arm in arms)}. {LEGEND}"],
+            pictures=pictures,
+        ),
+        Section("What came from pretraining", text=_receipts(arms)),
+    ]
+    record = {
+        "schema_version": 1,
+        "runs": [arm.name for arm in arms],
+        "dice": {arm.name: arm.summary["dice"] for arm in arms},
+        "paired_dice_difference": {f"{arms[0].name} - {name}": figure for name, figure in differences.items()},
+    }
+    with folder_aside(out) as aside:
+        (aside / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_page(aside / "report.html", title, sections)
+    return out
+
+
+def read_arm(folder: Path, name: str) -> Arm:
+    """A finished run.
+
+    Raises:
+        InputError: it is not one, or it has no evaluation.
+    """
+    try:
+        recipe = FinetuneRecipe.model_validate_json((folder / "config.json").read_text())
+        record = json.loads((folder / "run.json").read_text())
+        summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+        with open(folder / "evaluation" / "cases.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        receipt = folder / "receipt.json"
+        return Arm(
+            name=name,
+            folder=folder,
+            recipe=recipe,
+            record=record,
+            summary=summary,
+            scores={(row["id"], row["class"]): float(row["dice"]) for row in rows if int(row["truth_voxels"])},
+            groups={row["id"]: row["group"] for row in rows},
+            receipt=Receipt.model_validate_json(receipt.read_text()) if receipt.exists() else None,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: not a finished fine-tuning run with an evaluation: {error}. Finish it with resume=true, or leave it out."
+        ) from error
+
+
+def verdict(first: str, second: str, difference: Mapping[str, Any]) -> str:
+    """What a paired difference of Dice says, in a sentence; 'no difference' and 'worse' are answers."""
+    figure = f"{shown(difference)} groups; better in {difference['wins']}"
+    interval = difference["ci95"]
+    if interval is None:
+        return f"{first} − {second}: Dice {figure}. Too few groups to say whether that is chance."
+    if interval[0] > 0:
+        return f"{first} is better than {second}: Dice difference {figure}."
+    if interval[1] < 0:
+        return f"{first} is worse than {second}: Dice difference {figure}."
+    return f"No difference shown between {first} and {second}: the interval holds zero. Dice difference {figure}."
+
+
+def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
+    """The recipe keys in which the runs differ, and what each cost."""
+    recipes = [_flat(json.loads(arm.recipe.model_dump_json(exclude={"out"}))) for arm in arms]
+    keys = sorted({key for recipe in recipes for key in recipe})
+    rows = [["Recipe key", *(arm.name for arm in arms)]]
+    for key in keys:
+        values = [str(recipe.get(key)) for recipe in recipes]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])
+    rows.append(["step chosen on val", *(str(arm.record.get("best_step")) for arm in arms)])
+    rows.append(["seconds of training", *(str(arm.record.get("seconds")) for arm in arms)])
+    return rows
+
+
+def _distinct_names(runs: Sequence[Path]) -> list[str]:
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def _refuse_other_cases(first: Arm, other: Arm) -> None:
+    mine, theirs = set(first.groups), set(other.groups)
+    if mine != theirs or first.scores.keys() != other.scores.keys():
+        differing = sorted(mine ^ theirs)
+        raise InputError(
+            f"{first.folder} and {other.folder} were evaluated on different test cases: {len(differing)} differ"
+            f"{', for example ' + differing[0] if differing else ' in the classes they hold'}. "
+            "Evaluate both on the same split of the same source."
+        )
+
+
+def _learning(arms: Sequence[Arm]) -> list[Picture]:
+    metrics = {arm.name: read_metrics(arm.folder) for arm in arms}
+    return [
+        curves({name: its["loss"] for name, its in metrics.items()}, "Training loss by step", "step", "Focal + Dice"),
+        curves({name: its["val_dice"] for name, its in metrics.items()}, "Dice of the val scans by step", "step", "Dice"),
+    ]
+
+
+def _paired_picture(first: Arm, other: Arm, difference: Mapping[str, Any]) -> Picture:
+    mine, theirs = first.group_dice(), other.group_dice()
+    groups = sorted(mine)
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#9aa3ad", linewidth=1)
+    axes.scatter([theirs[g] for g in groups], [mine[g] for g in groups], color=COLOURS[0], alpha=0.75)
+    axes.set(xlabel=f"Dice, {other.name}", ylabel=f"Dice, {first.name}", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.grid(alpha=0.3)
+    return svg(
+        figure, f"Each point a test group; above the line {first.name} is better ({difference['wins']} of {len(groups)})"
+    )
+
+
+def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
+    """The cases in which the first two runs differ most, both ways; and a note where the images are not there any more."""
+    first, second = arms[0].case_dice(), arms[1].case_dice()
+    order = sorted(first, key=lambda case: first[case] - second[case])
+    half = _OVERLAYS // 2
+    ids = order if len(order) <= _OVERLAYS else order[:half] + order[-half:]
+    recipe = arms[0].recipe
+    assert recipe.normalisation is not None
+    try:
+        source = assign_parts(open_source(recipe.data, masks=True), recipe.data.split_seed)
+        cases = {case.id: case for case in source.cases}
+        chosen = [cases[i] for i in ids if i in cases]
+        loaded = load_cases(chosen, recipe.data.channels, recipe.normalisation, recipe.data.classes, recipe.data.ignore)
+    except InputError as error:
+        return [], [f"Pictures are left out: {error}"]
+    models = [load_model(arm.folder) for arm in arms]
+    pictures = []
+    for case in loaded:
+        assert case.labels is not None
+        index = telling_slice(case.labels, case.axis)
+        grey, truth = grey_picture(case, index), case.label_slice(index)
+        row = [grey, label_picture(grey, truth)]
+        for model in models:
+            labels = predict_case(model, case, next(model.parameters()).device, "fp32")
+            row.append(error_picture(grey, truth, labels if case.axis is None else labels.take(index, axis=case.axis)))
+        dice = ", ".join(f"{arm.name} {arm.case_dice()[case.case.id]:.3f}" for arm in arms)
+        scale = max(1, 192 // grey.shape[0])
+        pictures.append(image(side_by_side(row), f"{case.case.id}, Dice: {dice}", scale))
+    return pictures, []
+
+
+def _receipts(arms: Sequence[Arm]) -> list[str]:
+    return [f"{arm.name}: {arm.receipt.line() if arm.receipt else 'nothing; trained from scratch'}." for arm in arms]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
