@@ -20,7 +20,7 @@ from finetune.recipe import FinetuneRecipe
 from finetune.report import figures_table
 from finetune.statistics import group_means, paired_difference
 from resunet.checkpoint import folder_aside
-from resunet.data.cases import load_cases
+from resunet.data.cases import load_cases, take_slice
 from resunet.data.source import assign_parts, open_source
 from resunet.errors import InputError
 from resunet.model import load_model
@@ -233,7 +233,7 @@ def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
         row = [grey, label_picture(grey, truth)]
         for model in models:
             labels = predict_case(model, case, next(model.parameters()).device, "fp32")
-            row.append(error_picture(grey, truth, labels if case.axis is None else labels.take(index, axis=case.axis)))
+            row.append(error_picture(grey, truth, take_slice(labels, case.axis, index)))
         dice = ", ".join(f"{arm.name} {arm.case_dice()[case.case.id]:.3f}" for arm in arms)
         scale = max(1, 192 // grey.shape[0])
         pictures.append(image(side_by_side(row), f"{case.case.id}, Dice: {dice}", scale))

@@ -18,7 +18,7 @@ from finetune.overlay import error_picture, grey_picture, label_picture, side_by
 from finetune.predict import predict_case
 from resunet.checkpoint import ModelConfig, folder_aside, model_folder, read_config
 from resunet.config import DataSettings, Precision
-from resunet.data.cases import LoadedCase, load_cases
+from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.leakage import ARCHIVE, find_leaks, read_archive, refuse_leaks
 from resunet.data.source import open_source
 from resunet.errors import InputError
@@ -155,7 +155,7 @@ def write_evaluation(
             predicted = predict_case(model, one.case, device, precision)
             index = telling_slice(one.case.labels, one.case.axis)
             grey, truth = grey_picture(one.case, index), one.case.label_slice(index)
-            error = error_picture(grey, truth, _slice(predicted, one.case.axis, index))
+            error = error_picture(grey, truth, take_slice(predicted, one.case.axis, index))
             picture = side_by_side([grey, label_picture(grey, truth), error])
             name = one.case.case.id.replace("/", "_")
             Image.fromarray(picture).save(aside / "overlays" / f"{rank}-{name}.png")
@@ -172,7 +172,3 @@ def telling_cases(measured: Sequence[Measured]) -> list[tuple[str, Measured]]:
     median = scored[middle : max(middle, min(middle + third, len(scored) - third))]
     named = {"worst": scored[:third], "median": median, "best": best}
     return [(f"{name}-{i + 1}", one) for name, chosen in named.items() for i, (_, one) in enumerate(chosen)]
-
-
-def _slice(labels: Any, axis: int | None, index: int) -> Any:
-    return labels if axis is None else labels.take(index, axis=axis)

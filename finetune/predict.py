@@ -1,7 +1,6 @@
 """From a case to its label map: slice by slice for a volume, each slice whole."""
 
 import contextlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ def predict_case(model: nn.Module, case: LoadedCase, device: torch.device, preci
 @torch.no_grad()
 def predict_slices(
     model: nn.Module, images: NDArray[np.float32], device: torch.device, precision: Precision
-) -> Sequence[NDArray[np.uint8]]:
+) -> NDArray[np.uint8]:
     """Class indices (N, y, x) of normalised images (N, C, y, x)."""
     x = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, _DTYPES[precision]) if precision in _DTYPES else contextlib.nullcontext()

@@ -136,7 +136,7 @@ class FinetuneRecipe(Recipe):
 
     @field_validator("patch")
     @classmethod
-    def _not_empty(cls, value: tuple[int, int]) -> tuple[int, int]:
+    def _patch_has_room(cls, value: tuple[int, int]) -> tuple[int, int]:
         if min(value) < 8:
             raise ValueError(f"{list(value)}: at least 8 pixels a side")
         return value

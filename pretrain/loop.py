@@ -153,7 +153,8 @@ def _views(recipe: PretrainRecipe, slices: list[tuple[LoadedCase, int]], index: 
 def _optimizer(recipe: PretrainRecipe, network: SimCLR) -> Optimizer:
     groups = parameter_groups({"network": network}, recipe.optimizer.weight_decay)
     if recipe.optimizer.name == "lars":
-        return LARS(groups, lr=recipe.optimizer.lr, momentum=0.9)
+        lars: Optimizer = LARS(groups, lr=recipe.optimizer.lr, momentum=0.9)
+        return lars
     return AdamW(groups, lr=recipe.optimizer.lr)
 
 

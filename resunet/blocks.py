@@ -65,7 +65,8 @@ class ResidualUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = self.activation(self.norm1(self.conv1(x)))
         residual = self.norm2(self.conv2(residual))
-        return self.activation(residual + self.shortcut(x))
+        out: Tensor = self.activation(residual + self.shortcut(x))
+        return out
 
 
 class SqueezeExcite(nn.Module):
@@ -79,7 +80,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)  # (N, C, 1, …)
-        return x * self.expand(F.relu(self.reduce(pooled))).sigmoid()
+        weight: Tensor = self.expand(F.relu(self.reduce(pooled))).sigmoid()
+        return x * weight
 
 
 class UpBlock(nn.Module):
@@ -109,7 +111,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         up = crop_to(self.up(x), skip.shape[2:])
-        return self.unit(up + self.excite(self.skip(skip)))
+        out: Tensor = self.unit(up + self.excite(self.skip(skip)))
+        return out
 
 
 def transposed_convolution(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:

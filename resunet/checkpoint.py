@@ -82,7 +82,7 @@ class Checkpointed(ModelHubMixin, library_name="resunet", license="apache-2.0", 
         write_text(save_directory / CONFIG, self.config.model_dump_json(indent=2) + "\n")
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]
         cls,
         *,
         model_id: str,
@@ -105,7 +105,7 @@ class Checkpointed(ModelHubMixin, library_name="resunet", license="apache-2.0", 
         assert isinstance(model, nn.Module)
         load_exactly(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
         model.config = config
-        return model.eval()  # type: ignore[no-any-return]
+        return model.eval()
 
 
 def read_config(folder: Path) -> ModelConfig:

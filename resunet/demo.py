@@ -82,9 +82,13 @@ def run_demo(out: Path, seconds: float, stages: Stages, patients: PhantomConfig 
 
 
 def _write_patients(folder: Path, patients: PhantomConfig) -> Path:
-    steps = progress(iter(range(patients.patients)), patients.patients, "simulate patients")
+    steps = progress(range(patients.patients), patients.patients, "simulate patients")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return write_phantom(folder, patients, progress=lambda done, total: next(steps, None))
+
+    def advance(done: int, total: int) -> None:
+        next(steps, None)
+
+    return write_phantom(folder, patients, progress=advance)
 
 
 def _step_seconds(stage: Stage, out: Path, common: Sequence[str]) -> float:

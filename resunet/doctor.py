@@ -35,7 +35,7 @@ def examine() -> list[tuple[str, str]]:
 def step_seconds(precision: Precision) -> float:
     """Median seconds of a forward and backward pass of a residual stack on the CPU in some precision."""
     network = nn.Sequential(*[nn.Conv2d(32 if i else 1, 32, 3, padding=1) for i in range(4)])
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)
     x = torch.ones(4, 1, 128, 128).contiguous(memory_format=torch.channels_last)
 
     def step() -> None:

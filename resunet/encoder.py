@@ -86,13 +86,13 @@ class ResidualEncoder(nn.Module, Checkpointed):
 
     def embed(self, x: Tensor) -> Tensor:
         """The global average pool of the last level: (N, in_channels, *size) → (N, channels[-1])."""
-        last = self(x)[-1]
+        last: Tensor = self(x)[-1]
         return last.mean(dim=tuple(range(2, last.ndim)))
 
     def input_convolutions(self) -> list[str]:
         """Names of the weights that see the scan's channels; they alone change with `in_channels`."""
         names = ["levels.0.0.conv1.weight"]
-        if isinstance(self.levels[0][0].shortcut, nn.Sequential):  # type: ignore[index, union-attr]
+        if isinstance(self.levels[0][0].shortcut, nn.Sequential):  # type: ignore[index]
             names.append("levels.0.0.shortcut.0.weight")
         return names
 

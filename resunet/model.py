@@ -156,7 +156,8 @@ def load_model(path: str | Path) -> Segmenter:
     name = read_config(folder).architecture.name
     if name == ResidualEncoder.kind:
         raise InputError(f"{folder}: holds an encoder, not a segmenter. Fine-tune it: resunet finetune RECIPE encoder={path}")
-    model: Segmenter = NETWORKS[name].from_pretrained(folder)
+    model = NETWORKS[name].from_pretrained(folder)
+    assert isinstance(model, Segmenter)
     return model
 
 

@@ -64,7 +64,7 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """Linear warm-up over a share of the steps, then a cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
     warmup_steps = min(round(warmup * steps), steps - 1)
-    return cosine_warmup_schedule(step, steps, peak, 0.0, warmup_steps, 0.0)
+    return float(cosine_warmup_schedule(step, steps, peak, 0.0, warmup_steps, 0.0))
 
 
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:

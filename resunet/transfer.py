@@ -157,7 +157,7 @@ def _pooled(encoder: ResidualEncoder, seed: int, size: int, kind: str) -> list[f
     for level in cast_to(encoder, torch.float64)(x):
         over = (0, *range(2, level.ndim))
         pooled += [level.mean(dim=over), level.square().mean(dim=over).sqrt()]
-    return torch.cat(pooled).tolist()  # type: ignore[no-any-return]
+    return torch.cat(pooled).tolist()
 
 
 def _check_architecture(folder: Path, config: ModelConfig, model: ResUNet, allow_input_channels: bool) -> None:

@@ -18,6 +18,11 @@ IGNORE = 255  # in a label map: left out of every loss and every count
 _MAX_CLASSES = 254
 
 
+def take_slice(labels: NDArray[np.uint8], axis: int | None, index: int) -> NDArray[np.uint8]:
+    """Slice `index` of a label volume along `axis`; the label map itself where there is no axis."""
+    return labels if axis is None else np.take(labels, index, axis=axis)
+
+
 @dataclass(frozen=True)
 class Case:
     """Where a case is, and what it may be called in a record.
@@ -73,7 +78,7 @@ class LoadedCase:
     def label_slice(self, index: int) -> NDArray[np.uint8]:
         """The class indices of slice `index`: (y, x)."""
         assert self.labels is not None
-        return self.labels if self.axis is None else self.labels.take(index, axis=self.axis)
+        return take_slice(self.labels, self.axis, index)
 
     def assemble(self, slices: Sequence[NDArray]) -> NDArray:
         """Slices of (y, x) put back where `image_slice` took them from."""

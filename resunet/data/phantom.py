@@ -12,15 +12,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.random import Generator
 from scipy import ndimage
-from torch.nn import functional
 
+from resunet.data.anatomy import average_down, deformed_template, smooth_noise, template_maps, tissue_fractions
 from resunet.errors import InputError
 
 SOURCE_TEXT = """\
@@ -43,7 +41,6 @@ made by   resunet.data.phantom
 PARTS = ("test", "val", "pool")  # the order of numbering: a larger pool renumbers nobody
 FIELD_OF_VIEW = (192.0, 216.0, 192.0)  # mm (x, y, z), the box all patients are cut from; z is then cut to the brain
 WORKING_SPACING = (1.0, 1.0, 2.0)  # mm (x, y, z), about what lesions and tissue are painted on
-COARSE = 4.0  # mm, the grid of the deformation
 Triple = tuple[float, float, float]
 Range = tuple[float, float]
 
@@ -62,7 +59,7 @@ class PhantomConfig:
     test: int = 10  # patients
     spacing_mm: Triple = (2.0, 2.0, 4.0)  # mm (x, y, z)
     lesion_contrast: float = 1.0  # factor on every lesion's brightness over white matter: the one knob of difficulty
-    lesion_contrast_range: Range = (0.35, 0.85)  # of white matter's signal; two draws a lesion, large take the brighter
+    lesion_contrast_range: Range = (0.45, 0.95)  # of white matter's signal; two draws a lesion, large take the brighter
     lesions_median: float = 38.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
     volume_median_mm3: float = 190.0  # mm3, of the median lesion as painted
@@ -71,8 +68,10 @@ class PhantomConfig:
     places: Triple = (0.5, 0.2, 0.3)  # shares of lesions: periventricular, juxtacortical, deep white matter
     confluent: float = 0.5  # share of periventricular lesions made of several that run together
     edge_mm: float = 0.5  # mm, half width of a lesion's border
-    noise: Range = (0.03, 0.06)  # Rician sigma as a fraction of white matter's signal
-    bias: Range = (0.04, 0.14)  # standard deviation of the logarithm of the bias field
+    grey_signal: Range = (1.05, 1.5)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
+    csf_signal: Range = (0.1, 0.95)  # of fluid: its suppression is seldom complete
+    noise: Range = (0.03, 0.09)  # Rician sigma as a fraction of white matter's signal
+    bias: Range = (0.05, 0.25)  # standard deviation of the logarithm of the bias field
     scale: float = 0.05  # standard deviation of the log size; shear is half of it
     rotation_deg: float = 4.0  # degrees, standard deviation about each axis
     deformation_mm: float = 2.5  # mm, standard deviation of the smooth displacement along each axis
@@ -169,15 +168,15 @@ def simulate_patient(seed: int, config: PhantomConfig = PhantomConfig()) -> Simu
     factor = np.maximum(1, np.round(spacing / WORKING_SPACING[::-1])).astype(int)
     shape = np.ceil(np.array(FIELD_OF_VIEW[::-1]) / spacing).astype(int)
     fine = spacing / factor
-    anatomy = _deformed_template(rng, config, shape * factor, fine)
+    anatomy = deformed_template(rng, config, shape * factor, fine)
     occupied = np.flatnonzero((anatomy["brain"] > 0.5).any(axis=(1, 2))) // factor[0]
     low, high = max(occupied[0] - 1, 0), min(occupied[-1] + 2, shape[0])  # the brain's slices and one beyond
     anatomy = {name: values[low * factor[0] : high * factor[0]] for name, values in anatomy.items()}
-    tissue = _tissues(rng, anatomy, fine)
+    tissue = tissue_fractions(rng, anatomy, fine)
     lesion, brightness = _lesions(rng, config, anatomy, tissue, factor, fine)
     signal = _flair(rng, config, anatomy, tissue, lesion, brightness, fine)
 
-    signal, lesion, brain = (_average_down(a, factor) for a in (signal, lesion, anatomy["brain"]))
+    signal, lesion, brain = (average_down(a, factor) for a in (signal, lesion, anatomy["brain"]))
     sigma = rng.uniform(*config.noise)
     real, imaginary = rng.standard_normal((2, *signal.shape), dtype=np.float32) * np.float32(sigma)
     image = np.hypot(signal + real, imaginary) * rng.uniform(*config.gain)
@@ -185,7 +184,7 @@ def simulate_patient(seed: int, config: PhantomConfig = PhantomConfig()) -> Simu
     image = np.where(brain, np.clip(np.round(image), 1, 65535), 0).astype(np.uint16)
     mask = ((lesion >= 0.5) & brain).astype(np.uint8)
 
-    corner = _template()["centre"] - (shape - 1) / 2 * spacing + np.array([low * spacing[0], 0, 0])
+    corner = template_maps()["centre"] - (shape - 1) / 2 * spacing + np.array([low * spacing[0], 0, 0])
     origin = corner + np.round(rng.uniform(-20, 20, 3), 2)  # how the patient lay in the scanner
     labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
     volumes = np.sort(np.bincount(labels.ravel(), minlength=count + 1)[1:])[::-1] * float(spacing.prod())
@@ -196,105 +195,6 @@ def simulate_patient(seed: int, config: PhantomConfig = PhantomConfig()) -> Simu
         origin=(float(origin[2]), float(origin[1]), float(origin[0])),
         lesion_volumes_mm3=volumes,
     )
-
-
-@lru_cache(maxsize=1)
-def _template() -> dict:
-    """The MNI152 maps at 1 mm, (z, y, x) in LPS, cut to the brain.
-
-    `maps` (channels, z, y, x) float32 in the order of `names`; `push` (3, z, y, x) unit vectors away from the lateral ventricles,
-    fading with distance; `origin` and `centre` in mm (z, y, x).
-    """
-    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
-
-    loaders = (load_mni152_template, load_mni152_gm_template, load_mni152_wm_template)
-    images = [load(resolution=1) for load in loaders]
-    # nilearn's x, y, z run to R, A, S: two flips make them L, P, S
-    t1, grey, white = (image.get_fdata(dtype=np.float32).transpose(2, 1, 0)[:, ::-1, ::-1] for image in images)
-    last = np.array(t1.shape) - 1
-    first = images[0].affine[:3, 3][::-1]
-    origin = np.array([first[0], -(first[1] + last[1]), -(first[2] + last[2])])
-    box = ndimage.find_objects((t1 > 0).astype(np.uint8))[0]
-    t1, grey, white = (np.pad(a[box], 2) for a in (t1, grey, white))  # the template is cut through the brain stem
-    origin = origin + [s.start - 2 for s in box]
-    brain = (t1 > 0).astype(np.float32)
-    csf = np.clip(brain - grey - white, 0, 1)
-
-    z, y, x = (o + np.arange(n) for o, n in zip(origin, t1.shape, strict=True))
-    z, y, x = z[:, None, None], y[None, :, None], np.abs(x)[None, None, :]
-    # lateral ventricles: fluid near the middle without the third ventricle and the cisterns, joined to the bodies
-    fluid = (csf > 0.5) & (z > -14) & (z < 40) & (y > -45) & (y < 62) & (x > 2) & (x < 42) & ~((x < 20) & (z < 8) & (y > 20))
-    labels, _ = ndimage.label(fluid)
-    bodies = np.unique(labels[(z > 15) & (z < 28) & (x < 20) & (y > -25) & (y < 25) & fluid])
-    ventricles = np.isin(labels, bodies)
-    distance = ndimage.distance_transform_edt(~ventricles) - ndimage.distance_transform_edt(ventricles)
-    distance = ndimage.gaussian_filter(distance.astype(np.float32), 1.0)
-
-    # a ventricle's wall is half fluid, half white matter, which the grey-matter map takes for grey: give it back
-    thin = np.clip(grey - ndimage.grey_opening(grey, 5), 0, None) * (distance < 5)
-    grey, white = grey - thin, white + thin * np.clip((t1 - 0.25) / 0.62, 0, 1)
-    csf = np.clip(brain - grey - white, 0, 1)
-    texture = np.clip(t1 - (0.65 * grey + 0.875 * white + 0.25 * csf), -0.2, 0.2) * brain
-    texture = ndimage.gaussian_filter(texture, 0.7) * (grey + white)
-    cortex = ndimage.gaussian_filter(grey * (distance > 15), 3.0)  # how near the cortex is
-    # where lesions are rare: below the tentorium, in the deep grey nuclei, on the midline
-    likely = np.where((z < -22) | ((x < 30) & (y > -25) & (y < 33) & (z < 17)), 0.05, np.where(x < 5, 0.15, 1.0))
-    likely = ndimage.gaussian_filter(likely.astype(np.float32), 2.0)
-    maps = {"grey": grey, "white": white, "csf": csf, "brain": brain, "texture": texture, "distance": distance}
-    maps |= {"cortex": cortex, "likely": likely}
-    push = np.stack(np.gradient(ndimage.gaussian_filter(distance, 3.0))) * np.exp(-np.clip(distance, 0, None) / 15)
-    return {
-        "names": tuple(maps),
-        "maps": torch.from_numpy(np.stack(list(maps.values())).astype(np.float32)),
-        "push": torch.from_numpy(push.astype(np.float32)),
-        "origin": origin,
-        "centre": origin + (np.array(t1.shape) - 1) / 2,
-    }
-
-
-def _deformed_template(rng: Generator, config: PhantomConfig, shape: np.ndarray, fine: np.ndarray) -> dict[str, np.ndarray]:
-    """The template's maps on the patient's grid (z, y, x): affine, smooth displacement, ventricles pushed outwards."""
-    template = _template()
-    extent = (shape - 1) * fine
-    coarse = np.ceil(extent / COARSE).astype(int) + 1
-    axes = [np.linspace(-e / 2, e / 2, n) for e, n in zip(extent, coarse, strict=True)]
-    points = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, z, y, x), mm from the centre
-
-    angles = np.deg2rad(rng.normal(0, config.rotation_deg, 3).clip(-2.5 * config.rotation_deg, 2.5 * config.rotation_deg))
-    matrix = np.diag(np.exp(rng.normal(0, config.scale, 3).clip(-1.6 * config.scale, 1.6 * config.scale)))
-    matrix = matrix + np.triu(rng.normal(0, config.scale / 2, (3, 3)), 1)
-    for axis, angle in enumerate(angles):
-        rotation = np.eye(3)
-        i, j = (k for k in range(3) if k != axis)
-        rotation[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-        matrix = matrix @ rotation
-    points = np.einsum("ij,jzyx->izyx", matrix, points) + template["centre"][:, None, None, None]
-    for axis in range(3):
-        # 30 mm bends lobes, 12 mm bends gyri; amplitudes stay below what would fold space
-        points[axis] += config.deformation_mm * _noise(rng, coarse, np.full(3, COARSE), 30.0)
-        points[axis] += 0.4 * config.deformation_mm * _noise(rng, coarse, np.full(3, COARSE), 12.0)
-    push = _sample(template["push"], points - template["origin"][:, None, None, None])
-    points = points - rng.uniform(*config.ventricles_mm) * push
-    points = points - template["origin"][:, None, None, None]
-    brain = _sample(template["maps"][template["names"].index("brain")][None], points)[0] > 0
-    near_brain = _upsample(ndimage.binary_dilation(brain, iterations=2).astype(np.float32), shape) > 0
-    index = np.stack([_upsample(axis.astype(np.float32), shape)[near_brain] for axis in points])
-    values = _sample(template["maps"], index[:, None, None, :]).reshape(len(template["names"]), -1)
-    anatomy = {}
-    for name, inside in zip(template["names"], values, strict=True):
-        anatomy[name] = np.full(shape, 100.0 if name == "distance" else 0.0, np.float32)
-        anatomy[name][near_brain] = inside
-    return anatomy
-
-
-def _tissues(rng: Generator, anatomy: dict[str, np.ndarray], fine: np.ndarray) -> dict[str, np.ndarray]:
-    """Tissue fractions (z, y, x): the template's probabilities made crisp, and redrawn locally so that sulci differ."""
-    shape = np.array(anatomy["brain"].shape)
-    weights = {}
-    for name, strength, crispness in (("grey", 0.35, 1.7), ("white", 0.35, 1.7), ("csf", 0.6, 1.4)):
-        weights[name] = np.clip(anatomy[name], 0, 1) ** crispness * np.exp(strength * _noise(rng, shape, fine, 5.0))
-    total = sum(weights.values()) + 1e-6
-    return {name: weight / total * anatomy["brain"] for name, weight in weights.items()}
 
 
 def _lesions(
@@ -308,8 +208,8 @@ def _lesions(
 
     # centres are drawn among the output's voxels, so that the smallest lesion fills one
     likely = anatomy["likely"]
-    white, near, cortex, home = (_average_down(a, factor) for a in (tissue["white"], distance, anatomy["cortex"], likely))
-    home *= np.clip((white - 0.7) / 0.2, 0, 1) * (_average_down(room, factor) > 0.9)
+    white, near, cortex, home = (average_down(a, factor) for a in (tissue["white"], distance, anatomy["cortex"], likely))
+    home *= np.clip((white - 0.7) / 0.2, 0, 1) * (average_down(room, factor) > 0.9)
     deep = np.clip(1 - cortex / 0.2, 0, 1)
     weights = (
         home * np.exp(-(((near - 4.0) / 3.0) ** 2)),
@@ -318,7 +218,7 @@ def _lesions(
     )
     cumulative = [np.cumsum(w, dtype=np.float64) for w in weights]
 
-    bumps = _noise(rng, shape, fine, 4.0)
+    bumps = smooth_noise(rng, shape, fine, 4.0)
     lesion, brightness = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     count = max(1, round(config.lesions_median * np.exp(rng.normal(0, config.lesions_sigma))))
     voxel = float((fine * factor).prod())
@@ -356,7 +256,8 @@ def _ellipsoid(
     lengths = np.exp(np.abs(rng.normal(0, 0.45 if place == 0 else 0.25)) * np.array([1.0, -0.5, -0.5]))
     lengths = np.ones(3) if smallest else lengths
     basis, _ = np.linalg.qr(np.column_stack([first, rng.standard_normal((3, 2))]))
-    return basis.T / (radius * lengths[:, None])
+    axes: np.ndarray = basis.T / (radius * lengths[:, None])
+    return axes
 
 
 def _paint(
@@ -391,16 +292,20 @@ def _flair(
     shape, distance = np.array(lesion.shape), anatomy["distance"]
     amount = np.float32(config.confounders)
     outside = np.clip(distance, 0, None)
-    grey = rng.uniform(1.15, 1.35) + amount * 0.05 * _noise(rng, shape, fine, 12.0) - rng.uniform(0.3, 1.0) * anatomy["texture"]
-    white = 1 - rng.uniform(0.2, 0.7) * anatomy["texture"] + amount * 0.02 * _noise(rng, shape, fine, 8.0)
+    grey = (
+        rng.uniform(*config.grey_signal)
+        + amount * 0.05 * smooth_noise(rng, shape, fine, 12.0)
+        - rng.uniform(0.3, 1.0) * anatomy["texture"]
+    )
+    white = 1 - rng.uniform(0.2, 0.7) * anatomy["texture"] + amount * 0.02 * smooth_noise(rng, shape, fine, 8.0)
     # rims and caps along the ventricles, and dirty-appearing white matter further out
-    rim = rng.uniform(0.05, 0.25) * np.exp(-outside / 1.5) * np.clip(0.7 + 0.5 * _noise(rng, shape, fine, 10.0), 0, 2)
-    dirty = rng.uniform(0.0, 0.1) * np.exp(-outside / 14) * np.clip(_noise(rng, shape, fine, 9.0), 0, 2.5)
+    rim = rng.uniform(0.05, 0.25) * np.exp(-outside / 1.5) * np.clip(0.7 + 0.5 * smooth_noise(rng, shape, fine, 10.0), 0, 2)
+    dirty = rng.uniform(0.0, 0.1) * np.exp(-outside / 14) * np.clip(smooth_noise(rng, shape, fine, 9.0), 0, 2.5)
     white = white + amount * (rim + dirty)
     white = white * (1 - lesion) + (1 + brightness) * lesion
     # a lesion that reaches the cortex is a lesion there too
     grey = grey * (1 - lesion) + np.maximum(grey, 1 + brightness) * lesion
-    csf = np.full(shape, rng.uniform(0.15, 0.35), np.float32)
+    csf = np.full(shape, rng.uniform(*config.csf_signal), np.float32)
     if rng.random() < 0.6:  # choroid plexus and inflow: bright spots in the ventricles' fluid
         inside = np.argwhere((distance < -0.5) & (tissue["csf"] > 0.5))
         for spot in inside[rng.integers(0, len(inside), int(rng.integers(1, 4)))]:
@@ -410,36 +315,7 @@ def _flair(
                 -squared / np.float32(2 * rng.uniform(1.5, 3.0) ** 2)
             )
     signal = grey * tissue["grey"] + white * tissue["white"] + csf * tissue["csf"]
-    return signal * np.exp(rng.uniform(*config.bias) * _noise(rng, shape, fine, 70.0))
-
-
-def _noise(rng: Generator, shape: np.ndarray, spacing: np.ndarray, scale_mm: float) -> np.ndarray:
-    """A smooth Gaussian field (z, y, x), float32, expected mean 0 and standard deviation 1, correlated over about `scale_mm`."""
-    extent = np.asarray(shape) * spacing
-    coarse = np.ceil(extent / scale_mm * 2).astype(int) + 6
-    field = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), 1.0)[2:-2, 2:-2, 2:-2]
-    field = field / np.float32(0.134)  # its deviation: (2 sqrt(pi))^-1.5 = 0.150 after the Gaussian, 0.134 after upsampling too
-    return _upsample(field, shape)
-
-
-def _upsample(field: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Trilinear (z, y, x); the first and last points of `field` and of the result coincide."""
-    size = tuple(int(n) for n in shape)
-    return functional.interpolate(torch.from_numpy(field)[None, None], size, mode="trilinear", align_corners=True)[0, 0].numpy()
-
-
-def _sample(maps: torch.Tensor, index: np.ndarray) -> np.ndarray:
-    """Trilinear values (channels, z, y, x) of `maps` at voxel indices `index` (3, z, y, x); the border repeats outside."""
-    size = np.array(maps.shape[1:], np.float32)[:, None, None, None]
-    grid = (2 * index.astype(np.float32) / (size - 1) - 1)[::-1]  # grid_sample wants x, y, z in [-1, 1]
-    grid = torch.from_numpy(np.ascontiguousarray(np.moveaxis(grid, 0, -1)))
-    return functional.grid_sample(maps[None], grid[None], padding_mode="border", align_corners=True)[0].numpy()
-
-
-def _average_down(array: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Means (z, y, x) over blocks of `factor` voxels."""
-    blocks = tuple(int(f) for f in factor)
-    return functional.avg_pool3d(torch.from_numpy(np.asarray(array, np.float32))[None, None], blocks, blocks)[0, 0].numpy()
+    return signal * np.exp(rng.uniform(*config.bias) * smooth_noise(rng, shape, fine, 70.0))
 
 
 def _write_nifti(path: Path, array: np.ndarray, patient: SimulatedPatient) -> None:
