@@ -315,7 +315,8 @@ def _flair(
                 -squared / np.float32(2 * rng.uniform(1.5, 3.0) ** 2)
             )
     signal = grey * tissue["grey"] + white * tissue["white"] + csf * tissue["csf"]
-    return signal * np.exp(rng.uniform(*config.bias) * smooth_noise(rng, shape, fine, 70.0))
+    shaded: np.ndarray = signal * np.exp(rng.uniform(*config.bias) * smooth_noise(rng, shape, fine, 70.0))
+    return shaded
 
 
 def _write_nifti(path: Path, array: np.ndarray, patient: SimulatedPatient) -> None:
