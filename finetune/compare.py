@@ -235,7 +235,7 @@ def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
             labels = predict_case(model, case, next(model.parameters()).device, "fp32")
             row.append(error_picture(grey, truth, take_slice(labels, case.axis, index)))
         dice = ", ".join(f"{arm.name} {arm.case_dice()[case.case.id]:.3f}" for arm in arms)
-        scale = max(1, 192 // grey.shape[0])
+        scale = max(1, 288 // grey.shape[0])
         pictures.append(image(side_by_side(row), f"{case.case.id}, Dice: {dice}", scale))
     return pictures, []
 

@@ -157,9 +157,13 @@ def write_evaluation(
             grey, truth = grey_picture(one.case, index), one.case.label_slice(index)
             error = error_picture(grey, truth, take_slice(predicted, one.case.axis, index))
             picture = side_by_side([grey, label_picture(grey, truth), error])
-            name = one.case.case.id.replace("/", "_")
-            Image.fromarray(picture).save(aside / "overlays" / f"{rank}-{name}.png")
+            Image.fromarray(picture).save(aside / "overlays" / overlay_name(rank, one))
     return summary
+
+
+def overlay_name(rank: str, one: Measured) -> str:
+    """The file of a case's overlay: how it did, then its id."""
+    return f"{rank}-{one.case.case.id.replace('/', '_')}.png"
 
 
 def telling_cases(measured: Sequence[Measured]) -> list[tuple[str, Measured]]:

@@ -229,4 +229,4 @@ def _save(
             run.folder / "evaluation", model, measured, model.config, "test", data.notes(), device, recipe.precision
         )
         run.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
-    write_report(recipe, data, receipt, summary)
+    write_report(recipe, data, receipt, measured, summary)

@@ -1,18 +1,28 @@
 """The report of a fine-tuning run: how good, on how many, where it fails, and what came from the encoder."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from finetune.evaluate import overlay_name, telling_cases
 from finetune.labelled import LabelledData
 from finetune.overlay import LEGEND
 from finetune.recipe import FinetuneRecipe
-from resunet.report import Section, curves, image, read_metrics, shown, write_page
+from resunet.report import Picture, Section, curves, image, read_metrics, shown, write_page
 from resunet.transfer import Receipt
 
+_HEIGHT = 288  # pixels, about, of an overlay on the page
 
-def write_report(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None, summary: dict[str, Any] | None) -> None:
+
+def write_report(
+    recipe: FinetuneRecipe,
+    data: LabelledData,
+    receipt: Receipt | None,
+    measured: Sequence[Measured],
+    summary: dict[str, Any] | None,
+) -> None:
     """report.html of a finished run; `summary` is evaluation/summary.json, None where there are no test cases."""
     counts = ", ".join(
         f"{len(cases)} {name} cases of {len({case.case.group for case in cases})} groups"
@@ -34,8 +44,11 @@ def write_report(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | 
         )
     )
     if summary is not None:
-        paths = sorted((recipe.out / "evaluation" / "overlays").glob("*.png"), key=lambda path: _rank(path.stem))
-        pictures = [image(np.asarray(Image.open(path)), path.stem.rpartition("-")[0].replace("-", " ")) for path in paths]
+        overlays = recipe.out / "evaluation" / "overlays"
+        pictures = [
+            _overlay(overlays / overlay_name(rank, one), f"{rank.replace('-', ' ')}: Dice {one.measures.macro('dice'):.3f}")
+            for rank, one in telling_cases(measured)
+        ]
         text = [f"Scan, truth, prediction. {LEGEND}"]
         sections.append(Section("Worst, median and best", text=text, pictures=pictures))
         policy = [["Matter", "How it was treated"], *([key, value] for key, value in summary["policy"].items())]
@@ -55,7 +68,7 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     for key, label in (("recall", "Objects found"), ("precision", "Predicted objects that are true"), ("f1", "Object F1")):
         rows.append([label, *(shown(summary["lesions"][key]) for summary in summaries.values())])
     for index, size in enumerate(first["lesions"]["by_size"]):
-        label = f"Found of {size['n']} objects of {size['range']} {'voxels'}"
+        label = f"Found of {size['n']} objects of {size['range']} voxels"
         rows.append([label, *(shown(summary["lesions"]["by_size"][index]["recall"]) for summary in summaries.values())])
     alarms = [summary["false_alarms"] for summary in summaries.values()]
     label = f"False alarms in {alarms[0]['images_without_target']} cases without target"
@@ -63,5 +76,6 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _rank(stem: str) -> tuple[int, str]:
-    return ("worst", "median", "best").index(stem.split("-")[0]), stem
+def _overlay(path: Path, caption: str) -> Picture:
+    pixels = np.asarray(Image.open(path))
+    return image(pixels, caption, scale=max(1, _HEIGHT // pixels.shape[0]))

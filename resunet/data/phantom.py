@@ -59,7 +59,7 @@ class PhantomConfig:
     test: int = 10  # patients
     spacing_mm: Triple = (2.0, 2.0, 4.0)  # mm (x, y, z)
     lesion_contrast: float = 1.0  # factor on every lesion's brightness over white matter: the one knob of difficulty
-    lesion_contrast_range: Range = (0.45, 0.95)  # of white matter's signal; two draws a lesion, large take the brighter
+    lesion_contrast_range: Range = (0.5, 1.1)  # of white matter's signal; two draws a lesion, large take the brighter
     lesions_median: float = 38.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
     volume_median_mm3: float = 190.0  # mm3, of the median lesion as painted
@@ -68,10 +68,10 @@ class PhantomConfig:
     places: Triple = (0.5, 0.2, 0.3)  # shares of lesions: periventricular, juxtacortical, deep white matter
     confluent: float = 0.5  # share of periventricular lesions made of several that run together
     edge_mm: float = 0.5  # mm, half width of a lesion's border
-    grey_signal: Range = (1.05, 1.5)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
-    csf_signal: Range = (0.1, 0.95)  # of fluid: its suppression is seldom complete
-    noise: Range = (0.03, 0.09)  # Rician sigma as a fraction of white matter's signal
-    bias: Range = (0.05, 0.25)  # standard deviation of the logarithm of the bias field
+    grey_signal: Range = (0.9, 1.6)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
+    csf_signal: Range = (0.05, 1.4)  # of fluid: its suppression is seldom complete
+    noise: Range = (0.02, 0.07)  # Rician sigma as a fraction of white matter's signal
+    bias: Range = (0.05, 0.3)  # standard deviation of the logarithm of the bias field
     scale: float = 0.05  # standard deviation of the log size; shear is half of it
     rotation_deg: float = 4.0  # degrees, standard deviation about each axis
     deformation_mm: float = 2.5  # mm, standard deviation of the smooth displacement along each axis
