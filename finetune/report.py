@@ -1,12 +1,13 @@
 """The report of a fine-tuning run: how good, on how many, where it fails, and what came from the encoder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from finetune.evaluate import overlay_name, telling_cases
+from finetune.evaluate import Measured, overlay_name, telling_cases
 from finetune.labelled import LabelledData
 from finetune.overlay import LEGEND
 from finetune.recipe import FinetuneRecipe
