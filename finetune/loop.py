@@ -22,6 +22,7 @@ from finetune.report import write_report
 from finetune.statistics import figure
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, folder_aside, model_folder, sha256, write_text
 from resunet.data.cases import LoadedCase, source_digest
+from resunet.data.images import channel_count
 from resunet.data.leakage import ARCHIVE, describe_archive, merge_archives, write_archive
 from resunet.model import ResUNet, Segmenter, build_model
 from resunet.runs import Run, check_out, versions
@@ -55,8 +56,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     check_out(recipe)
     accelerator = start_ranks(recipe, recipe.batch, "patches")
     main, device = accelerator.is_main_process, accelerator.device
+    model, receipt = _build(recipe)
     data = read_labelled(recipe, quiet=not main)
-    model, receipt = _build(recipe, data)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(recipe, model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -123,11 +124,12 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     return recipe.out
 
 
-def _build(recipe: FinetuneRecipe, data: LabelledData) -> tuple[Segmenter, Receipt | None]:
+def _build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
     """The network, fresh but for what the receipt says. The seed makes the fresh part the same in every arm."""
     torch.manual_seed(recipe.seed)
     assert recipe.model.norm is not None, "resolve() comes first"
-    architecture = recipe.model.architecture(data.train[0].values.shape[0], len(recipe.data.classes), recipe.model.norm)
+    in_channels = channel_count(recipe.data.channels)
+    architecture = recipe.model.architecture(in_channels, len(recipe.data.classes), recipe.model.norm)
     model = build_model(architecture)
     assert isinstance(model, Segmenter)
     if recipe.encoder is None:

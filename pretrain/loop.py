@@ -18,6 +18,7 @@ from pretrain.report import write_report
 from pretrain.views import make_views, stack_scans
 from resunet.checkpoint import ModelConfig, Provenance, folder_aside
 from resunet.data.cases import Case, LoadedCase, load_cases, source_digest
+from resunet.data.images import channel_count
 from resunet.data.leakage import ARCHIVE, describe_archive, find_leaks, refuse_leaks, write_archive
 from resunet.data.source import Source, open_source
 from resunet.encoder import ResidualEncoder
@@ -61,7 +62,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         raise InputError(f"batch={recipe.batch}: the archive has only {len(slices)} slices. Set a smaller batch.")
 
     torch.manual_seed(recipe.seed)
-    architecture = recipe.model.architecture(archive[0].values.shape[0])
+    architecture = recipe.model.architecture(channel_count(recipe.data.channels))
     encoder = ResidualEncoder(**architecture.model_dump(exclude={"name"}))
     network = SimCLR(encoder, recipe.head)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":

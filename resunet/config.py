@@ -110,7 +110,10 @@ def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequenc
     """
     path = find_recipe(stage, name)
     try:
-        parsed = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(_dotted(overrides))))
+        parsed = OmegaConf.load(path)
+        for key, override in _last_overrides(overrides).items():
+            # the value given is the value: a mapping replaces the recipe's, it is not mixed into it
+            OmegaConf.update(parsed, key, OmegaConf.select(OmegaConf.from_dotlist([override]), key), merge=False)
         values = OmegaConf.to_container(parsed, resolve=False)
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise InputError(f"{path}: cannot be read as a recipe: {error}") from error
@@ -158,11 +161,12 @@ def _shipped(stage: str) -> list[str]:
     return sorted({path.stem for folder in _recipe_folders(stage) for path in folder.glob("*.yaml")})
 
 
-def _dotted(overrides: Sequence[str]) -> Iterator[str]:
+def _last_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """key → the override that counts: of several for one key, the last."""
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise InputError(f"{override!r}: an override is written key=value, for example steps=500 or data.source=DIR.")
-        yield override
+    return {override.split("=", 1)[0]: override for override in overrides}
 
 
 def _refuse_interpolation(values: Any, path: Path, key: str = "") -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.scheduler import cosine_warmup_schedule
 from numpy.typing import NDArray
@@ -43,7 +44,10 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
     """
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise EnvironmentFault("precision=fp16: needs a GPU, and none is visible. On a CPU use precision=bf16 or fp32.")
-    accelerator = Accelerator(mixed_precision=_MIXED[recipe.precision])
+    # Accelerate keeps its precision for the life of a process, and refuses another: forget it, keep the process group
+    AcceleratorState._reset_state()
+    # without a GPU Accelerate joins ranks only where it is told to use the CPU
+    accelerator = Accelerator(mixed_precision=_MIXED[recipe.precision], cpu=not torch.accelerator.is_available())
     ranks = accelerator.num_processes
     if ranks != recipe.processes:
         raise InputError(

@@ -132,9 +132,11 @@ def encode_labels(mask: NDArray, classes: Mapping[int, str], ignore: Sequence[in
         known |= here
     if not known.all():
         unlisted = [int(value) for value in np.unique(mask[~known])]
+        noun = "value" if len(unlisted) == 1 else "values"
+        listed = ", ".join(f"{value}: {name}" for value, name in classes.items())
         raise InputError(
-            f"{path}: the mask holds the values {_short(unlisted)}, which data.classes does not list. data.classes has "
-            f"{', '.join(f'{value}: {name}' for value, name in classes.items())}. Add them there, or to data.ignore."
+            f"{path}: the mask holds the {noun} {_short(unlisted)}, which data.classes does not list. data.classes has "
+            f"{listed}. Add what is missing there, or to data.ignore."
         )
     return labels
 

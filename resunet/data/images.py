@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import imagecodecs
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 import tifffile
@@ -51,6 +52,11 @@ def stem_of(path: Path) -> str:
     return path.name[: len(path.name) - len(suffix_of(path))]
 
 
+def channel_count(channels: str | int) -> int:
+    """How many channels `read_scan` gives for 'grey', 'rgb' or a number."""
+    return {"grey": 1, "rgb": 3}[channels] if isinstance(channels, str) else channels
+
+
 def read_scan(path: Path, channels: str | int) -> Scan:
     """A scan with the channels a recipe asks for: 'grey', 'rgb', or a number that must be the file's own.
 
@@ -58,9 +64,7 @@ def read_scan(path: Path, channels: str | int) -> Scan:
         InputError: unreadable, NaN or infinite values, or another number of channels.
     """
     values, spacing = _read(path)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        bad = int(values.size - np.isfinite(values).sum())
-        raise InputError(f"{path}: {bad} of {values.size} values are NaN or infinite. Repair or remove the file.")
+    _refuse_non_finite(values, path)
     return Scan(_with_channels(values, channels, path), spacing)
 
 
@@ -113,6 +117,8 @@ def _read_volume(path: Path) -> tuple[NDArray, tuple[float, ...]]:
     if image.GetDimension() == 3:
         image = sitk.DICOMOrient(image, "LPS")
     values = sitk.GetArrayFromImage(image)
+    if values.dtype.kind == "f" and suffix_of(path).startswith(".nii"):
+        _refuse_hidden_nan(path)
     spacing = tuple(float(s) for s in image.GetSpacing()[::-1])
     if image.GetDimension() not in (2, 3):
         raise InputError(f"{path}: has {image.GetDimension()} dimensions; images of 2 and volumes of 3 are read.")
@@ -122,6 +128,19 @@ def _read_volume(path: Path) -> tuple[NDArray, tuple[float, ...]]:
     if values.ndim == 4 and values.shape[1] == 1:  # a 2D image in a volume format
         return values[:, 0], spacing[1:]
     return values, spacing
+
+
+def _refuse_hidden_nan(path: Path) -> None:
+    """ITK's NIfTI reader turns NaN and infinity into 0 and says nothing; nibabel does not."""
+    image = nibabel.load(path)
+    assert isinstance(image, nibabel.spatialimages.SpatialImage)
+    _refuse_non_finite(np.asanyarray(image.dataobj), path)
+
+
+def _refuse_non_finite(values: NDArray, path: Path) -> None:
+    bad = int(values.size - np.isfinite(values).sum()) if values.dtype.kind == "f" else 0
+    if bad:
+        raise InputError(f"{path}: {bad} of {values.size} values are NaN or infinite. Repair or remove the file.")
 
 
 def _read_tiff(path: Path) -> tuple[NDArray, tuple[float, ...]]:

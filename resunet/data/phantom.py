@@ -62,12 +62,12 @@ class PhantomConfig:
     lesion_contrast_range: Range = (0.5, 1.1)  # of white matter's signal; two draws a lesion, large take the brighter
     lesions_median: float = 38.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
-    volume_median_mm3: float = 190.0  # mm3, of the median lesion as painted
+    volume_median_mm3: float = 260.0  # mm3, of the median lesion as painted
     volume_sigma: float = 1.4  # of the logarithm, within a patient
-    volume_range_mm3: Range = (60.0, 12000.0)  # mm3, volumes are clipped to it
+    volume_range_mm3: Range = (80.0, 14000.0)  # mm3, volumes are clipped to it
     places: Triple = (0.5, 0.2, 0.3)  # shares of lesions: periventricular, juxtacortical, deep white matter
     confluent: float = 0.5  # share of periventricular lesions made of several that run together
-    edge_mm: float = 0.5  # mm, half width of a lesion's border
+    edge_mm: float = 0.35  # mm, half width of a lesion's border
     grey_signal: Range = (0.9, 1.6)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
     csf_signal: Range = (0.05, 1.4)  # of fluid: its suppression is seldom complete
     noise: Range = (0.02, 0.07)  # Rician sigma as a fraction of white matter's signal
@@ -77,6 +77,7 @@ class PhantomConfig:
     deformation_mm: float = 2.5  # mm, standard deviation of the smooth displacement along each axis
     ventricles_mm: Range = (-0.5, 4.0)  # mm, how far the ventricles' walls move outwards (atrophy)
     confounders: float = 1.0  # factor on rims, dirty white matter, flow artefacts and local variation of the cortex
+    bright_spots: Range = (10.0, 50.0)  # number in grey matter (inflow, motion, partial volume), as bright as lesions
     gain: Range = (300.0, 3000.0)  # grey value of normal white matter
 
     def __post_init__(self) -> None:
@@ -284,6 +285,22 @@ def _paint(
     lesion[box] = np.maximum(lesion[box], fraction)
 
 
+def _bright_spots(rng: Generator, config: PhantomConfig, tissue: dict, distance: np.ndarray, fine: np.ndarray) -> np.ndarray:
+    """What is bright in grey matter and no lesion, (z, y, x): told from lesions by where it is, not by how it looks."""
+    spots = np.zeros(distance.shape, np.float32)
+    places = np.argwhere((tissue["grey"] > 0.6) & (distance > 8))
+    for centre in places[rng.integers(0, len(places), round(rng.uniform(*config.bright_spots)))]:
+        sigma = float(np.exp(rng.normal(np.log(2.4), 0.35)))  # mm
+        reach = np.ceil(3 * sigma / fine).astype(int)
+        low, high = (centre - reach).clip(0), (centre + reach + 1).clip(max=distance.shape)
+        axes = [((np.arange(a, b) - c) * f) ** 2 for a, b, c, f in zip(low, high, centre, fine, strict=True)]
+        squared = axes[0][:, None, None] + axes[1][None, :, None] + axes[2][None, None, :]
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        height = np.float32(rng.uniform(*config.lesion_contrast_range))
+        spots[box] = np.maximum(spots[box], height * np.exp(-squared / (2 * sigma**2)).astype(np.float32))
+    return spots
+
+
 def _flair(
     rng: Generator, config: PhantomConfig, anatomy: dict, tissue: dict,
     lesion: np.ndarray, brightness: np.ndarray, fine: np.ndarray,
@@ -298,6 +315,7 @@ def _flair(
         - rng.uniform(0.3, 1.0) * anatomy["texture"]
     )
     white = 1 - rng.uniform(0.2, 0.7) * anatomy["texture"] + amount * 0.02 * smooth_noise(rng, shape, fine, 8.0)
+    grey = grey + amount * _bright_spots(rng, config, tissue, distance, fine)
     # rims and caps along the ventricles, and dirty-appearing white matter further out
     rim = rng.uniform(0.05, 0.25) * np.exp(-outside / 1.5) * np.clip(0.7 + 0.5 * smooth_noise(rng, shape, fine, 10.0), 0, 2)
     dirty = rng.uniform(0.0, 0.1) * np.exp(-outside / 14) * np.clip(smooth_noise(rng, shape, fine, 9.0), 0, 2.5)

@@ -1,6 +1,7 @@
 """The whole chain on the CPU, through the real commands."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def test_chain(tmp_path: Path, recipes: dict[str, list[str]], salt: Path, capsys
     encoder, pretrained, scratch = tmp_path / "encoder", tmp_path / "pretrained", tmp_path / "scratch"
     assert run("pretrain", "brain_tumor", *recipes["pretrain"], "steps=4", f"out={encoder}") == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(encoder)
-    steps = ["steps=40", "validate_every=20"]
+    steps = ["steps=60", "validate_every=20", "optimizer.lr=0.01"]
     assert run("finetune", "brain_tumor", *recipes["finetune"], *steps, f"out={pretrained}", f"encoder={encoder}") == 0
     assert run("finetune", "brain_tumor", *recipes["finetune"], *steps, f"out={scratch}") == 0
     assert run("compare", str(pretrained), str(scratch), "--out", str(tmp_path / "report")) == 0
@@ -52,7 +53,7 @@ def test_chain(tmp_path: Path, recipes: dict[str, list[str]], salt: Path, capsys
     assert difference["n"] == 5 and difference["mean"] == pytest.approx(means, abs=1e-9)
     for report in (encoder, pretrained, scratch, tmp_path / "report"):
         page = (report / "report.html").read_text()
-        assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
+        assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import""", page), "opens without a network"
     for folder in (encoder, pretrained, scratch, tmp_path / "report", tmp_path / "again"):
         for path in folder.rglob("*"):
             assert "Mueller" not in path.name
@@ -73,7 +74,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         compare=compare,
     )
     patients = PhantomConfig(pool=3, val=1, test=2, spacing_mm=(4, 4, 8))
-    report = run_demo(tmp_path / "demo", 60, stages, patients)
+    report = run_demo(tmp_path / "demo", 20, stages, patients)
     page = report.read_text()
     assert "SIMULATED" in page and "What came from pretraining" in page and "100.0% of the encoder" in page
     runs = [json.loads((tmp_path / "demo" / arm / "config.json").read_text()) for arm in ("pretrained", "scratch")]

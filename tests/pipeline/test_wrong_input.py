@@ -89,7 +89,7 @@ WRONG: dict[Break, str] = {
     misspelt_nested_key: "did you mean 'data.classes'?",
     no_mask: "1 images without a mask: PATIENT-Mueller00-0",
     mask_of_another_size: "the mask is 20×20, its image 44×39",
-    unlisted_value: "the mask holds the values 255, which data.classes does not list",
+    unlisted_value: "the mask holds the value 255, which data.classes does not list",
     another_width: "channels: encoder [6, 12], network [4, 8]",
     empty_folder: "no image in",
     no_folder: "no such folder",
@@ -117,7 +117,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune"]) == 2
     assert main(["nonsense"]) == 2
     assert main(["demo", "--seconds", "5"]) == 2
-    assert "at least 60" in capsys.readouterr().err
+    assert "at least 20" in capsys.readouterr().err
 
 
 def test_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,206 @@
+import base64
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.compare import compare, read_arm, recipe_differences, verdict
+from finetune.loop import finetune
+from finetune.overlay import error_picture
+from finetune.predict import predict_case
+from finetune.recipe import FinetuneRecipe
+from resunet.data.cases import load_cases
+from resunet.data.source import open_source
+from resunet.errors import InputError
+from resunet.model import load_model
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    return compare(runs, tmp_path_factory.mktemp("compare") / "out", notes=["A note of the caller's."])
+
+
+def record_of(folder) -> dict:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def copy_of(run, folder):
+    return shutil.copytree(run, folder, symlinks=True)
+
+
+def change_cases(run, change) -> None:
+    path = run / "evaluation" / "cases.csv"
+    path.write_text(change(path.read_text()))
+
+
+def test_the_record_holds_to_the_contract(runs, compared):
+    record = record_of(compared)
+    assert set(record) == {"schema_version", "runs", "dice", "paired_dice_difference"}
+    assert (record["schema_version"], record["runs"]) == (1, ["first", "second"])
+    for run in runs:
+        assert record["dice"][run.name] == json.loads((run / "evaluation" / "summary.json").read_text())["dice"]
+    (difference,) = record["paired_dice_difference"].values()
+    assert list(record["paired_dice_difference"]) == ["first - second"] and difference["n"] == 6
+    # every test case has a target and a group of its own, so that the paired difference is that of the means
+    means = [record["dice"][run.name]["mean"] for run in runs]
+    assert difference["mean"] == pytest.approx(means[0] - means[1]) and difference["mean"] != 0
+    assert difference["ci95"][0] < difference["mean"] < difference["ci95"][1]
+
+
+def test_the_report_holds_what_it_should(compared):
+    page = (compared / "report.html").read_text()
+    for words in (
+        "A note of the caller",
+        "Paired by group",
+        "trained from scratch",
+        "seconds of training",
+        "Dice of the val scans",
+    ):
+        assert words in page
+    assert page.count("<img") == 6 and 'src="http' not in page and 'href="http' not in page
+
+
+def test_identical_runs_do_not_differ(runs, tmp_path):
+    out = compare([runs[0], copy_of(runs[0], tmp_path / "copy")], tmp_path / "out")
+    (difference,) = record_of(out)["paired_dice_difference"].values()
+    assert difference == {"mean": 0, "ci95": [0, 0], "n": 6, "wins": 0}
+    assert "No difference shown between first and copy" in (out / "report.html").read_text()
+
+
+def test_the_first_is_measured_against_each_of_the_others(runs, tmp_path):
+    out = compare([*runs, copy_of(runs[0], tmp_path / "copy")], tmp_path / "out", names=["a", "b", "c"])
+    record = record_of(out)
+    assert record["runs"] == ["a", "b", "c"]
+    assert set(record["paired_dice_difference"]) == {"a - b", "a - c"}
+    assert record["paired_dice_difference"]["a - c"]["mean"] == 0
+
+
+def test_the_sign_is_that_of_the_first(runs, compared, tmp_path):
+    backwards = record_of(compare(runs[::-1], tmp_path / "out"))["paired_dice_difference"]["second - first"]
+    forwards = record_of(compared)["paired_dice_difference"]["first - second"]
+    assert backwards["mean"] == pytest.approx(-forwards["mean"]) and backwards["wins"] + forwards["wins"] <= 6
+
+
+def test_other_test_cases_are_refused(runs, tmp_path):
+    other = copy_of(runs[1], tmp_path / "other")
+    change_cases(other, lambda text: text.replace("c08a", "zebra"))
+    with pytest.raises(InputError, match=r"different test cases: 2 differ, for example c08a\. Evaluate both") as error:
+        compare([runs[0], other], tmp_path / "out")
+    assert str(runs[0]) in str(error.value) and str(other) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_classes_are_refused(runs, tmp_path):
+    other = copy_of(runs[1], tmp_path / "other")
+    change_cases(other, lambda text: text.replace("lesion,", "tumour,"))
+    with pytest.raises(InputError, match=r"different test cases: 0 differ in the classes they hold"):
+        compare([runs[0], other], tmp_path / "out")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "run.json", "evaluation/summary.json", "evaluation/cases.csv"])
+def test_a_run_that_is_not_finished_is_refused(runs, tmp_path, missing):
+    other = copy_of(runs[1], tmp_path / "other")
+    (other / missing).unlink()
+    with pytest.raises(InputError, match=r"other: not a finished fine-tuning run with an evaluation"):
+        compare([runs[0], other], tmp_path / "out")
+
+
+def test_two_runs_and_a_new_folder_are_needed(runs, tmp_path):
+    with pytest.raises(InputError, match=r"at least two runs, 1 given"):
+        compare(runs[:1], tmp_path / "out")
+    with pytest.raises(InputError, match=r"exists already"):
+        compare(runs, tmp_path)
+
+
+def test_without_the_images_the_pictures_are_left_out(runs, tmp_path):
+    gone = copy_of(runs[0], tmp_path / "gone")
+    config = json.loads((gone / "config.json").read_text())
+    config["data"]["source"] = str(tmp_path / "nowhere")
+    (gone / "config.json").write_text(json.dumps(config))
+    page = (compare([gone, runs[1]], tmp_path / "out") / "report.html").read_text()
+    assert "Pictures are left out" in page and "<img" not in page
+
+
+@pytest.mark.parametrize(
+    "mean, interval, words",
+    [
+        (0.1, [0.05, 0.15], r"a is better than b: Dice difference 0.100 [0.050, 0.150], n = 6 groups; better in 4."),
+        (-0.1, [-0.15, -0.05], r"a is worse than b: Dice difference -0.100 [-0.150, -0.050], n = 6 groups; better in 4."),
+        (0.1, [-0.05, 0.25], "No difference shown between a and b: the interval holds zero."),
+        (0.0, [0.0, 0.0], "No difference shown between a and b"),
+        (0.5, None, "Too few groups to say whether that is chance."),
+    ],
+)
+def test_verdicts(mean, interval, words):
+    assert words in verdict("a", "b", {"mean": mean, "ci95": interval, "n": 6, "wins": 4})
+
+
+def test_dice_is_over_cases_with_a_target_then_over_groups(runs, tmp_path):
+    run = copy_of(runs[0], tmp_path / "run")
+    names = ["id", "group", "class", "dice", "truth_voxels"]
+    rows = [
+        ["x", "g", "edema", "0.5", "9"],
+        ["x", "g", "tumour", "0.0", "0"],  # a false alarm, which stands elsewhere
+        ["y", "g", "edema", "0.2", "9"],
+        ["y", "g", "tumour", "0.4", "3"],
+        ["z", "h", "edema", "", "0"],
+        ["z", "h", "tumour", "", "0"],
+    ]
+    (run / "evaluation" / "cases.csv").write_text("\n".join(",".join(row) for row in [names, *rows]) + "\n")
+    arm = read_arm(run, "a")
+    assert arm.case_dice() == pytest.approx({"x": 0.5, "y": 0.3})
+    assert arm.group_dice() == pytest.approx({"g": 0.4}) and set(arm.groups) == {"x", "y", "z"}
+
+
+def test_what_differs_is_listed(runs):
+    rows = {row[0]: row[1:] for row in recipe_differences([read_arm(run, run.name) for run in runs])}
+    assert rows["Recipe key"] == ["first", "second"]
+    assert (rows["seed"], rows["validate_every"], rows["steps"]) == (["0", "1"], ["1", "2"], ["8", "2"])
+    assert "out" not in rows and "batch" not in rows and "data.source" not in rows
+
+
+@pytest.mark.xfail(strict=True, reason="a U-Net's config.json is refused: NetworkSettings does not accept its own dump")
+def test_the_unet_can_be_compared(recipe, tmp_path):
+    first = recipe(name="resunet", steps=1)
+    unet = first.model_dump(mode="json") | {"out": str(tmp_path / "unet"), "model": {"name": "unet", "channels": [4, 8]}}
+    out = compare([finetune(first), finetune(FinetuneRecipe.model_validate(unet))], tmp_path / "out")
+    assert record_of(out)["runs"] == ["resunet", "unet"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        0,
+        pytest.param(
+            1,
+            marks=pytest.mark.xfail(
+                strict=True, reason="the pictures of all runs are predicted on scans normalised as the first one wants"
+            ),
+        ),
+    ],
+)
+def test_every_run_is_pictured_with_its_own_normalisation(recipe, tmp_path, place):
+    fixed = {"kind": "fixed", "low": 0, "high": 255, "mean": 500, "std": 20}
+    first = finetune(recipe(name="first", steps=1))
+    second = finetune(recipe(name="second", steps=8, normalisation=fixed))
+    arms = [first, second] if place else [second, first]
+    page = (compare(arms, tmp_path / "out") / "report.html").read_text()
+    ours = read_arm(second, "second").recipe
+    cases = load_cases(open_source(ours.data, masks=True).cases, "grey", ours.normalisation, ours.data.classes)
+    by_id = {case.case.id: case for case in cases}
+    shown = re.findall(r'<img alt="(c\d+a), Dice[^"]*" src="data:image/png;base64,([^"]+)"', page)
+    assert len(shown) == 6
+    for name, data in shown:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            panel = np.asarray(picture)[::8, ::8][:, (2 + place) * (24 + 4) :][:, :24]
+        case = by_id[name]
+        predicted = predict_case(load_model(second), case, torch.device("cpu"), "fp32")
+        wanted = error_picture(np.zeros((24, 24, 3), np.uint8), case.labels, predicted)
+        # blue over grey is blue: what is called missed in the picture is what the run missed
+        missed = panel[..., 2].astype(int) - panel[..., 0] > 20
+        assert (missed == (wanted[..., 2] > wanted[..., 0])).all(), name

@@ -1,0 +1,140 @@
+import itertools
+import json
+import shutil
+
+import pytest
+
+from finetune.labelled import read_labelled, resolve
+from resunet.config import FixedNormalisation, PercentileZScore
+from resunet.data.cases import load_cases
+from resunet.data.leakage import ARCHIVE, Archive, describe_archive, write_archive
+from resunet.data.source import open_source
+from resunet.errors import CheckFailed, InputError
+
+
+def stems(cases) -> list[str]:
+    return [case.case.id for case in cases]
+
+
+def groups(cases) -> set[str]:
+    return {case.case.group for case in cases}
+
+
+def test_from_scratch_the_defaults_are_filled_in(recipe):
+    resolved = resolve(recipe())
+    assert resolved.model.norm == "batch" and resolved.normalisation == PercentileZScore()
+    kept = resolve(recipe(model={"norm": "group"}, normalisation={"kind": "percentile_zscore", "low": 1, "high": 99}))
+    assert kept.model.norm == "group" and kept.normalisation == PercentileZScore(low=1, high=99)
+
+
+def test_norm_and_normalisation_come_from_the_encoder(recipe, encoder):
+    resolved = resolve(recipe(encoder=str(encoder)))
+    assert resolved.model.norm == "instance"
+    assert resolved.normalisation == FixedNormalisation(kind="fixed", low=0, high=255, mean=60, std=50)
+    same = recipe(encoder=str(encoder), normalisation=resolved.normalisation.model_dump())
+    assert resolve(same).normalisation == resolved.normalisation
+
+
+def test_another_normalisation_than_the_encoders_is_refused(recipe, encoder):
+    with pytest.raises(InputError, match=r"normalisation=.*'percentile_zscore'.*pretrained with .*'fixed'.*Leave the key out"):
+        resolve(recipe(encoder=str(encoder), normalisation={"kind": "percentile_zscore"}))
+
+
+def test_the_parts_are_those_of_the_split(recipe):
+    data = read_labelled(resolve(recipe()), quiet=True)
+    assert stems(data.train) == ["c00a", "c00b", "c01a", "c02a", "c03a", "c04a"]
+    assert stems(data.val) == ["c05a", "c06a", "c07a"]
+    assert stems(data.test) == [f"c{i:02}a" for i in range(8, 14)]
+    assert data.archive is None and data.notes() == []
+
+
+@pytest.mark.parametrize("labelled, train, val", [(1, 1, 1), (2, 2, 2), (4, 4, 3), (0.4, 2, 2), (0.01, 1, 1), (None, 5, 3)])
+def test_val_has_at_most_as_many_groups_as_training(recipe, labelled, train, val):
+    data = read_labelled(resolve(recipe(data={"labelled": labelled})), quiet=True)
+    assert (len(groups(data.train)), len(groups(data.val)), len(groups(data.test))) == (train, val, 6)
+
+
+def test_draws_are_nested_and_differ(recipe):
+    def drawn(labelled, draw):
+        data = read_labelled(resolve(recipe(data={"labelled": labelled, "draw": draw})), quiet=True)
+        return groups(data.train), groups(data.val)
+
+    for draw in (0, 1):
+        sizes = [drawn(count, draw) for count in (1, 2, 3)]
+        assert all(small[i] < large[i] for small, large in itertools.pairwise(sizes) for i in (0, 1))
+    assert len({frozenset(drawn(2, draw)[0]) for draw in range(8)}) > 2
+
+
+def test_more_groups_than_there_are_is_refused(recipe):
+    with pytest.raises(InputError, match=r"data\.labelled=6\.0: the pool has only 5 groups"):
+        read_labelled(resolve(recipe(data={"labelled": 6})), quiet=True)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_renamed_copy_in_training_is_found(recipe, source, part):
+    splits = json.loads((source / "splits.json").read_text())
+    for folder in ("images", "masks"):
+        shutil.copy(source / folder / "c01a.png", source / folder / "copy.png")
+    (source / "splits.json").write_text(json.dumps(splits | {part: [*splits[part], "copy"]}))
+    with (source / "groups.csv").open("a") as file:
+        file.write("copy,somebody\n")
+    with pytest.raises(CheckFailed, match=rf"(?s)1 {part} cases are among the labelled training cases.*copy\.png") as error:
+        read_labelled(resolve(recipe()), quiet=True)
+    assert "(sha256 of the file, sha256 of the pixels)" in str(error.value)  # its group is another
+    data = read_labelled(resolve(recipe(allow=["leak"])), quiet=True)
+    assert data.notes() == [f"Allowed by the recipe: leak: 1 {part} cases are among the labelled training cases."]
+
+
+def archive_of(recipe, stem: str, salt: str | None = None, keep: tuple[int, ...] = (0, 1, 2)) -> Archive:
+    """The record of an encoder that saw the case `stem`; only the columns `keep` know it."""
+    ours = recipe()
+    source = open_source(ours.data, masks=False)
+    cases = load_cases([case for case in source.cases if case.id == stem], "grey", PercentileZScore())
+    ((*row,),) = describe_archive(cases, "").rows
+    return Archive(
+        frozenset({tuple(value if i in keep else "other" for i, value in enumerate(row))}), salt or source.salt.fingerprint
+    )
+
+
+@pytest.mark.parametrize("keep, evidence", [((0,), "group"), ((1,), "sha256 of the file"), ((2,), "sha256 of the pixels")])
+@pytest.mark.parametrize("part, stem", [("val", "c05a"), ("test", "c13a")])
+def test_a_case_that_was_pretrained_on_is_found(recipe, encoder, part, stem, keep, evidence):
+    write_archive(encoder / ARCHIVE, archive_of(recipe, stem, keep=keep))
+    with pytest.raises(CheckFailed, match=rf"(?s)1 {part} cases are among the pretraining archive.*{stem}\.png \({evidence}\)"):
+        read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
+
+
+def test_training_cases_may_be_pretrained_on(recipe, encoder):
+    write_archive(encoder / ARCHIVE, archive_of(recipe, "c01a"))
+    data = read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
+    assert data.notes() == [] and len(data.archive.rows) == 1
+
+
+def test_another_salt_is_said_to_give_no_evidence(recipe, encoder):
+    write_archive(encoder / ARCHIVE, archive_of(recipe, "c05a", salt="another", keep=(0,)))
+    data = read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
+    assert len(data.notes()) == 1 and "group evidence unavailable" in data.notes()[0]
+    write_archive(encoder / ARCHIVE, archive_of(recipe, "c05a", salt="another", keep=(1,)))  # hashes compare all the same
+    with pytest.raises(CheckFailed, match="sha256 of the file"):
+        read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
+
+
+def test_an_encoder_without_its_record_is_refused(recipe, encoder):
+    (encoder / ARCHIVE).unlink()
+    with pytest.raises(InputError, match=r"has no archive\.parquet"):
+        read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
+
+
+def test_val_and_pool_are_needed(recipe, source):
+    splits = json.loads((source / "splits.json").read_text())
+    (source / "splits.json").write_text(json.dumps(splits | {"val": []}))
+    with pytest.raises(InputError, match=r"6 pool and 0 val cases; both are needed"):
+        read_labelled(resolve(recipe()), quiet=True)
+
+
+def test_without_splits_one_is_made_and_said(recipe, source):
+    (source / "splits.json").unlink()
+    data = read_labelled(resolve(recipe()), quiet=True)
+    assert len(groups(data.train)) + len(groups(data.val)) + len(groups(data.test)) == 14
+    assert not groups(data.train) & (groups(data.val) | groups(data.test)) and not groups(data.val) & groups(data.test)
+    assert any("No splits.json" in note for note in data.notes())

@@ -1,0 +1,179 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from finetune.losses import SMOOTHING, dice_loss, focal_dice_loss, focal_loss
+from resunet.data.cases import IGNORE
+
+
+def pair(num_classes: int, *size: int, seed: int = 0, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Logits (3, 1 or K, *size) and class indices (3, *size)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(3, 1 if num_classes == 2 else num_classes, *size, generator=generator)
+    return logits, torch.randint(num_classes, (3, *size), generator=generator).to(torch.uint8)
+
+
+@pytest.mark.parametrize("size", [(9, 7), (5, 4, 6)], ids=["2D", "3D"])
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_the_terms_are_those_of_monai(num_classes, size):
+    from monai.losses import DiceFocalLoss, FocalLoss  # here, because MONAI takes seconds to import
+
+    logits, target = pair(num_classes, *size)
+    whole = target[:, None].float()
+    same = dict(batch=True, smooth_nr=SMOOTHING, smooth_dr=SMOOTHING, gamma=2.0)
+    if num_classes == 2:
+        theirs = DiceFocalLoss(**same, sigmoid=True, lambda_focal=3)(logits, whole)
+        focal = FocalLoss(gamma=2.0)(logits, whole)
+    else:
+        # its focal term is a sigmoid's whatever is set, so that only its Dice is taken, without the background as ours
+        dice = DiceFocalLoss(**same, softmax=True, to_onehot_y=True, include_background=False, lambda_focal=0)
+        # the mean over the classes too, of which all but the true one are 0
+        focal = num_classes * FocalLoss(gamma=2.0, use_softmax=True, to_onehot_y=True)(logits, whole)
+        theirs = dice(logits, whole) + 3 * focal
+    ours = focal_dice_loss(logits, target)
+    torch.testing.assert_close(ours["focal"], focal, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(focal_dice_loss(logits, target, focal_weight=3)["loss"], theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours["loss"], ours["dice"] + ours["focal"])
+
+
+def test_the_binary_focal_term_is_that_of_torchvision():
+    logits, target = pair(2, 20, 20, spread=8)
+    for gamma in (0.0, 1.0, 2.0, 3.5):
+        theirs = sigmoid_focal_loss(logits[:, 0], target.float(), alpha=-1, gamma=gamma, reduction="mean")
+        torch.testing.assert_close(focal_loss(logits, target, gamma), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_terms_are_those_of_a_slow_loop():
+    for num_classes in (2, 3):
+        logits, target = pair(num_classes, 4, 5)
+        target[0, 1] = IGNORE
+        z = logits.double().numpy()
+        overlap, total, focal = np.zeros(num_classes), np.zeros(num_classes), []
+        for index in np.ndindex(*target.shape):
+            true = int(target[index])
+            if true == IGNORE:
+                continue
+            at = z[index[0], :, index[1], index[2]]
+            scores = np.array([0, at[0]]) if num_classes == 2 else at
+            p = np.exp(scores) / np.exp(scores).sum()
+            focal.append(-((1 - p[true]) ** 2) * math.log(p[true]))
+            overlap[true] += p[true]
+            total += p
+            total[true] += 1
+        dice = np.mean((2 * overlap[1:] + SMOOTHING) / (total[1:] + SMOOTHING))
+        terms = focal_dice_loss(logits, target)
+        assert terms["focal"].item() == pytest.approx(np.mean(focal), rel=1e-5)
+        assert terms["dice"].item() == pytest.approx(1 - dice, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_perfect_prediction_costs_nothing(num_classes):
+    _, target = pair(num_classes, 6, 6)
+    one_hot = torch.nn.functional.one_hot(target.long(), num_classes).movedim(-1, 1).float()
+    logits = one_hot[:, 1:] * 200 - 100 if num_classes == 2 else one_hot * 200
+    assert focal_dice_loss(logits, target)["loss"].item() == pytest.approx(0, abs=1e-6)
+    worst = focal_dice_loss(-logits, target)
+    assert worst["dice"].item() == pytest.approx(1, abs=1e-3) and worst["focal"] > 50
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_an_empty_target_costs_nothing_where_nothing_is_predicted(num_classes):
+    target = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    logits = torch.full((2, 1 if num_classes == 2 else num_classes, 8, 8), -60.0)
+    logits[:, 0] = -60.0 if num_classes == 2 else 60.0
+    assert dice_loss(logits, target).item() == pytest.approx(0, abs=1e-6)
+    logits[0, -1, 0, 0] = 100.0  # one false pixel of a class
+    wanted = 1.0 if num_classes == 2 else 1 / 3
+    assert dice_loss(logits, target).item() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_dice_is_over_the_batch():
+    target = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    target[0] = 1
+    logits = torch.full((2, 1, 4, 4), 50.0)
+    assert dice_loss(logits, target).item() == pytest.approx(1 - 2 * 16 / (32 + 16), abs=1e-5)
+
+
+def test_the_closed_form_of_a_coin_toss():
+    target = torch.tensor([[[1, 0, 0, 0]]], dtype=torch.uint8)
+    terms = focal_dice_loss(torch.zeros(1, 1, 1, 4), target, gamma=2, focal_weight=3, dice_weight=5)
+    assert terms["focal"].item() == pytest.approx(math.log(2) / 4)
+    assert terms["dice"].item() == pytest.approx(1 - 2 * 0.5 / (2 + 1), abs=1e-5)
+    assert terms["loss"].item() == pytest.approx(3 * math.log(2) / 4 + 5 * 2 / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_ignored_pixels_change_nothing(num_classes):
+    logits, target = pair(num_classes, 6, 8)
+    values, gradients = [], []
+    for disturbance in (0.0, 5.0):
+        given = torch.cat([logits, logits + disturbance], dim=3).requires_grad_()
+        padded = torch.cat([target, torch.full_like(target, IGNORE)], dim=2)
+        loss = focal_dice_loss(given, padded)["loss"]
+        loss.backward()
+        values.append(loss.item())
+        gradients.append(given.grad)
+    alone = logits.clone().requires_grad_()
+    focal_dice_loss(alone, target)["loss"].backward()
+    assert values[0] == values[1] == pytest.approx(focal_dice_loss(logits, target)["loss"].item(), rel=1e-6)
+    for gradient in gradients:
+        assert (gradient[..., 8:] == 0).all()
+        torch.testing.assert_close(gradient[..., :8], alone.grad)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_a_batch_ignored_altogether_costs_nothing(num_classes):
+    logits, target = pair(num_classes, 5, 5)
+    logits.requires_grad_()
+    terms = focal_dice_loss(logits, torch.full_like(target, IGNORE))
+    terms["loss"].backward()
+    assert terms["loss"].item() == pytest.approx(0, abs=1e-6)
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_sums_over_a_large_image_do_not_overflow_in_half_precision(num_classes, dtype):
+    target = torch.ones(1, 512, 512, dtype=torch.uint8)
+    logits = torch.zeros(1, 1 if num_classes == 2 else num_classes, 512, 512, dtype=dtype)  # sums of 131,072 and more
+    terms = focal_dice_loss(logits, target)
+    p = 1 / num_classes
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    assert terms["focal"].item() == pytest.approx(-((1 - p) ** 2) * math.log(p), rel=1e-5)
+    dice = 2 * p / (1 + p) / (num_classes - 1)  # the classes that are predicted but absent have 0
+    assert terms["dice"].item() == pytest.approx(1 - dice, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_the_gradient_is_that_of_finite_differences(num_classes):
+    logits, target = pair(num_classes, 3, 4, spread=1)
+    target[0, 0, 0] = IGNORE
+    given = logits.clone().requires_grad_()
+    focal_dice_loss(given, target)["loss"].backward()
+    step = 1e-2  # float32: rounding of about 1e-7 / step and curvature of about step²
+    for index in np.ndindex(*logits.shape):
+        up, down = logits.clone(), logits.clone()
+        up[index] += step
+        down[index] -= step
+        slope = (focal_dice_loss(up, target)["loss"] - focal_dice_loss(down, target)["loss"]) / (2 * step)
+        assert given.grad[index].item() == pytest.approx(slope.item(), abs=5e-5)
+
+
+def test_extreme_logits_have_finite_gradients():
+    logits = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4]).view(1, 1, 1, 5).repeat(1, 1, 2, 1).requires_grad_()
+    target = torch.tensor([[[0] * 5, [1] * 5]], dtype=torch.uint8)
+    loss = focal_dice_loss(logits, target)["loss"]
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+    assert logits.grad[0, 0, 1, 0] < -0.01  # a sure mistake still pulls
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2])
+def test_a_sure_and_right_prediction_has_a_finite_gradient(gamma):
+    logits = torch.tensor([10.0, 18.0, 50.0, 200.0]).view(1, 1, 2, 2).requires_grad_()  # p is 1 in float32 from 17 on
+    focal_dice_loss(logits, torch.ones(1, 2, 2, dtype=torch.uint8), gamma)["loss"].backward()
+    assert logits.grad.isfinite().all()

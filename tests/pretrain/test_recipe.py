@@ -1,0 +1,77 @@
+import pytest
+
+from pretrain.recipe import PretrainRecipe
+from resunet.config import load_recipe, validate
+from resunet.errors import InputError
+
+LEAST = {"out": "run", "steps": 5, "data": {"source": "scans"}}
+
+FAULTS = {
+    "batch of one": ({"batch": 1}, r"batch=1: .*greater than or equal to 2"),
+    "accumulate": ({"accumulate": 0}, r"accumulate=0: .*greater than or equal to 1"),
+    "temperature": ({"temperature": 0}, r"temperature=0: .*greater than 0"),
+    "no steps": ({"steps": 0}, r"steps=0: "),
+    "warmup": ({"warmup": 1.5}, r"warmup=1\.5: "),
+    "out": ({"out": ""}, r"out=.*: must be the path of a new folder"),
+    "precision": ({"precision": "fp8"}, r"precision='fp8': .*'fp32', 'bf16' or 'fp16'"),
+    "unknown key": ({"temprature": 0.1}, r"temprature=0\.1: there is no such key; did you mean 'temperature'\?"),
+    "unknown nested key": ({"views": {"sise": 96}}, r"views\.sise=96: there is no such key; did you mean 'views\.size'\?"),
+    "view size": ({"views": {"size": 7}}, r"views\.size=7: .*greater than or equal to 8"),
+    "flip": ({"views": {"flip": 1.2}}, r"views\.flip=1\.2: .*less than or equal to 1"),
+    "rotation": ({"views": {"rotation": 181}}, r"views\.rotation=181: "),
+    "range upside down": ({"views": {"gamma": [2, 1]}}, r"views\.gamma=\[2, 1\]: the first of .* must not be above the second"),
+    "zero scale": ({"views": {"scale": [0, 1]}}, r"scale=\[0\.0, 1\.0\] must be above 0"),
+    "scale above one": ({"views": {"scale": [0.5, 1.5]}}, r"a crop covers at most the whole scan \(1\)"),
+    "zero blur": ({"views": {"blur_sigma": [0, 1]}}, r"blur_sigma=\[0\.0, 1\.0\] must be above 0"),
+    "no channels": ({"model": {"channels": []}}, r"model\.channels=\[\]: "),
+    "zero width": ({"model": {"channels": [4, 0]}}, r"model\.channels\.1=0: "),
+    "norm": ({"model": {"norm": "layer"}}, r"model\.norm='layer': .*'batch', 'instance' or 'group'"),
+    "optimizer": ({"optimizer": {"name": "sgd"}}, r"optimizer\.name='sgd': .*'adamw' or 'lars'"),
+    "lr": ({"optimizer": {"lr": 0}}, r"optimizer\.lr=0: .*greater than 0"),
+    "allow": ({"allow": ["input_channels"]}, r"allow\.0='input_channels': .*'leak'"),
+    "normalisation": (
+        {"normalisation": {"kind": "percentile_zscore", "low": 99, "high": 1}},
+        r"low=99\.0 must be below high=1",
+    ),
+    "no source": ({"data": {}}, r"data\.source: is required"),
+}
+
+
+@pytest.mark.parametrize("changes, message", FAULTS.values(), ids=FAULTS.keys())
+def test_what_is_out_of_range_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        validate(PretrainRecipe, LEAST | changes, "recipe")
+
+
+def test_all_faults_come_at_once():
+    with pytest.raises(InputError) as error:
+        validate(PretrainRecipe, LEAST | {"batch": 1, "temperature": -1, "views": {"flip": 2}}, "recipe")
+    message = str(error.value)
+    assert "batch=1" in message and "temperature=-1" in message and "views.flip=2" in message
+
+
+def test_the_limits_themselves_are_allowed():
+    views = {"size": 8, "scale": [1, 1], "rotation": 180, "flip": 1, "noise_sigma": [0, 0]}
+    recipe = validate(PretrainRecipe, LEAST | {"batch": 2, "warmup": 1, "views": views}, "recipe")
+    assert recipe.views.scale == (1, 1) and recipe.views.intensity == 0.8
+
+
+def test_a_file_and_its_overrides(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("out: run\nsteps: 5\ndata: {source: scans}\nviews: {gamma: [0.9, 1.1]}\n")
+    recipe = load_recipe(PretrainRecipe, "pretrain", str(path), ["steps=7", "views.flip=0", "allow=[leak]"])
+    assert (recipe.steps, recipe.views.flip, recipe.views.gamma, recipe.allow) == (7, 0, (0.9, 1.1), ("leak",))
+    assert PretrainRecipe.model_validate_json(recipe.model_dump_json()) == recipe
+    with pytest.raises(InputError, match=r"mine\.yaml is not valid:\n  batch=1: "):
+        load_recipe(PretrainRecipe, "pretrain", str(path), ["batch=1"])
+
+
+def test_the_architecture_is_that_of_the_recipe():
+    recipe = validate(PretrainRecipe, LEAST | {"model": {"channels": [4, 8], "units": 3, "norm": "group"}}, "recipe")
+    architecture = recipe.model.architecture(in_channels=5)
+    assert architecture.model_dump(exclude={"name", "spatial_dims"}) == {
+        "in_channels": 5,
+        "channels": (4, 8),
+        "units": 3,
+        "norm": "group",
+    }

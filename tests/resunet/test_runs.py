@@ -1,0 +1,301 @@
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from resunet.config import DataSettings, Recipe, WandbSettings
+from resunet.errors import EnvironmentFault, InputError
+from resunet.runs import Run, check_out, git_commit, machine, versions, without_paths
+
+
+class SmallRecipe(Recipe):
+    data: DataSettings
+    temperature: float = 0.2
+
+
+def small_recipe(out: Path, **values) -> SmallRecipe:
+    defaults = dict(steps=10, data=DataSettings(source=Path("/somewhere/secret_source")), wandb=WandbSettings(mode="disabled"))
+    return SmallRecipe(out=out, **(defaults | values))
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(small_recipe(tmp_path / "run"), "pretrain", {"data": "a" * 64})
+
+
+def record(run: Run) -> dict:
+    return json.loads((run.folder / "run.json").read_text())
+
+
+def lines(run: Run) -> list[dict]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_new_folder_is_fine(tmp_path):
+    check_out(small_recipe(tmp_path / "new"))
+    check_out(small_recipe(tmp_path / "new", resume=True))
+
+
+def test_an_existing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"exists already.*resume=true"):
+        check_out(small_recipe(tmp_path))
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(InputError, match=r"not a run directory \(no config\.json\)"):
+        check_out(small_recipe(tmp_path, resume=True))
+
+
+def test_a_run_cannot_be_resumed_with_another_recipe(run):
+    check_out(small_recipe(run.folder, resume=True))
+    with pytest.raises(InputError) as error:
+        check_out(small_recipe(run.folder, resume=True, temperature=0.5, seed=3))
+    assert "\n  temperature: 0.2 then, 0.5 now" in str(error.value)
+    assert "\n  seed: 0 then, 3 now" in str(error.value)
+    assert "steps:" not in str(error.value)
+
+
+def test_some_keys_are_free_on_resume(run):
+    check_out(small_recipe(run.folder, resume=True, log_every=3, checkpoint_every=5, processes=2, wandb=WandbSettings()))
+
+
+def test_a_run_directory_may_move(run, tmp_path):
+    run.folder.rename(tmp_path / "moved")
+    check_out(small_recipe(tmp_path / "moved", resume=True))
+
+
+def test_config_json_is_the_recipe_and_is_never_edited(run):
+    text = (run.folder / "config.json").read_text()
+    assert SmallRecipe.model_validate_json(text) == small_recipe(run.folder)
+    Run(small_recipe(run.folder, resume=True, log_every=7), "pretrain", {})
+    assert (run.folder / "config.json").read_text() == text
+
+
+def test_run_json_says_what_ran(run):
+    found = record(run)
+    assert {
+        "schema_version",
+        "stage",
+        "seed",
+        "versions",
+        "machine",
+        "git_commit",
+        "inputs",
+        "started",
+        "status",
+        "updated",
+    } <= set(found)
+    assert (found["stage"], found["seed"], found["status"]) == ("pretrain", 0, "running")
+    assert found["inputs"] == {"data": "a" * 64}
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    run.finish("done", seconds_per_step=0.5)
+    assert (record(run)["status"], record(run)["seconds_per_step"]) == ("done", 0.5)
+
+
+def test_a_resumed_run_keeps_its_start_and_its_facts(run):
+    run.set_status("stopped", fact=1)
+    path = run.folder / "run.json"
+    path.write_text(json.dumps(record(run) | {"started": "long ago"}))
+    again = Run(small_recipe(run.folder, resume=True), "pretrain", {"data": "b"})
+    assert (record(again)["started"], record(again)["fact"], record(again)["status"]) == ("long ago", 1, "running")
+    assert record(again)["inputs"] == {"data": "b"}
+
+
+def test_a_run_is_not_started_over_another(run):
+    with pytest.raises(EnvironmentFault):
+        Run(small_recipe(run.folder), "pretrain", {})
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    run = Run(small_recipe(tmp_path / "run"), "pretrain", {}, writes=False)
+    run.log(1, {"loss": 1.0})
+    run.save_checkpoint(1, {"step": 1})
+    run.rewind(0)
+    run.finish("done")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_the_environments_fault(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="cannot be written"):
+        Run(small_recipe(tmp_path / "file" / "run"), "pretrain", {})
+
+
+def test_metrics_are_a_line_each_and_can_be_rewound(run):
+    for step in (10, 20, 30):
+        run.log(step, {"loss": 1 / step})
+    assert lines(run) == [{"step": step, "loss": 1 / step} for step in (10, 20, 30)]
+    run.rewind(20)
+    assert [line["step"] for line in lines(run)] == [10, 20]
+    run.log(30, {"loss": 9.0})
+    assert lines(run)[-1] == {"step": 30, "loss": 9.0}
+    run.rewind(0)
+    assert lines(run) == []
+
+
+def steps_kept(run: Run) -> set[str]:
+    return {path.name for path in (run.folder / "checkpoints").iterdir() if not path.is_symlink()}
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(run):
+    for step in (5, 10, 15, 20, 100):
+        run.save_checkpoint(step, {"step": step}, best=step == 10)
+    assert steps_kept(run) == {"step-10", "step-20", "step-100"}
+    assert (run.folder / "checkpoints" / "last").readlink() == Path("step-100")
+    assert (run.folder / "checkpoints" / "best").readlink() == Path("step-10")
+    assert run.load_checkpoint("last") == {"step": 100}
+    assert run.load_checkpoint("best") == {"step": 10}
+    run.save_checkpoint(200, {"step": 200}, best=True)
+    assert steps_kept(run) == {"step-100", "step-200"}
+    assert run.load_checkpoint("best") == {"step": 200}
+
+
+def test_a_checkpoint_gives_back_what_was_saved(run):
+    state = {
+        "step": 3,
+        "tensor": torch.randn(3, 4),
+        "nested": {"none": None, "list": [1, 2.5, "x"], "half": torch.ones(2).bfloat16()},
+    }
+    run.save_checkpoint(3, state)
+    loaded = run.load_checkpoint("last")
+    assert torch.equal(loaded.pop("tensor"), state.pop("tensor"))
+    assert torch.equal(loaded["nested"].pop("half"), state["nested"].pop("half"))
+    assert loaded == state
+
+
+def test_there_may_be_no_checkpoint(run):
+    assert run.load_checkpoint("last") is None
+    run.save_checkpoint(1, {"step": 1})
+    assert run.load_checkpoint("best") is None
+
+
+class Unwritable:
+    """What a full disk does in the middle of a checkpoint."""
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(run):
+    run.save_checkpoint(1, {"step": 1}, best=True)
+    with pytest.raises(EnvironmentFault, match=r"step-2.*No space left.*Those before it stand"):
+        run.save_checkpoint(2, {"weights": torch.zeros(1000), "bad": Unwritable()}, best=True)
+    assert run.load_checkpoint("last") == run.load_checkpoint("best") == {"step": 1}
+    assert {path.name for path in (run.folder / "checkpoints").iterdir()} == {"step-1", "last", "best"}
+
+
+def test_a_checkpoint_of_the_same_step_that_cannot_be_written_leaves_the_one_before(run):
+    run.save_checkpoint(1, {"step": 1})
+    with pytest.raises(EnvironmentFault):
+        run.save_checkpoint(1, {"bad": Unwritable()})
+    assert run.load_checkpoint("last") == {"step": 1}
+
+
+def test_nothing_but_tensors_is_unpickled(run, tmp_path):
+    run.save_checkpoint(1, {"step": 1})
+    torch.save({"path": Path("x")}, run.folder / "checkpoints" / "last" / "state.pt")
+    with pytest.raises(Exception, match="weights_only"):
+        run.load_checkpoint("last")
+
+
+def test_without_paths_drops_paths_at_every_level():
+    values = {
+        "out": "/a/b",
+        "encoder": "/a/c",
+        "steps": 3,
+        "data": {"source": "/a/d", "salt_file": "/a/e", "held_out": "/a/f", "channels": "grey", "classes": {"0": "background"}},
+    }
+    assert without_paths(values) == {"steps": 3, "data": {"channels": "grey", "classes": {"0": "background"}}}
+    assert values["out"] == "/a/b"
+
+
+def test_no_recipe_hides_a_path_from_without_paths():
+    from finetune.recipe import FinetuneRecipe
+    from pretrain.recipe import PretrainRecipe
+
+    data = {"source": "/secret/1", "salt_file": "/secret/2"}
+    pretrain = PretrainRecipe(out="/secret/3", steps=1, data=data | {"held_out": "/secret/4"})
+    classes = {0: "background", 1: "lesion"}
+    finetune = FinetuneRecipe(out="/secret/3", steps=1, encoder="/secret/5", data=data | {"classes": classes})
+    for recipe in (pretrain, finetune):
+        assert "/secret" in recipe.model_dump_json()
+        assert "/secret" not in json.dumps(without_paths(json.loads(recipe.model_dump_json())))
+
+
+def test_versions_and_machine_name_neither_host_nor_user():
+    assert versions()["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert "unknown" not in versions().values()
+    assert set(machine()) == {"system", "architecture", "cores", "threads", "gpus"}
+
+
+def test_the_commit_is_that_of_the_checkout():
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    assert git_commit() == (done.stdout.strip() or None)
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory) -> tuple[Run, bytes]:
+    """A run mirrored offline, and what W&B's file holds."""
+    folder = tmp_path_factory.mktemp("secret_parent")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # wandb's own
+        for name in ("CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+            patch.setenv(f"WANDB_{name}", str(folder / "wandb_home"))
+        patch.setenv("WANDB_HOST", "secret_host")  # in place of this machine's
+        patch.setenv("WANDB_USERNAME", "secret_user")
+        patch.delenv("WANDB_MODE", raising=False)
+        settings = WandbSettings(mode="offline", project="some_project")
+        run = Run(small_recipe(folder / "secret_out", wandb=settings), "pretrain", {})
+        run.log(1, {"loss_of_the_step": 0.5, "embedding_rank": 3.0})
+        run.summarise({"final_dice": 0.75})
+        run.finish("done")
+    (file,) = run.folder.rglob("*.wandb")
+    until = time.monotonic() + 20  # W&B's own process writes, and may do so after finish() has returned
+    while b"embedding_rank" not in file.read_bytes() and time.monotonic() < until:
+        time.sleep(0.05)
+    return run, file.read_bytes()
+
+
+def test_wandb_offline_holds_the_metrics(mirrored):
+    run, content = mirrored
+    for present in (b"loss_of_the_step", b"embedding_rank", b"final_dice", b"temperature", b"some_project"):
+        assert present in content
+    assert record(run)["wandb_id"].encode() in content
+
+
+def test_wandb_offline_holds_no_path_and_no_user(mirrored):
+    run, content = mirrored
+    for absent in (
+        b"secret_source",
+        b"secret_out",
+        b"secret_parent",
+        b"/somewhere",
+        b"secret_user",
+        str(Path.home()).encode() + b"/",
+    ):
+        assert absent not in content
+    assert sys.argv[0].encode() not in content
+
+
+@pytest.mark.xfail(
+    strict=True, reason="BUG runs.py _start_wandb: the machine's name goes to W&B; wandb.Settings(host=...) sets it"
+)
+def test_wandb_offline_holds_no_host(mirrored):
+    _, content = mirrored
+    assert b"embedding_rank" in content
+    assert b"secret_host" not in content
+
+
+@pytest.mark.xfail(strict=True, raises=json.JSONDecodeError, reason="BUG runs.py rewind: a line cut short by a kill")
+def test_a_line_that_was_cut_short_does_not_stop_a_resume(run):
+    run.log(1, {"loss": 1.0})
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    run.rewind(1)
+    assert lines(run) == [{"step": 1, "loss": 1.0}]
