@@ -270,7 +270,7 @@ def test_wandb_offline_holds_the_metrics(mirrored):
 
 
 def test_wandb_offline_holds_no_path_and_no_user(mirrored):
-    run, content = mirrored
+    _run, content = mirrored
     for absent in (
         b"secret_source",
         b"secret_out",

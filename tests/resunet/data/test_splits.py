@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -44,7 +46,7 @@ def test_a_group_in_two_parts_is_named():
 @pytest.mark.parametrize("draw", [0, 1, 7])
 def test_draws_are_nested_and_deterministic(draw):
     draws = [draw_groups(GROUPS, n, draw) for n in range(1, 21)]
-    for n, (smaller, larger) in enumerate(zip(draws, draws[1:], strict=False), start=1):
+    for n, (smaller, larger) in enumerate(itertools.pairwise(draws), start=1):
         assert len(smaller) == n == len(set(smaller))
         assert larger[:n] == smaller
     assert draw_groups(GROUPS[::-1] * 2, 5, draw) == draws[4]
