@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -82,6 +82,36 @@ class Checkpointed(ModelHubMixin, library_name="resunet", license="apache-2.0", 
         write_text(save_directory / CONFIG, self.config.model_dump_json(indent=2) + "\n")
 
     @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> Self:
+        """A model from a local folder or the Hub, in evaluation mode, loaded exactly.
+
+        Raises:
+            InputError: no model there, or weights or a config.json that are not this network's.
+        """
+        if Path(pretrained_model_name_or_path).exists():
+            read_config(Path(pretrained_model_name_or_path))  # the Hub's own reader shows a traceback
+        try:
+            return super().from_pretrained(
+                pretrained_model_name_or_path,
+                force_download=force_download,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                revision=revision,
+            )
+        except HFValidationError as error:
+            raise InputError(f"{pretrained_model_name_or_path}: neither a local folder nor the name of a model.") from error
+
+    @classmethod
     def _from_pretrained(  # type: ignore[override]
         cls,
         *,
@@ -117,7 +147,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG
     try:
         raw = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{folder}: not a model directory (no {CONFIG}). Give a run directory, or its model/ folder."
         ) from error
@@ -136,7 +166,11 @@ def model_folder(path: Path) -> Path:
     """The model directory that a run directory or a model directory means."""
     if not path.exists():
         raise InputError(f"{path}: no such folder. Give a run directory or a model directory.")
-    return path / "model" if (path / "model" / CONFIG).is_file() else path
+    if (path / "model" / CONFIG).is_file():
+        return path / "model"
+    if (path / "run.json").is_file():
+        raise InputError(f"{path}: this run has no model yet. Finish it with resume=true.")
+    return path
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -174,16 +208,14 @@ def differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside)
-    _settle(aside, path)
+    with _file_aside(path) as aside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    aside.write_text(text, encoding="utf-8")
-    _settle(aside, path)
+    with _file_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -201,10 +233,17 @@ def folder_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _settle(aside: Path, path: Path) -> None:
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+@contextmanager
+def _file_aside(path: Path) -> Iterator[Path]:
+    """A file that stands at `path` once the block has ended, whole or not at all."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

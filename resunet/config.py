@@ -113,7 +113,11 @@ def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequenc
         parsed = OmegaConf.load(path)
         for key, override in _last_overrides(overrides).items():
             # the value given is the value: a mapping replaces the recipe's, it is not mixed into it
-            OmegaConf.update(parsed, key, OmegaConf.select(OmegaConf.from_dotlist([override]), key), merge=False)
+            given = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+            for part in key.split("."):
+                assert isinstance(given, dict)
+                given = given[part]
+            OmegaConf.update(parsed, key, given, merge=False)
         values = OmegaConf.to_container(parsed, resolve=False)
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise InputError(f"{path}: cannot be read as a recipe: {error}") from error
@@ -130,8 +134,7 @@ def validate(recipe_class: type[R], values: Any, where: str) -> R:
     try:
         return recipe_class.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(f"  {_fault(recipe_class, e)}" for e in error.errors())
-        raise InputError(f"{where} is not valid:\n{faults}") from error
+        raise InputError(f"{where} is not valid:\n{_faults(recipe_class, error)}") from error
 
 
 def find_recipe(stage: str, name: str) -> Path:
@@ -180,21 +183,49 @@ def _refuse_interpolation(values: Any, path: Path, key: str = "") -> None:
         raise InputError(f"{path}: {key}={values!r}: interpolation (${{…}}) is refused; write the value itself.")
 
 
-def _fault(model: type[BaseModel], error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = list(_keys(model))
-        # a key may be right but in the wrong place: compare the whole path first, the last word then
-        close = (
-            difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-            or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-        )
-        siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed here: {', '.join(siblings)}"
-        return f"{key}={error['input']!r}: there is no such key; {hint}"
-    if error["type"] == "missing":
-        return f"{key}: is required and has no default; give it in the recipe or as {key}=…"
-    return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+def _faults(model: type[BaseModel], error: ValidationError) -> str:
+    """A line a key; what the branches of a union say of one value stands in one line."""
+    by_key: dict[str, list[Any]] = {}
+    for one in error.errors():
+        by_key.setdefault(_key(model, one), []).append(one)
+    lines = []
+    for key, ones in by_key.items():
+        kind, value = ones[0]["type"], ones[0]["input"]
+        if kind == "extra_forbidden":
+            lines.append(f"  {key}={value!r}: there is no such key; {_suggestion(model, key)}")
+        elif kind == "missing":
+            lines.append(f"  {key}: is required and has no default; give it in the recipe or as {key}=…")
+        else:
+            messages = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in ones)
+            lines.append(f"  {key}={value!r}: {'; or '.join(messages)}")
+    return "\n".join(lines)
+
+
+def _key(model: type[BaseModel], error: Any) -> str:
+    """The recipe's key of a fault: pydantic's location without the names it gives to the branches of unions."""
+    parts: list[str] = []
+    models: list[type[BaseModel]] = [model]
+    for position, part in enumerate(error["loc"]):
+        field = next((m.model_fields[part] for m in models if part in m.model_fields), None)
+        if field is not None:
+            models = list(_models_in(field.annotation))
+        unknown_key = error["type"] == "extra_forbidden" and position == len(error["loc"]) - 1
+        if field is not None or unknown_key or str(part).isdigit():
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _suggestion(model: type[BaseModel], key: str) -> str:
+    """The key that was probably meant: a sibling spelt alike, else a key elsewhere whose last word is alike."""
+    parent, _, word = key.rpartition(".")
+    known = list(_keys(model))
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    elsewhere = {k.rpartition(".")[2]: k for k in known}
+    for words, cutoff in ((siblings, 0.7), (elsewhere, 0.8)):
+        close = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
+        if close:
+            return f"did you mean {words[close[0]]!r}?"
+    return f"allowed here: {', '.join(siblings.values())}"
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -59,10 +59,6 @@ class ResidualEncoder(nn.Module, Checkpointed):
                 f"in_channels={in_channels}, channels={list(channels)}, units={units}: each must be at least 1, "
                 "and there must be at least one level."
             )
-        architecture = EncoderArchitecture.model_validate(
-            dict(spatial_dims=spatial_dims, in_channels=in_channels, channels=channels, units=units, norm=norm)
-        )
-        self.config = ModelConfig(architecture=architecture)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.channels = tuple(channels)
@@ -74,6 +70,10 @@ class ResidualEncoder(nn.Module, Checkpointed):
             rest = [ResidualUnit(spatial_dims, width, width, norm=norm) for _ in range(units - 1)]
             self.levels.append(nn.Sequential(first, *rest))
             width_before = width
+        architecture = EncoderArchitecture.model_validate(
+            dict(spatial_dims=spatial_dims, in_channels=in_channels, channels=channels, units=units, norm=norm)
+        )
+        self.config = ModelConfig(architecture=architecture)
         initialise(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:

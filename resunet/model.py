@@ -1,7 +1,7 @@
 """Segmentation networks: the Res-UNet, and the plain U-Net it is compared with.
 
-Both take (N, in_channels, *size) of any size, odd ones too, and give logits (N, out, *size): one channel for a binary
-task (sigmoid), one a class otherwise (softmax).
+Both take (N, in_channels, *size) of any size, odd ones too (with instance norm: larger than the coarsest stride), and give
+logits (N, out, *size): one channel for a binary task (sigmoid), one a class otherwise (softmax).
 """
 
 from collections.abc import Sequence
@@ -95,6 +95,15 @@ class UNet(nn.Module, Checkpointed):
                 "and at least one channel a level."
             )
         widths = tuple(channels)
+        self.pool = F.max_pool2d if spatial_dims == 2 else F.max_pool3d
+        self.down = nn.ModuleList(
+            _double_convolution(spatial_dims, before, width, norm)
+            for before, width in zip((in_channels, *widths), widths, strict=False)
+        )
+        pairs = list(zip(widths[::-1], widths[-2::-1], strict=False))  # (coarser, finer), coarsest first
+        self.up = nn.ModuleList(transposed_convolution(spatial_dims, coarse, fine) for coarse, fine in pairs)
+        self.merge = nn.ModuleList(_double_convolution(spatial_dims, 2 * fine, fine, norm) for _, fine in pairs)
+        self.head = convolution(spatial_dims, widths[0], logit_channels(num_classes), 1, bias=True)
         self.config = ModelConfig(
             architecture=UNetArchitecture.model_validate(
                 dict(
@@ -106,15 +115,6 @@ class UNet(nn.Module, Checkpointed):
                 )
             )
         )
-        self.pool = F.max_pool2d if spatial_dims == 2 else F.max_pool3d
-        self.down = nn.ModuleList(
-            _double_convolution(spatial_dims, before, width, norm)
-            for before, width in zip((in_channels, *widths), widths, strict=False)
-        )
-        pairs = list(zip(widths[::-1], widths[-2::-1], strict=False))  # (coarser, finer), coarsest first
-        self.up = nn.ModuleList(transposed_convolution(spatial_dims, coarse, fine) for coarse, fine in pairs)
-        self.merge = nn.ModuleList(_double_convolution(spatial_dims, 2 * fine, fine, norm) for _, fine in pairs)
-        self.head = convolution(spatial_dims, widths[0], logit_channels(num_classes), 1, bias=True)
         initialise(self)
         initialise_head(self.head)
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def curves(
     """Lines, name → (x, y), as an inline SVG."""
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.subplots()
-    for (name, (x, y)), colour in zip(series.items(), COLOURS, strict=False):
+    for (name, (x, y)), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
         axes.plot(x, y, label=name, color=colour, linewidth=1.8)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)

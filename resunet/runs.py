@@ -122,8 +122,8 @@ class Run:
         """Drop logged lines after `step`: a resumed run writes them again."""
         path = self.folder / "metrics.jsonl"
         if self.writes and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill cuts the last one short
+            write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
     def summarise(self, figures: Mapping[str, float]) -> None:
         """Final figures into the W&B summary."""
@@ -187,6 +187,8 @@ class Run:
             x_disable_meta=True,
             x_disable_machine_info=True,
             x_disable_stats=True,
+            x_save_requirements=False,
+            host="withheld",  # else the machine's name
             disable_git=True,
             disable_code=True,
             console="off",

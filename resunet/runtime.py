@@ -39,7 +39,8 @@ def normalise(scan: NDArray, intensities: list[Intensity]) -> NDArray[np.float32
     out = np.empty(scan.shape, np.float32)
     for channel, (values, intensity) in enumerate(zip(scan, intensities, strict=True)):
         clipped = np.clip(values.astype(np.float32), intensity.low, intensity.high)
-        std = intensity.std if intensity.std > 1e-8 * max(1.0, abs(intensity.mean)) else 1.0
+        # relative: what is constant does not depend on the unit, and rounding leaves a little
+        std = intensity.std if intensity.std > 1e-7 * max(abs(intensity.low), abs(intensity.high)) else 1.0
         out[channel] = (clipped - np.float32(intensity.mean)) / np.float32(std)
     return out
 

@@ -68,6 +68,8 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """Linear warm-up over a share of the steps, then a cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
     warmup_steps = min(round(warmup * steps), steps - 1)
+    if steps - warmup_steps == 1 and step == steps - 1:  # no room for a cosine
+        return peak
     return float(cosine_warmup_schedule(step, steps, peak, 0.0, warmup_steps, 0.0))
 
 

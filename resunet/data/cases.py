@@ -29,12 +29,14 @@ class Case:
 
     id, group: as a run may show them: HMACs, or the names themselves where the recipe keeps names.
     group_hmac: always the HMAC, for the leakage guard.
+    group_name: as the source names it. For splitting only: it goes into no record.
     part: 'pool', 'val', 'test', or None where the source has no splits.
     """
 
     id: str
     group: str
     group_hmac: str
+    group_name: str
     part: str | None
     image: Path
     mask: Path | None
@@ -167,7 +169,7 @@ def _load(
         intensities=_intensities(values, normalisation),
         labels=labels,
         file_sha256=hashlib.sha256(case.image.read_bytes()).hexdigest(),
-        pixel_sha256=hashlib.sha256(f"{values.dtype.str}{values.shape}".encode() + values.tobytes()).hexdigest(),
+        pixel_sha256=scan.pixel_sha256,
     )
 
 

@@ -3,6 +3,7 @@
 Imports no torch. A scan keeps its dtype; what converts it to float is normalisation, later.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,16 @@ T = TypeVar("T")
 class Scan:
     """One image or volume.
 
-    values: (C, y, x) or (C, z, y, x), in the file's own dtype. A volume is in the canonical frame LPS: z grows towards
+    values: (C, y, x) or (C, z, y, x) of a scan, without C of a mask, in the file's own dtype. A volume is in the
+        canonical frame LPS: z grows towards
         superior, y towards posterior, x towards the patient's left.
     spacing: mm per pixel in array order (y, x) or (z, y, x); 1 where the file does not say.
+    pixel_sha256: of the values as the file holds them, whatever channels were asked for.
     """
 
     values: NDArray
     spacing: tuple[float, ...]
+    pixel_sha256: str
 
 
 def suffix_of(path: Path) -> str:
@@ -63,9 +67,9 @@ def read_scan(path: Path, channels: str | int) -> Scan:
     Raises:
         InputError: unreadable, NaN or infinite values, or another number of channels.
     """
-    values, spacing = _read(path)
+    values, spacing = _read(path, indices=False)
     _refuse_non_finite(values, path)
-    return Scan(_with_channels(values, channels, path), spacing)
+    return Scan(_with_channels(values, channels, path), spacing, _hash(values))
 
 
 def read_mask(path: Path) -> Scan:
@@ -76,7 +80,7 @@ def read_mask(path: Path) -> Scan:
     Raises:
         InputError: unreadable, values that are not whole numbers, or a colour image.
     """
-    values, spacing = _read(path)
+    values, spacing = _read(path, indices=True)
     if values.shape[0] > 1 and not (values == values[:1]).all():
         raise InputError(
             f"{path}: the mask has {values.shape[0]} different channels. A mask holds one class index a pixel: "
@@ -87,17 +91,22 @@ def read_mask(path: Path) -> Scan:
         if not np.isfinite(mask).all() or (mask != np.round(mask)).any():
             raise InputError(f"{path}: the mask holds values that are not whole numbers. It must hold class indices.")
         mask = mask.astype(np.int64)
-    return Scan(mask, spacing)
+    return Scan(mask, spacing, _hash(values))
 
 
-def _read(path: Path) -> tuple[NDArray, tuple[float, ...]]:
+def _hash(values: NDArray) -> str:
+    return hashlib.sha256(f"{values.dtype.str}{values.shape}".encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _read(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
+    """(C, *size) and spacing. `indices`: a palette image gives its indices, not the colours they stand for."""
     suffix = suffix_of(path)
     if suffix in VOLUMES:
         return _guarded(path, _read_volume)
     if suffix in TIFFS:
-        return _guarded(path, _read_tiff)
+        return _guarded(path, lambda path: _read_tiff(path, indices))
     if suffix in IMAGES:
-        return _guarded(path, _read_image)
+        return _guarded(path, lambda path: _read_image(path, indices))
     raise InputError(f"{path}: {suffix or 'no ending'} is not a format this reads: {', '.join(READABLE)}.")
 
 
@@ -117,8 +126,8 @@ def _read_volume(path: Path) -> tuple[NDArray, tuple[float, ...]]:
     if image.GetDimension() == 3:
         image = sitk.DICOMOrient(image, "LPS")
     values = sitk.GetArrayFromImage(image)
-    if values.dtype.kind == "f" and suffix_of(path).startswith(".nii"):
-        _refuse_hidden_nan(path)
+    if suffix_of(path) in (".nii", ".nii.gz"):
+        _refuse_what_itk_hides(path)
     spacing = tuple(float(s) for s in image.GetSpacing()[::-1])
     if image.GetDimension() not in (2, 3):
         raise InputError(f"{path}: has {image.GetDimension()} dimensions; images of 2 and volumes of 3 are read.")
@@ -130,8 +139,8 @@ def _read_volume(path: Path) -> tuple[NDArray, tuple[float, ...]]:
     return values, spacing
 
 
-def _refuse_hidden_nan(path: Path) -> None:
-    """ITK's NIfTI reader turns NaN and infinity into 0 and says nothing; nibabel does not."""
+def _refuse_what_itk_hides(path: Path) -> None:
+    """ITK's NIfTI reader turns NaN into 0 and makes up the end of a truncated file; nibabel does neither."""
     image = nibabel.load(path)
     assert isinstance(image, nibabel.spatialimages.SpatialImage)
     _refuse_non_finite(np.asanyarray(image.dataobj), path)
@@ -143,13 +152,17 @@ def _refuse_non_finite(values: NDArray, path: Path) -> None:
         raise InputError(f"{path}: {bad} of {values.size} values are NaN or infinite. Repair or remove the file.")
 
 
-def _read_tiff(path: Path) -> tuple[NDArray, tuple[float, ...]]:
+def _read_tiff(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
-        values, axes = series.asarray(), series.axes
-    if "S" in axes:
-        values = np.moveaxis(values, axes.index("S"), 0)
-        axes = axes.replace("S", "")
+        values, axes = _without_bool(series.asarray()), series.axes
+        palette = None if indices else file.pages.first.colormap
+    channel_axis = next((axis for axis in "SC" if axis in axes), None)  # samples, or ImageJ's channels
+    if palette is not None:
+        values = palette[:, values]
+    elif channel_axis is not None:
+        values = np.moveaxis(values, axes.index(channel_axis), 0)
+        axes = axes.replace(channel_axis, "")
     else:
         values = values[None]
     if len(axes) not in (2, 3):
@@ -157,19 +170,31 @@ def _read_tiff(path: Path) -> tuple[NDArray, tuple[float, ...]]:
     return _without_alpha(values), (1.0,) * len(axes)
 
 
-def _read_image(path: Path) -> tuple[NDArray, tuple[float, ...]]:
+def _read_image(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
     with Image.open(path) as image:
-        colour = image.mode in ("RGB", "RGBA")
-        if colour and image.format == "PNG":
+        if image.mode in ("RGB", "RGBA") and image.format == "PNG":
             values = imagecodecs.png_decode(path.read_bytes())  # PIL cuts 16-bit colour to 8 bits
-        elif image.mode in ("1", "P", "L", "I", "F", "RGB", "RGBA", "LA") or image.mode.startswith("I;16"):
+        elif image.mode in ("1", "L", "I", "F", "RGB", "RGBA", "LA") or image.mode.startswith("I;16"):
+            values = _without_bool(np.asarray(image))
+        elif image.mode == "P" and indices:
             values = np.asarray(image)
         else:
-            values = np.asarray(image.convert("RGB"))  # CMYK, YCbCr, Lab
-    if values.dtype == bool:
-        values = values.astype(np.uint8)
+            values = np.asarray(image.convert("RGB"))  # palette, CMYK, YCbCr, Lab
+        if image.mode == "L" and image.format == "PNG":
+            values = values // _png_stretch(path)
     values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
     return _without_alpha(values), (1.0, 1.0)
+
+
+def _png_stretch(path: Path) -> int:
+    """What PIL multiplied the samples of a grey PNG of 2 or 4 bits by, to fill 0–255 (PNG specification, 11.2.2)."""
+    with open(path, "rb") as file:
+        bits = file.read(25)[24]
+    return 255 // (2**bits - 1) if bits < 8 else 1
+
+
+def _without_bool(values: NDArray) -> NDArray:
+    return values.astype(np.uint8) if values.dtype == bool else values
 
 
 def _without_alpha(values: NDArray) -> NDArray:

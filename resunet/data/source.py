@@ -1,12 +1,13 @@
 """What `data.source` may be: a folder of scans, with or without masks, groups and splits.
 
-SOURCE/images/…    one file a case; or, without images/, every readable file below SOURCE
+SOURCE/images/…    one file a case, in sub-folders too; or, without images/, every readable file below
 SOURCE/masks/…     the same stems (only fine-tuning and evaluation need them)
 SOURCE/groups.csv  stem,group: the patient or the physical item; without it every image is its own group
 SOURCE/splits.json {"pool": [stem, …], "val": […], "test": […]}; without it `assign_parts` makes one by group
 """
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -60,13 +61,13 @@ def open_source(settings: DataSettings, masks: bool) -> Source:
             f"data.source={root}: no such folder. Give a folder with images/ (and masks/, groups.csv, splits.json)."
         )
     folder = root / "images" if (root / "images").is_dir() else root
-    images = _by_stem(folder, recursive=folder == root)
+    images = _by_stem(folder)
     if not images:
         raise InputError(f"data.source={root}: no image in {folder}. Formats read: {', '.join(READABLE)}.")
     masks_by_stem = _masks(root, images) if masks else {}
     groups = _read_groups(root / "groups.csv", images)
     parts = _read_splits(root / "splits.json", images)
-    if parts:
+    if parts is not None:
         check_disjoint(parts, {stem: groups[stem] if groups else stem for stem in parts})
     salt = load_salt(settings.salt_file)
     keep = settings.names == "keep"
@@ -79,25 +80,27 @@ def open_source(settings: DataSettings, masks: bool) -> Source:
                 id=stem if keep else salt.identify("file", stem),
                 group=group if keep else group_hmac,
                 group_hmac=group_hmac,
-                part=parts.get(stem) if parts else None,
+                group_name=group,
+                part=parts.get(stem) if parts is not None else None,
                 image=image,
                 mask=masks_by_stem.get(stem),
             )
         )
-    return Source(tuple(cases), has_groups=bool(groups), has_splits=bool(parts), salt=salt)
+    return Source(tuple(cases), has_groups=bool(groups), has_splits=parts is not None, salt=salt)
 
 
 def assign_parts(source: Source, seed: int) -> Source:
     """The source with a part for every case: its own split, or one made by group from the seed."""
     if source.has_splits:
         return source
-    part_of = split_groups([case.group for case in source.cases], seed)
-    return replace(source, cases=tuple(replace(case, part=part_of[case.group]) for case in source.cases))
+    part_of = split_groups([case.group_name for case in source.cases], seed)
+    return replace(source, cases=tuple(replace(case, part=part_of[case.group_name]) for case in source.cases))
 
 
-def _by_stem(folder: Path, recursive: bool = False) -> dict[str, Path]:
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Readable files below a folder by their path in it without the ending."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*") if recursive else folder.iterdir() if folder.is_dir() else ()):
+    for path in sorted(folder.rglob("*")):
         if not path.is_file() or suffix_of(path) not in READABLE or path.name.startswith("."):
             continue
         stem = str(path.parent.relative_to(folder) / stem_of(path))
@@ -122,20 +125,27 @@ def _masks(root: Path, images: dict[str, Path]) -> dict[str, Path]:
 def _read_groups(path: Path, images: dict[str, Path]) -> dict[str, str]:
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file)
         if not {"stem", "group"} <= set(reader.fieldnames or ()):
             raise InputError(f"{path}: the columns are {reader.fieldnames}; it must have stem and group.")
-        groups = {row["stem"]: row["group"] for row in reader}
+        rows = [(row["stem"], row["group"]) for row in reader]
+    groups = dict(rows)
+    twice = sorted(stem for stem, count in Counter(stem for stem, _ in rows).items() if count > 1)
+    _complain(path, "stems that are listed twice", twice, "List each once.")
     _complain(path, "images without a row", sorted(set(images) - set(groups)), "Add a row stem,group for each.")
     empty = sorted(stem for stem, group in groups.items() if not group)
     _complain(path, "rows without a group", empty, "Give each its patient or item.")
     return groups
 
 
-def _read_splits(path: Path, images: dict[str, Path]) -> dict[str, str]:
+def _read_splits(path: Path, images: dict[str, Path]) -> dict[str, str] | None:
     if not path.is_file():
-        return {}
+        return None
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -238,7 +238,6 @@ def test_a_text_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert path.read_text() == "before"
 
 
-@pytest.mark.xfail(strict=True, reason="BUG checkpoint.py write_text/write_weights: the file aside is left behind")
 def test_a_text_that_cannot_be_written_leaves_nothing_beside(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "text", "half of it is fine \ud800")
@@ -283,16 +282,12 @@ def test_cast_to_leaves_the_original():
     assert copy.head.weight.data_ptr() != model.head.weight.data_ptr()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=json.JSONDecodeError, reason="BUG: huggingface_hub parses config.json before read_config"
-)
 def test_from_pretrained_of_a_config_that_is_not_json(folder):
     (folder / CONFIG).write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         ResUNet.from_pretrained(folder)
 
 
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="BUG checkpoint.py model_folder/read_config: a file is given")
 def test_a_file_is_not_a_model_directory(folder):
     with pytest.raises(InputError, match="not a model directory"):
         read_config(model_folder(folder / WEIGHTS))

@@ -102,7 +102,6 @@ def test_a_figure_is_shown_with_interval_and_number(figure, text):
     assert shown(figure) == text
 
 
-@pytest.mark.xfail(strict=True, reason="BUG report.py curves: a seventh line is dropped without a word")
 def test_more_lines_than_colours_are_all_drawn():
     series = {f"line_{i}": ([1, 2], [i, i + 1]) for i in range(len(COLOURS) + 2)}
     markup = curves(series, "c", "x", "y").markup

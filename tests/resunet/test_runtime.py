@@ -93,7 +93,6 @@ def test_a_product_needs_neither_torch_nor_monai_nor_pydantic():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.xfail(strict=True, reason="BUG runtime.py normalise: a scan in small units (ADC in m²/s) is taken for constant")
 def test_the_unit_of_a_scan_does_not_matter():
     scan = np.random.default_rng(0).normal(1.0, 0.2, (1, 20, 20))
     small = scan * 1e-9

@@ -214,21 +214,18 @@ def test_what_is_no_image_is_passed_over(root):
     assert len(open_source(settings(root), True).cases) == 5
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="BUG source.py _read_groups: a CSV that is not UTF-8")
 def test_groups_in_another_encoding(root):
     write_groups(root)
     (root / "groups.csv").write_bytes((root / "groups.csv").read_bytes().replace(b"bob\n", "Bøb\n".encode("latin-1")))
     assert "groups.csv" in fault(root)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG source.py _read_groups: of two rows for one stem the last wins in silence")
 def test_a_stem_in_two_groups(root):
     with open(root / "groups.csv", "a") as file:
         file.write("ann_1,dan\n")
     assert "ann_1" in fault(root)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG source.py assign_parts: the split depends on the salt and on data.names")
 def test_an_assigned_split_does_not_depend_on_how_names_are_recorded(root):
     for i in range(20):
         put(root / "images" / f"p{i:02d}.png")
