@@ -45,7 +45,7 @@ def elastic_displacement(count: int, height: int, width: int, sigma: float, alph
     multiplied by α.
     """
     field = _uniform(-1, 1, (count, 2, height, width), generator)
-    radius = round(4 * sigma)  # as scipy.ndimage.gaussian_filter truncates
+    radius = int(4 * sigma + 0.5)  # as scipy.ndimage.gaussian_filter truncates
     offsets = torch.arange(-radius, radius + 1, device=field.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()

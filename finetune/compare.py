@@ -20,8 +20,8 @@ from finetune.recipe import FinetuneRecipe
 from finetune.report import figures_table
 from finetune.statistics import group_means, paired_difference
 from resunet.checkpoint import folder_aside
-from resunet.data.cases import load_cases, take_slice
-from resunet.data.source import assign_parts, open_source
+from resunet.data.cases import LoadedCase, load_cases, take_slice
+from resunet.data.source import open_source
 from resunet.errors import InputError
 from resunet.model import load_model
 from resunet.report import COLOURS, Picture, Section, curves, image, read_metrics, shown, svg, write_page
@@ -158,7 +158,7 @@ def verdict(first: str, second: str, difference: Mapping[str, Any]) -> str:
 
 def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
     """The recipe keys in which the runs differ, and what each cost."""
-    recipes = [_flat(json.loads(arm.recipe.model_dump_json(exclude={"out"}))) for arm in arms]
+    recipes = [_flat(json.loads(arm.recipe.model_dump_json(exclude={"out", "steps"}))) for arm in arms]
     keys = sorted({key for recipe in recipes for key in recipe})
     rows = [["Recipe key", *(arm.name for arm in arms)]]
     for key in keys:
@@ -215,29 +215,37 @@ def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
     order = sorted(first, key=lambda case: first[case] - second[case])
     half = _OVERLAYS // 2
     ids = order if len(order) <= _OVERLAYS else order[:half] + order[-half:]
-    recipe = arms[0].recipe
-    assert recipe.normalisation is not None
     try:
-        source = assign_parts(open_source(recipe.data, masks=True), recipe.data.split_seed)
-        cases = {case.id: case for case in source.cases}
-        chosen = [cases[i] for i in ids if i in cases]
-        loaded = load_cases(chosen, recipe.data.channels, recipe.normalisation, recipe.data.classes, recipe.data.ignore)
+        by_arm = [_load(arm, ids) for arm in arms]
     except InputError as error:
         return [], [f"Pictures are left out: {error}"]
     models = [load_model(arm.folder) for arm in arms]
     pictures = []
-    for case in loaded:
+    for own in zip(*by_arm, strict=True):  # one case, as each run reads it
+        case = own[0]
         assert case.labels is not None
         index = telling_slice(case.labels, case.axis)
         grey, truth = grey_picture(case, index), case.label_slice(index)
         row = [grey, label_picture(grey, truth)]
-        for model in models:
-            labels = predict_case(model, case, next(model.parameters()).device, "fp32")
-            row.append(error_picture(grey, truth, take_slice(labels, case.axis, index)))
+        for model, mine in zip(models, own, strict=True):
+            labels = predict_case(model, mine, next(model.parameters()).device, "fp32")
+            row.append(error_picture(grey, mine.label_slice(index), take_slice(labels, mine.axis, index)))
         dice = ", ".join(f"{arm.name} {arm.case_dice()[case.case.id]:.3f}" for arm in arms)
         scale = max(1, 288 // grey.shape[0])
         pictures.append(image(side_by_side(row), f"{case.case.id}, Dice: {dice}", scale))
     return pictures, []
+
+
+def _load(arm: Arm, ids: Sequence[str]) -> list[LoadedCase]:
+    """Cases by id, with the run's own channels, normalisation and classes."""
+    recipe = arm.recipe
+    assert recipe.normalisation is not None, "a finished run has a resolved recipe"
+    by_id = {case.id: case for case in open_source(recipe.data, masks=True).cases}
+    missing = [i for i in ids if i not in by_id]
+    if missing:
+        raise InputError(f"data.source={recipe.data.source}: no longer holds {len(missing)} of the test cases.")
+    cases = [by_id[i] for i in ids]
+    return load_cases(cases, recipe.data.channels, recipe.normalisation, recipe.data.classes, recipe.data.ignore)
 
 
 def _receipts(arms: Sequence[Arm]) -> list[str]:

@@ -19,7 +19,7 @@ from finetune.predict import predict_case
 from resunet.checkpoint import ModelConfig, folder_aside, model_folder, read_config
 from resunet.config import DataSettings, Precision
 from resunet.data.cases import LoadedCase, load_cases, take_slice
-from resunet.data.leakage import ARCHIVE, find_leaks, read_archive, refuse_leaks
+from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, find_leaks, read_archive, refuse_leaks
 from resunet.data.source import open_source
 from resunet.errors import InputError
 from resunet.model import load_model
@@ -83,8 +83,12 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
         config.ignore,
         progress=lambda items, total: progress(items, total, "read"),
     )
+    notes += [f"Allowed when the model was trained: {one}." for one in config.allowed]
     if (folder / ARCHIVE).exists():
-        leaks = find_leaks(read_archive(folder), loaded, source.salt.fingerprint)
+        archive = read_archive(folder)
+        if archive.salt_fingerprint != source.salt.fingerprint:
+            notes.append(NO_GROUP_EVIDENCE)
+        leaks = find_leaks(archive, loaded, source.salt.fingerprint)
         # where nobody made a split nothing claims to be unseen: the figures are given, with what they are
         allowed = allow_leak or not source.has_splits
         notes += refuse_leaks(leaks, split, "the model's training data", allowed)

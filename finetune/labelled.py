@@ -7,7 +7,7 @@ from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import model_folder, read_config
 from resunet.config import PercentileZScore
 from resunet.data.cases import Case, LoadedCase, load_cases
-from resunet.data.leakage import Archive, describe_archive, find_leaks, read_archive, refuse_leaks
+from resunet.data.leakage import NO_GROUP_EVIDENCE, Archive, describe_archive, find_leaks, read_archive, refuse_leaks
 from resunet.data.source import Source, assign_parts, open_source
 from resunet.data.splits import draw_groups
 from resunet.errors import InputError
@@ -111,5 +111,5 @@ def _refuse_overlap(
         for part, cases in (("val", val), ("test", test)):
             allowed += refuse_leaks(find_leaks(record, cases, salt), part, where, allow)
     if archive is not None and archive.salt_fingerprint != salt:
-        allowed.append("group evidence unavailable: the encoder's archive was made with another salt, hashes alone compare")
+        allowed.append(NO_GROUP_EVIDENCE)
     return allowed

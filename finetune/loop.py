@@ -1,6 +1,5 @@
 """Fine-tuning: labelled cases and an encoder (or none) → segmenter. Build, prepare, resume, loop, save, evaluate."""
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -72,13 +71,12 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         if main and receipt is not None:
             write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
         first, best, clock = 0, -1.0, StepClock()
-        started = time.perf_counter()
         if (state := run.load_checkpoint("last")) is not None:
-            first, best = restore_training(state, model, optimizer, accelerator), state["best"]
+            first = restore_training(state, model, optimizer, accelerator)
+            best, clock = state["best"], StepClock(state["seconds"])
             run.rewind(first)
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, quiet=not main):
-            lr = _set_learning_rates(recipe, optimizer, step, transferred=receipt is not None)
-            model.train()
+            lr = _start_step(recipe, model, optimizer, step, transferred=receipt is not None)
             optimizer.zero_grad(set_to_none=True)
             metrics = _forward_backward(recipe, wrapped, sampler, step, accelerator)
             refuse_non_finite({"loss": metrics["loss"]}, step)
@@ -98,12 +96,12 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             if done % recipe.log_every == 0 or validating:
                 run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
             if validating or stopping or done % recipe.checkpoint_every == 0:
-                state = training_state(done, model, optimizer, accelerator) | {"best": best}
-                run.save_checkpoint(done, state, best=improved)
+                state = training_state(done, model, optimizer, accelerator)
+                run.save_checkpoint(done, state | {"best": best, "seconds": clock.seconds()}, best=improved)
             if stopping and done < recipe.steps:
                 stop.stop(run, done)
 
-        seconds = time.perf_counter() - started
+        seconds = clock.seconds()
         accelerator.wait_for_everyone()  # the best checkpoint is on disk
         chosen = run.load_checkpoint("best")
         assert chosen is not None
@@ -145,14 +143,21 @@ def _optimizer(recipe: FinetuneRecipe, model: Segmenter) -> Optimizer:
     return AdamW(parameter_groups(modules, recipe.optimizer.weight_decay), lr=recipe.optimizer.lr)
 
 
-def _set_learning_rates(recipe: FinetuneRecipe, optimizer: Optimizer, step: int, transferred: bool) -> float:
-    """Warm-up and cosine for all; a transferred encoder at its own rate, and still while the decoder goes first."""
+def _start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, step: int, transferred: bool) -> float:
+    """Training mode and learning rates: warm-up and cosine for all, a transferred encoder at its own rate.
+
+    While the decoder goes first, a transferred encoder stands still: neither its weights nor its batch statistics move.
+    """
     lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
-    still = step < recipe.optimizer.decoder_first * recipe.steps
+    still = transferred and step < recipe.optimizer.decoder_first * recipe.steps
     for group in optimizer.param_groups:
         group["lr"] = lr
         if transferred and group["name"] == "encoder":
             group["lr"] = 0.0 if still else lr * recipe.optimizer.encoder_lr
+    model.train()
+    if still:
+        assert isinstance(model, ResUNet)
+        model.encoder.eval()
     return lr
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resunet.data.cases import IGNORE, LoadedCase
+from resunet.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class PatchSampler:
 
     Slices are drawn with replacement: a handful of labelled slices has no epochs worth the name. Slices without any
     contrast are left out.
+
+    Raises:
+        InputError: no slice has any.
     """
 
     def __init__(self, cases: Sequence[LoadedCase], patch: tuple[int, int], foreground: float) -> None:
@@ -36,6 +40,8 @@ class PatchSampler:
             for i in range(case.num_slices)
             if not case.is_constant(i)
         ]
+        if not self.slices:
+            raise InputError("The labelled training cases hold no slice with any contrast. Check the images, or label others.")
         self.with_foreground = [one for one in self.slices if len(one.foreground)]
 
     def batch(self, size: int, entropy: Sequence[int]) -> tuple[Tensor, Tensor]:

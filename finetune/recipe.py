@@ -58,7 +58,7 @@ class NetworkSettings(Frozen):
 
     @model_validator(mode="after")
     def _only_what_the_unet_has(self) -> "NetworkSettings":
-        if self.name == "unet" and (self.squeeze_excite or "units" in self.model_fields_set):
+        if self.name == "unet" and (self.squeeze_excite or self.units != 2):
             raise ValueError("name='unet': the plain U-Net has neither units nor squeeze_excite; leave them out")
         return self
 

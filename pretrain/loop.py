@@ -59,7 +59,9 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     source, archive, allowed = _read_archive(recipe, quiet=not main)
     slices = [(case, i) for case in archive for i in range(case.num_slices) if not case.is_constant(i)]
     if len(slices) < recipe.batch:
-        raise InputError(f"batch={recipe.batch}: the archive has only {len(slices)} slices. Set a smaller batch.")
+        raise InputError(
+            f"batch={recipe.batch}: the archive has only {len(slices)} slices with any contrast. Set a smaller batch."
+        )
 
     torch.manual_seed(recipe.seed)
     architecture = recipe.model.architecture(channel_count(recipe.data.channels))

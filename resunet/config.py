@@ -205,12 +205,14 @@ def _key(model: type[BaseModel], error: Any) -> str:
     """The recipe's key of a fault: pydantic's location without the names it gives to the branches of unions."""
     parts: list[str] = []
     models: list[type[BaseModel]] = [model]
+    names_are_data = False  # within a mapping such as data.classes
     for position, part in enumerate(error["loc"]):
         field = next((m.model_fields[part] for m in models if part in m.model_fields), None)
         if field is not None:
             models = list(_models_in(field.annotation))
+            names_are_data = typing.get_origin(field.annotation) is dict
         unknown_key = error["type"] == "extra_forbidden" and position == len(error["loc"]) - 1
-        if field is not None or unknown_key or str(part).isdigit():
+        if field is not None or unknown_key or names_are_data or str(part).isdigit():
             parts.append(str(part))
     return ".".join(parts)
 

@@ -73,6 +73,7 @@ class Run:
             inputs: sha256 of every input artefact, by what it is.
 
         Raises:
+            InputError: a run that is resumed has other inputs now.
             EnvironmentFault: it cannot be written.
         """
         self.folder = recipe.out
@@ -89,6 +90,7 @@ class Run:
             raise EnvironmentFault(f"out={self.folder}: cannot be written: {error}") from error
         if (self.folder / "run.json").exists():
             self._record = json.loads((self.folder / "run.json").read_text())
+        self._refuse_other_inputs(inputs)
         self._record |= {
             "schema_version": 1,
             "stage": stage,
@@ -101,6 +103,15 @@ class Run:
         }
         self._start_wandb(recipe, stage)
         self.set_status("running")
+
+    def _refuse_other_inputs(self, inputs: Mapping[str, str]) -> None:
+        before = self._record.get("inputs", dict(inputs))
+        changed = sorted(name for name in before.keys() | inputs.keys() if before.get(name) != inputs.get(name))
+        if changed:
+            raise InputError(
+                f"out={self.folder}: cannot be resumed, its inputs have changed since it was started: {', '.join(changed)}. "
+                "Restore them, or name another out."
+            )
 
     def set_status(self, status: Status, **facts: Any) -> None:
         """Write run.json; `facts` are kept beside the status."""
@@ -152,7 +163,7 @@ class Run:
                 torch.save(dict(state), file)
                 file.flush()
                 os.fsync(file.fileno())
-            for name in ("last", "best") if best else ("last",):
+            for name in ("best", "last") if best else ("last",):  # a kill in between leaves `last` to be redone
                 _point(folder / name, final.name)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             raise EnvironmentFault(f"{final}: the checkpoint cannot be written: {error}. Those before it stand.") from error

@@ -68,9 +68,8 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
     """Linear warm-up over a share of the steps, then a cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
     warmup_steps = min(round(warmup * steps), steps - 1)
-    if steps - warmup_steps == 1 and step == steps - 1:  # no room for a cosine
-        return peak
-    return float(cosine_warmup_schedule(step, steps, peak, 0.0, warmup_steps, 0.0))
+    # one step more than there are: the cosine ends after the last step, which is not wasted on a rate of 0
+    return float(cosine_warmup_schedule(step, steps + 1, peak, 0.0, warmup_steps, 0.0))
 
 
 def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -153,8 +152,14 @@ def refuse_non_finite(losses: Mapping[str, float], step: int) -> None:
 class StepClock:
     """Seconds a step, the first of a process left out: it allocates and compiles."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        self._before = seconds_before
+        self._started = time.perf_counter()
         self._times: list[float] = []
+
+    def seconds(self) -> float:
+        """Seconds so far, those of the processes before included."""
+        return self._before + time.perf_counter() - self._started
 
     def tick(self) -> None:
         """Once at the end of every step."""

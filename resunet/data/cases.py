@@ -87,9 +87,12 @@ class LoadedCase:
         return slices[0] if self.axis is None else np.stack(slices, axis=self.axis)
 
     def is_constant(self, index: int) -> bool:
-        """A slice without any contrast, such as air outside the field of view."""
+        """A slice without any contrast once it is normalised, such as air outside the field of view."""
         values = self.values if self.axis is None else self.values.take(index, axis=self.axis + 1)
-        return bool(values.min() == values.max())
+        return all(
+            max(float(channel.min()), intensity.low) >= min(float(channel.max()), intensity.high)
+            for channel, intensity in zip(values, self.intensities, strict=True)
+        )
 
 
 def load_cases(

@@ -15,6 +15,9 @@ from resunet.data.cases import LoadedCase
 from resunet.errors import CheckFailed, InputError
 
 ARCHIVE = "archive.parquet"
+NO_GROUP_EVIDENCE = (
+    "group evidence unavailable: the model's archive was made with another salt, only hashes of files and pixels compare"
+)
 _COLUMNS = ("group", "file_sha256", "pixel_sha256")
 _SALT = b"resunet.salt_fingerprint"
 

@@ -74,7 +74,8 @@ def open_source(settings: DataSettings, masks: bool) -> Source:
     cases = []
     for stem, image in sorted(images.items()):
         group = groups[stem] if groups else stem
-        group_hmac = salt.identify("group", group)
+        # without groups.csv a stem says nothing about who it is: equal stems of two folders are not one patient
+        group_hmac = salt.identify("group", group) if groups else salt.identify("path", str(image.resolve()))
         cases.append(
             Case(
                 id=stem if keep else salt.identify("file", stem),

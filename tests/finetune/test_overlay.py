@@ -53,7 +53,13 @@ def test_the_telling_slice_has_most_foreground(axis):
 def test_greys_are_between_the_percentiles_of_the_slice():
     values = np.linspace(0, 4000, 50 * 40).astype(np.uint16).reshape(1, 50, 40)
     case = LoadedCase(
-        Case("a", "a", "a", None, image=None, mask=None), values, (1, 1), percentile_intensity(values, 0, 100), None, "", ""
+        Case("a", "a", "a", "a", None, image=None, mask=None),
+        values,
+        (1, 1),
+        percentile_intensity(values, 0, 100),
+        None,
+        "",
+        "",
     )
     picture = grey_picture(case, 0)
     assert picture.shape == (50, 40, 3) and picture.dtype == np.uint8

@@ -10,7 +10,7 @@ from resunet.runtime import Intensity
 def case(name: str, values: np.ndarray, labels: np.ndarray, spacing: tuple[float, ...] | None = None) -> LoadedCase:
     """A case in memory whose normalised values are its raw ones."""
     return LoadedCase(
-        case=Case(name, name, name, "pool", image=None, mask=None),
+        case=Case(name, name, name, name, "pool", image=None, mask=None),
         values=values,
         spacing=spacing or (1.0,) * labels.ndim,
         intensities=[Intensity(-1e9, 1e9, 0, 1)] * values.shape[0],

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def case(values: np.ndarray, spacing: tuple[float, ...]) -> LoadedCase:
     return LoadedCase(
-        case=Case("a", "a", "a", None, image=None, mask=None),
+        case=Case("a", "a", "a", "a", None, image=None, mask=None),
         values=values,
         spacing=spacing,
         intensities=percentile_intensity(values, 0.5, 99.5),

@@ -73,7 +73,6 @@ def test_classes_keep_their_order_through_a_file_and_through_json(tmp_path):
     assert again == recipe and list(again.data.classes) == [7, 3, 255]
 
 
-@pytest.mark.xfail(strict=True, reason="NetworkSettings refuses the default `units` that its own dump holds")
 def test_a_unet_recipe_survives_its_own_json():
     recipe = validate(FinetuneRecipe, LEAST | {"model": {"name": "unet", "channels": [4, 8]}}, "recipe")
     assert FinetuneRecipe.model_validate_json(recipe.model_dump_json()) == recipe

@@ -211,7 +211,7 @@ def test_a_key_within_a_union_is_the_recipes_own(recipe_file):
 
 
 def test_a_value_of_a_union_is_one_fault(load):
-    assert fault(load, "data.channels=blue").count("\n") == 1
+    assert fault(load, "data.channels=blue").count("data.channels") == 1
     assert "\n  data.channels='blue'" in fault(load, "data.channels=blue")
 
 

@@ -72,7 +72,7 @@ def test_a_run_directory_may_move(run, tmp_path):
 def test_config_json_is_the_recipe_and_is_never_edited(run):
     text = (run.folder / "config.json").read_text()
     assert SmallRecipe.model_validate_json(text) == small_recipe(run.folder)
-    Run(small_recipe(run.folder, resume=True, log_every=7), "pretrain", {})
+    Run(small_recipe(run.folder, resume=True, log_every=7), "pretrain", {"data": "a" * 64})
     assert (run.folder / "config.json").read_text() == text
 
 
@@ -101,9 +101,15 @@ def test_a_resumed_run_keeps_its_start_and_its_facts(run):
     run.set_status("stopped", fact=1)
     path = run.folder / "run.json"
     path.write_text(json.dumps(record(run) | {"started": "long ago"}))
-    again = Run(small_recipe(run.folder, resume=True), "pretrain", {"data": "b"})
+    again = Run(small_recipe(run.folder, resume=True), "pretrain", {"data": "a" * 64})
     assert (record(again)["started"], record(again)["fact"], record(again)["status"]) == ("long ago", 1, "running")
-    assert record(again)["inputs"] == {"data": "b"}
+
+
+def test_a_run_is_not_resumed_on_other_data(run):
+    before = record(run)
+    with pytest.raises(InputError, match="inputs have changed since it was started: data"):
+        Run(small_recipe(run.folder, resume=True), "pretrain", {"data": "b"})
+    assert record(run) == before
 
 
 def test_a_run_is_not_started_over_another(run):

@@ -79,14 +79,15 @@ def test_the_learning_rate_is_its_closed_form(steps, warmup):
         if step < rising:
             expected = peak * (step + 1) / rising
         else:
-            expected = peak * (1 + math.cos(math.pi * (step - rising) / (steps - rising - 1))) / 2
+            expected = peak * (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
         assert learning_rate(step, steps, warmup, peak) == pytest.approx(expected, abs=1e-12)
-    assert learning_rate(steps - 1, steps, warmup, peak) == pytest.approx(0, abs=1e-12)
+    assert 0 < learning_rate(steps - 1, steps, warmup, peak) < 0.2 * peak
     assert max(learning_rate(step, steps, warmup, peak) for step in range(steps)) == pytest.approx(peak)
 
 
-def test_a_warm_up_over_all_steps_leaves_one_to_end_at_zero():
-    assert [learning_rate(step, 4, 1.0, 3.0) for step in range(4)] == pytest.approx([1, 2, 3, 0])
+def test_a_warm_up_over_all_steps_leaves_one_at_the_peak():
+    assert [learning_rate(step, 4, 1.0, 3.0) for step in range(4)] == pytest.approx([1, 2, 3, 3])
+    assert learning_rate(0, 1, 0.5, 3.0) == 3.0
 
 
 def test_norms_and_biases_have_no_weight_decay():

@@ -15,7 +15,7 @@ CLASSES = {0: "background", 255: "tumour"}
 
 
 def case(image: Path, mask: Path | None = None) -> Case:
-    return Case(id="id", group="group", group_hmac="hmac", part=None, image=image, mask=mask)
+    return Case(id="id", group="group", group_hmac="hmac", group_name="group", part=None, image=image, mask=mask)
 
 
 def load(image: Path, mask: Path | None = None, **arguments) -> LoadedCase:
