@@ -75,11 +75,13 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             first = restore_training(state, model, optimizer, accelerator)
             best, clock = state["best"], StepClock(state["seconds"])
             run.rewind(first)
-        for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, quiet=not main):
+        figures: dict[str, float] = {}
+        for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
             lr = _start_step(recipe, model, optimizer, step, transferred=receipt is not None)
             optimizer.zero_grad(set_to_none=True)
             metrics = _forward_backward(recipe, wrapped, sampler, step, accelerator)
             refuse_non_finite({"loss": metrics["loss"]}, step)
+            figures["loss"] = metrics["loss"]
             metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip))
             optimizer.step()
             clock.tick()
@@ -92,7 +94,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
                 score = _validate(model, data.val, recipe, accelerator)
                 improved = score >= best
                 best = max(score, best)
-                metrics["val_dice"] = score
+                metrics["val_dice"] = figures["val_dice"] = score
             if done % recipe.log_every == 0 or validating:
                 run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
             if validating or stopping or done % recipe.checkpoint_every == 0:

@@ -82,7 +82,8 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, network, optimizer, accelerator)
             run.rewind(first)
-        for step in progress(range(first, recipe.steps), recipe.steps, "pretrain", first, quiet=not main):
+        figures: dict[str, float] = {}
+        for step in progress(range(first, recipe.steps), recipe.steps, "pretrain", first, not main, figures):
             lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -99,6 +100,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                 for name, value in terms.items():
                     metrics[name] = metrics.get(name, 0.0) + float(value.detach()) / recipe.accumulate
             refuse_non_finite({"loss": metrics["loss"]}, step)
+            figures |= metrics
             optimizer.step()
             clock.tick()
             done = step + 1

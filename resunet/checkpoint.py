@@ -67,7 +67,27 @@ class ModelConfig(Frozen):
 M = TypeVar("M", bound=nn.Module)
 
 
-class Checkpointed(ModelHubMixin, library_name="resunet", license="apache-2.0", tags=["image-segmentation", "medical"]):
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+A network of the `resunet` package. `config.json` holds its architecture, how scans are normalised, its classes and where it
+comes from; `model.safetensors` its weights. Load it exactly with
+
+```python
+from resunet import load_model  # an encoder: ResidualEncoder.from_pretrained
+model = load_model("FOLDER")
+```
+"""
+
+
+class Checkpointed(
+    ModelHubMixin,
+    library_name="resunet",
+    license="apache-2.0",
+    tags=["image-segmentation", "medical"],
+    model_card_template=MODEL_CARD,
+):
     """`from_pretrained`, `save_pretrained` and `push_to_hub` for a network with an `architecture`.
 
     `config` is what stands in the model directory's config.json; a network that was not loaded has the defaults.

@@ -60,9 +60,9 @@ class PhantomConfig:
     spacing_mm: Triple = (2.0, 2.0, 4.0)  # mm (x, y, z)
     lesion_contrast: float = 1.0  # factor on every lesion's brightness over white matter: the one knob of difficulty
     lesion_contrast_range: Range = (0.5, 1.1)  # of white matter's signal; two draws a lesion, large take the brighter
-    lesions_median: float = 38.0  # painted lesions of the median patient; touching ones become one in the mask
+    lesions_median: float = 13.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
-    volume_median_mm3: float = 260.0  # mm3, of the median lesion as painted
+    volume_median_mm3: float = 320.0  # mm3, of the median lesion as painted
     volume_sigma: float = 1.4  # of the logarithm, within a patient
     volume_range_mm3: Range = (80.0, 14000.0)  # mm3, volumes are clipped to it
     places: Triple = (0.5, 0.2, 0.3)  # shares of lesions: periventricular, juxtacortical, deep white matter
