@@ -59,25 +59,27 @@ class PhantomConfig:
     test: int = 10  # patients
     spacing_mm: Triple = (2.0, 2.0, 4.0)  # mm (x, y, z)
     lesion_contrast: float = 1.0  # factor on every lesion's brightness over white matter: the one knob of difficulty
-    lesion_contrast_range: Range = (0.5, 1.1)  # of white matter's signal; two draws a lesion, large take the brighter
-    lesions_median: float = 13.0  # painted lesions of the median patient; touching ones become one in the mask
+    lesion_contrast_range: Range = (0.65, 1.5)  # of white matter's signal, one draw a patient
+    lesion_contrast_spread: float = 0.15  # standard deviation of its log between a patient's lesions
+    lesions_median: float = 10.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
-    volume_median_mm3: float = 320.0  # mm3, of the median lesion as painted
-    volume_sigma: float = 1.4  # of the logarithm, within a patient
+    volume_median_mm3: float = 420.0  # mm3, of the median lesion as painted
+    volume_sigma: float = 1.3  # of the logarithm, within a patient
+    volume_sigma_between: float = 0.5  # of the logarithm of the patients' own medians
     volume_range_mm3: Range = (80.0, 14000.0)  # mm3, volumes are clipped to it
-    places: Triple = (0.5, 0.2, 0.3)  # shares of lesions: periventricular, juxtacortical, deep white matter
+    places: Triple = (0.5, 0.2, 0.3)  # shares of lesions: periventricular, juxtacortical, deep white matter; patients differ
     confluent: float = 0.5  # share of periventricular lesions made of several that run together
     edge_mm: float = 0.35  # mm, half width of a lesion's border
-    grey_signal: Range = (0.9, 1.6)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
-    csf_signal: Range = (0.05, 1.4)  # of fluid: its suppression is seldom complete
-    noise: Range = (0.02, 0.07)  # Rician sigma as a fraction of white matter's signal
+    grey_signal: Range = (0.95, 1.4)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
+    csf_signal: Range = (0.05, 1.3)  # of fluid: its suppression is seldom complete
+    noise: Range = (0.02, 0.06)  # Rician sigma as a fraction of white matter's signal
     bias: Range = (0.05, 0.3)  # standard deviation of the logarithm of the bias field
     scale: float = 0.05  # standard deviation of the log size; shear is half of it
     rotation_deg: float = 4.0  # degrees, standard deviation about each axis
     deformation_mm: float = 2.5  # mm, standard deviation of the smooth displacement along each axis
     ventricles_mm: Range = (-0.5, 4.0)  # mm, how far the ventricles' walls move outwards (atrophy)
     confounders: float = 1.0  # factor on rims, dirty white matter, flow artefacts and local variation of the cortex
-    bright_spots: Range = (10.0, 50.0)  # number in grey matter (inflow, motion, partial volume), as bright as lesions
+    bright_spots: Range = (0.0, 8.0)  # number in grey matter (inflow, motion, partial volume), as bright as lesions
     gain: Range = (300.0, 3000.0)  # grey value of normal white matter
 
     def __post_init__(self) -> None:
@@ -223,14 +225,17 @@ def _lesions(
     lesion, brightness = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     count = max(1, round(config.lesions_median * np.exp(rng.normal(0, config.lesions_sigma))))
     voxel = float((fine * factor).prod())
-    for place in rng.choice(3, size=count, p=config.places):
+    # patients differ more than the lesions of one patient do: brightness, size and place are the patient's own
+    own_contrast = config.lesion_contrast * rng.uniform(*config.lesion_contrast_range)
+    own_volume = config.volume_median_mm3 * np.exp(rng.normal(0, config.volume_sigma_between))
+    own_places = rng.dirichlet(6 * np.array(config.places) + 1e-3)
+    for place in rng.choice(3, size=count, p=own_places):
         total = cumulative[place][-1]
         flat = np.searchsorted(cumulative[place], rng.uniform(0, total), side="right").clip(max=home.size - 1)
         centre = np.array(np.unravel_index(flat, home.shape)) * factor + (factor - 1) / 2
-        volume = config.volume_median_mm3 * (1.6, 0.7, 0.7)[place] * np.exp(rng.normal(0, config.volume_sigma))
+        volume = own_volume * (1.6, 0.7, 0.7)[place] * np.exp(rng.normal(0, config.volume_sigma))
         volume = float(np.clip(volume, max(2.2 * voxel, config.volume_range_mm3[0]), config.volume_range_mm3[1]))
-        faint, bright = np.sort(rng.uniform(*config.lesion_contrast_range, 2))  # large lesions are seldom faint
-        contrast = np.float32(config.lesion_contrast * (bright if volume > 12 * voxel else faint))
+        contrast = np.float32(own_contrast * np.exp(rng.normal(0, config.lesion_contrast_spread)))
         parts = int(rng.integers(3, 6)) if place == 0 and volume > 25 * voxel and rng.random() < config.confluent else 1
         if volume > 6 * voxel:
             centre = centre + rng.uniform(-0.5, 0.5, 3) * factor
