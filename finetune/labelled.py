@@ -69,12 +69,13 @@ def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
     pool, val, test = (source.part(part) for part in ("pool", "val", "test"))
     if not pool or not val:
         raise InputError(f"data.source={recipe.data.source}: {len(pool)} pool and {len(val)} val cases; both are needed.")
-    drawn = draw_groups([case.group for case in pool], recipe.data.labelled, recipe.data.draw)
-    train = [case for case in pool if case.group in set(drawn)]
+    # drawn by the source's own names: the draw depends neither on the salt nor on how names are recorded
+    drawn = set(draw_groups([case.group_name for case in pool], recipe.data.labelled, recipe.data.draw))
+    train = [case for case in pool if case.group_name in drawn]
     if recipe.data.labelled is not None:
-        val_groups = {case.group for case in val}
-        chosen = set(draw_groups(sorted(val_groups), min(len(drawn), len(val_groups)), recipe.data.draw))
-        val = [case for case in val if case.group in chosen]
+        val_groups = [case.group_name for case in val]
+        chosen = set(draw_groups(val_groups, min(len(drawn), len(set(val_groups))), recipe.data.draw))
+        val = [case for case in val if case.group_name in chosen]
     loaded = _load(recipe, [*train, *val, *test], quiet)
     parts = loaded[: len(train)], loaded[len(train) : len(train) + len(val)], loaded[len(train) + len(val) :]
     archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None

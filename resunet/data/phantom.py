@@ -59,9 +59,9 @@ class PhantomConfig:
     test: int = 10  # patients
     spacing_mm: Triple = (2.0, 2.0, 4.0)  # mm (x, y, z)
     lesion_contrast: float = 1.0  # factor on every lesion's brightness over white matter: the one knob of difficulty
-    lesion_contrast_range: Range = (0.5, 1.3)  # of white matter's signal, one draw a patient
+    lesion_contrast_range: Range = (0.6, 1.4)  # of white matter's signal, one draw a patient
     lesion_contrast_spread: float = 0.15  # standard deviation of its log between a patient's lesions
-    lesions_median: float = 10.0  # painted lesions of the median patient; touching ones become one in the mask
+    lesions_median: float = 9.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
     volume_median_mm3: float = 420.0  # mm3, of the median lesion as painted
     volume_sigma: float = 1.3  # of the logarithm, within a patient
@@ -70,16 +70,16 @@ class PhantomConfig:
     places: Triple = (0.5, 0.2, 0.3)  # shares of lesions: periventricular, juxtacortical, deep white matter; patients differ
     confluent: float = 0.5  # share of periventricular lesions made of several that run together
     edge_mm: float = 0.35  # mm, half width of a lesion's border
-    grey_signal: Range = (0.9, 1.6)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
-    csf_signal: Range = (0.05, 1.5)  # of fluid: its suppression is seldom complete
-    noise: Range = (0.02, 0.08)  # Rician sigma as a fraction of white matter's signal
+    grey_signal: Range = (0.92, 1.5)  # of grey matter, white matter's signal being 1: echo and inversion times differ by site
+    csf_signal: Range = (0.05, 2.2)  # of fluid: from suppressed to as bright as in a T2-weighted scan
+    noise: Range = (0.02, 0.07)  # Rician sigma as a fraction of white matter's signal
     bias: Range = (0.05, 0.3)  # standard deviation of the logarithm of the bias field
     scale: float = 0.05  # standard deviation of the log size; shear is half of it
     rotation_deg: float = 4.0  # degrees, standard deviation about each axis
     deformation_mm: float = 2.5  # mm, standard deviation of the smooth displacement along each axis
     ventricles_mm: Range = (-0.5, 4.0)  # mm, how far the ventricles' walls move outwards (atrophy)
     confounders: float = 1.0  # factor on rims, dirty white matter, flow artefacts and local variation of the cortex
-    bright_spots: Range = (4.0, 24.0)  # number in grey matter (inflow, motion, partial volume), as bright as lesions
+    bright_spots: Range = (2.0, 14.0)  # number in grey matter (inflow, motion, partial volume), as bright as lesions
     gain: Range = (300.0, 3000.0)  # grey value of normal white matter
 
     def __post_init__(self) -> None:
