@@ -25,6 +25,7 @@ from resunet.data.source import open_source
 from resunet.errors import InputError
 from resunet.model import load_model
 from resunet.report import COLOURS, Picture, Section, curves, image, read_metrics, shown, svg, write_page
+from resunet.runs import say, without_paths
 from resunet.transfer import Receipt
 
 _OVERLAYS = 6
@@ -158,13 +159,14 @@ def verdict(first: str, second: str, difference: Mapping[str, Any]) -> str:
 
 def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
     """The recipe keys in which the runs differ, and what each cost."""
-    recipes = [_flat(json.loads(arm.recipe.model_dump_json(exclude={"out", "steps"}))) for arm in arms]
+    recipes = [_flat(without_paths(json.loads(arm.recipe.model_dump_json(exclude={"steps"})))) for arm in arms]
     keys = sorted({key for recipe in recipes for key in recipe})
     rows = [["Recipe key", *(arm.name for arm in arms)]]
     for key in keys:
         values = [str(recipe.get(key)) for recipe in recipes]
         if len(set(values)) > 1:
             rows.append([key, *values])
+    rows.append(["encoder", *("from scratch" if arm.receipt is None else "pretrained" for arm in arms)])
     rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])
     rows.append(["step chosen on val", *(str(arm.record.get("best_step")) for arm in arms)])
     rows.append(["seconds of training", *(str(arm.record.get("seconds")) for arm in arms)])
@@ -172,8 +174,9 @@ def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
 
 
 def _distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names; those that occur twice are numbered."""
     names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+    return [f"{name}-{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _refuse_other_cases(first: Arm, other: Arm) -> None:
@@ -218,7 +221,8 @@ def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
     try:
         by_arm = [_load(arm, ids) for arm in arms]
     except InputError as error:
-        return [], [f"Pictures are left out: {error}"]
+        say(str(error))
+        return [], ["Pictures are left out: the test images are no longer where they were."]
     models = [load_model(arm.folder) for arm in arms]
     pictures = []
     for own in zip(*by_arm, strict=True):  # one case, as each run reads it

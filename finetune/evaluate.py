@@ -67,7 +67,11 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
         raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
     network = load_model(folder)
     config = read_config(folder)
-    assert config.classes is not None
+    if config.classes is None or config.architecture.spatial_dims != 2:
+        raise InputError(
+            f"{folder}: classes={config.classes}, spatial_dims={config.architecture.spatial_dims}; a 2D model that "
+            "resunet finetune wrote, with its classes, can be evaluated."
+        )
     source = open_source(request, masks=True)
     cases = source.part(split) if source.has_splits else list(source.cases)
     if not cases:
@@ -141,6 +145,7 @@ def write_evaluation(
     summary = {
         "schema_version": SCHEMA_VERSION,
         "split": split,
+        "precision": precision,
         "cases": len(rows),
         "groups": len({group for _, group, _ in rows}),
         **summarise(rows, names),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.recipe import FinetuneRecipe
+from resunet.architecture import ResUNetArchitecture, UNetArchitecture
 from resunet.checkpoint import model_folder, read_config
 from resunet.config import PercentileZScore
 from resunet.data.cases import Case, LoadedCase, load_cases
@@ -12,6 +13,8 @@ from resunet.data.source import Source, assign_parts, open_source
 from resunet.data.splits import draw_groups
 from resunet.errors import InputError
 from resunet.training import progress
+
+_CHANNELS = {"resunet": ResUNetArchitecture().channels, "unet": UNetArchitecture().channels}
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class LabelledData:
 
 
 def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
-    """The recipe with what it leaves to the encoder filled in: the kind of norm layer and the normalisation.
+    """The recipe with what it leaves open filled in: the encoder's kind of norm layer and normalisation, default widths.
 
     Raises:
         InputError: the recipe names another normalisation than the encoder's.
@@ -46,9 +49,10 @@ def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
                 f"{config.normalisation.model_dump()}. Leave the key out to use the encoder's."
             )
         normalisation = config.normalisation
+    channels = recipe.model.channels or _CHANNELS[recipe.model.name]
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"norm": norm or "batch"}),
+            "model": recipe.model.model_copy(update={"norm": norm or "batch", "channels": channels}),
             "normalisation": normalisation or PercentileZScore(),
         }
     )

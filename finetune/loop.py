@@ -24,7 +24,7 @@ from resunet.data.cases import LoadedCase, source_digest
 from resunet.data.images import channel_count
 from resunet.data.leakage import ARCHIVE, describe_archive, merge_archives, write_archive
 from resunet.model import ResUNet, Segmenter, build_model
-from resunet.runs import Run, check_out, versions
+from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
     any_rank,
@@ -53,6 +53,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     """
     recipe = resolve(recipe)
     check_out(recipe)
+    if is_done(recipe.out):
+        return recipe.out
     accelerator = start_ranks(recipe, recipe.batch, "patches")
     main, device = accelerator.is_main_process, accelerator.device
     model, receipt = _build(recipe)
@@ -61,7 +63,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     optimizer = _optimizer(recipe, model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     sampler = PatchSampler(data.train, recipe.patch, recipe.foreground)
-    inputs = {"data": source_digest([*data.train, *data.val, *data.test])}
+    inputs = {"train": source_digest(data.train), "val": source_digest(data.val), "test": source_digest(data.test)}
     if receipt is not None:
         inputs |= {f"encoder/{name}": digest for name, digest in receipt.encoder_sha256.items()}
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
@@ -74,13 +76,13 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, model, optimizer, accelerator)
             best, clock = state["best"], StepClock(state["seconds"])
-            run.rewind(first)
+        run.rewind(first)
         figures: dict[str, float] = {}
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
             lr = _start_step(recipe, model, optimizer, step, transferred=receipt is not None)
             optimizer.zero_grad(set_to_none=True)
             metrics = _forward_backward(recipe, wrapped, sampler, step, accelerator)
-            refuse_non_finite({"loss": metrics["loss"]}, step)
+            refuse_non_finite({"loss": metrics["loss"]}, step, accelerator)
             figures["loss"] = metrics["loss"]
             metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip))
             optimizer.step()
@@ -103,6 +105,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             if stopping and done < recipe.steps:
                 stop.stop(run, done)
 
+        stop.release()
         seconds = clock.seconds()
         accelerator.wait_for_everyone()  # the best checkpoint is on disk
         chosen = run.load_checkpoint("best")
@@ -110,7 +113,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         model.load_state_dict(chosen["network"])
         measured = measure_cases(model, data.test, len(recipe.data.classes), device, recipe.precision, accelerator, not main)
         if main:
-            model.config = _model_config(recipe, model, data, inputs["data"])
+            model.config = _model_config(recipe, model, data)
             _save(run, model, data, measured, recipe, receipt)
         run.finish(
             "done",
@@ -155,7 +158,7 @@ def _start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, 
     for group in optimizer.param_groups:
         group["lr"] = lr
         if transferred and group["name"] == "encoder":
-            group["lr"] = 0.0 if still else lr * recipe.optimizer.encoder_lr
+            group["lr"] = 0.0 if still else lr * recipe.optimizer.encoder_lr_factor
     model.train()
     if still:
         assert isinstance(model, ResUNet)
@@ -200,7 +203,7 @@ def _validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecip
     return 0.0 if dice is None else float(dice)
 
 
-def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, data_sha256: str) -> ModelConfig:
+def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData) -> ModelConfig:
     parent = sha256(model_folder(recipe.encoder) / WEIGHTS) if recipe.encoder is not None else None
     assert recipe.normalisation is not None
     planes = [[s for axis, s in enumerate(case.spacing) if axis != case.axis] for case in data.train]
@@ -212,7 +215,10 @@ def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, 
         classes=recipe.data.classes,
         ignore=recipe.data.ignore,
         provenance=Provenance(
-            data_sha256=data_sha256, recipe_sha256=recipe.sha256(), parent_sha256=parent, versions=versions()
+            data_sha256=source_digest([*data.train, *data.val]),
+            recipe_sha256=recipe.sha256(),
+            parent_sha256=parent,
+            versions=versions(),
         ),
         allowed=data.allowed,
     )

@@ -51,7 +51,7 @@ class NetworkSettings(Frozen):
     """The network's shape; channels in and classes out follow from the data."""
 
     name: Literal["resunet", "unet"] = "resunet"
-    channels: Widths = (32, 64, 128, 256, 512)
+    channels: Widths | None = Field(None, description="null: 32 to 512, and 64 to 1024 for the plain U-Net")
     units: int = Field(2, ge=1, description="residual units a level (resunet)")
     norm: NormKind | None = Field(None, description="null: the encoder's, and batch from scratch")
     squeeze_excite: bool = Field(False, description="on the skips (resunet)")
@@ -63,6 +63,7 @@ class NetworkSettings(Frozen):
         return self
 
     def architecture(self, in_channels: int, num_classes: int, norm: NormKind) -> ResUNetArchitecture | UNetArchitecture:
+        assert self.channels is not None, "resolve() comes first"
         if self.name == "unet":
             return UNetArchitecture(in_channels=in_channels, num_classes=num_classes, channels=self.channels, norm=norm)
         return ResUNetArchitecture(
@@ -112,7 +113,7 @@ class OptimizerSettings(Frozen):
 
     lr: float = Field(1e-3, gt=0, description="at the end of the warm-up")
     weight_decay: float = Field(1e-2, ge=0, description="not on norms and biases")
-    encoder_lr: float = Field(1.0, gt=0, description="factor on the learning rate of a transferred encoder")
+    encoder_lr_factor: float = Field(1.0, gt=0, description="on the learning rate, for a transferred encoder")
     decoder_first: float = Field(0.0, ge=0, lt=1, description="share of steps in which a transferred encoder stands still")
     clip: float = Field(12.0, gt=0, description="largest norm of the gradient")
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from resunet.exits import exit_code_of
+from resunet.exits import exit_code_of, is_main_rank
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -13,7 +13,9 @@ def main(arguments: Sequence[str]) -> None:
     from resunet.config import load_recipe, split_arguments
 
     name, overrides = split_arguments("python -m pretrain", arguments)
-    print(pretrain(load_recipe(PretrainRecipe, "pretrain", name, overrides)))
+    run = pretrain(load_recipe(PretrainRecipe, "pretrain", name, overrides))
+    if is_main_rank():
+        print(run)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from resunet.checkpoint import ModelConfig, Provenance, folder_aside
 from resunet.data.cases import Case, LoadedCase, load_cases, source_digest
 from resunet.data.images import channel_count
 from resunet.data.leakage import ARCHIVE, describe_archive, find_leaks, refuse_leaks, write_archive
-from resunet.data.source import Source, open_source
+from resunet.data.source import Source, assign_parts, open_source
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
-from resunet.runs import Run, check_out, versions
+from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
     any_rank,
@@ -54,6 +54,8 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; see `resunet.errors`.
     """
     check_out(recipe)
+    if is_done(recipe.out):
+        return recipe.out
     accelerator = start_ranks(recipe, recipe.batch, "scans")
     main = accelerator.is_main_process
     source, archive, allowed = _read_archive(recipe, quiet=not main)
@@ -81,7 +83,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         first, clock = 0, StepClock()
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, network, optimizer, accelerator)
-            run.rewind(first)
+        run.rewind(first)
         figures: dict[str, float] = {}
         for step in progress(range(first, recipe.steps), recipe.steps, "pretrain", first, not main, figures):
             lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
@@ -99,7 +101,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                     accelerator.backward(terms["loss"] / recipe.accumulate)
                 for name, value in terms.items():
                     metrics[name] = metrics.get(name, 0.0) + float(value.detach()) / recipe.accumulate
-            refuse_non_finite({"loss": metrics["loss"]}, step)
+            refuse_non_finite({"loss": metrics["loss"]}, step, accelerator)
             figures |= metrics
             optimizer.step()
             clock.tick()
@@ -112,6 +114,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             if stopping and done < recipe.steps:
                 stop.stop(run, done)
 
+        stop.release()
         if main:
             _save_encoder(recipe, encoder, archive, source, inputs["data"], allowed)
             facts = {"scans": len(archive), "slices": len(slices), "groups": len({c.case.group for c in archive})}
@@ -124,7 +127,10 @@ def pretrain(recipe: PretrainRecipe) -> Path:
 def _read_archive(recipe: PretrainRecipe, quiet: bool) -> tuple[Source, list[LoadedCase], list[str]]:
     """The source, its scans in memory, and what the recipe allowed; held-out images among them stop the run."""
     source = open_source(recipe.data, masks=False)
-    cases = source.part("pool") if source.has_splits else list(source.cases)
+    if (recipe.data.source / "masks").is_dir():  # a labelled folder: leave out what fine-tuning will hold out
+        source = assign_parts(source, recipe.data.split_seed)
+    split = any(case.part is not None for case in source.cases)
+    cases = source.part("pool") if split else list(source.cases)
 
     def load(cases: Sequence[Case], label: str) -> list[LoadedCase]:
         return load_cases(

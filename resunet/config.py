@@ -6,13 +6,14 @@ path, then by name in the installed package, then in the checkout.
 
 import difflib
 import hashlib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,7 +25,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class Frozen(BaseModel):
     """Every record in this project: no key that is not declared, no change after it was made."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PercentileZScore(Frozen):
@@ -111,6 +112,8 @@ def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequenc
     path = find_recipe(stage, name)
     try:
         parsed = OmegaConf.load(path)
+        if not isinstance(parsed, DictConfig):
+            raise InputError(f"{path}: a recipe is a mapping of keys to values, this file holds a list.")
         for key, override in _last_overrides(overrides).items():
             # the value given is the value: a mapping replaces the recipe's, it is not mixed into it
             given = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
@@ -167,7 +170,7 @@ def _shipped(stage: str) -> list[str]:
 def _last_overrides(overrides: Sequence[str]) -> dict[str, str]:
     """key → the override that counts: of several for one key, the last."""
     for override in overrides:
-        if "=" not in override or override.startswith("="):
+        if not re.match(r"[\w.]+=", override):
             raise InputError(f"{override!r}: an override is written key=value, for example steps=500 or data.source=DIR.")
     return {override.split("=", 1)[0]: override for override in overrides}
 

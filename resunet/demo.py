@@ -24,7 +24,7 @@ _NAMES = ("pretrained", "scratch")
 _SHORTEST = 20
 # With little time, patients are saved first: fewer are simulated.
 _LITTLE_TIME = 300
-_FEW_PATIENTS = PhantomConfig(pool=17, val=2, test=5)
+_FEW_PATIENTS = PhantomConfig(pool=16, val=2, test=6)
 # Shares of the time that is left once the patients are made; the rest is evaluation and the report.
 _PRETRAIN, _FINETUNE = 0.42, 0.18
 _MOST = {"pretrain": 600, "finetune": 500}

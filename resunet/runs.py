@@ -35,7 +35,7 @@ _KEPT_CHECKPOINTS = 2
 # Values of these keys are the user's paths: they stay in the local config.json and never reach W&B.
 _PATH_KEYS = frozenset({"out", "source", "salt_file", "held_out", "encoder"})
 # Keys that may differ when a run is resumed.
-_FREE_ON_RESUME = frozenset({"resume", "out", "processes", "wandb", "log_every", "checkpoint_every"})
+_FREE_ON_RESUME = frozenset({"resume", "out", "wandb", "log_every", "checkpoint_every"})
 
 Status = Literal["running", "done", "failed", "stopped"]
 
@@ -60,6 +60,12 @@ def check_out(recipe: Recipe) -> None:
     if differing:
         lines = "\n".join(f"  {key}: {before.get(key)} then, {now.get(key)} now" for key in differing)
         raise InputError(f"out={out}: was started with another recipe:\n{lines}\nResume with the same, or name another out.")
+
+
+def is_done(out: Path) -> bool:
+    """Whether a run that would be resumed has finished: nothing is left to do, and test is read once."""
+    path = out / "run.json"
+    return path.is_file() and json.loads(path.read_text())["status"] == "done"
 
 
 class Run:
@@ -101,6 +107,7 @@ class Run:
             "inputs": dict(inputs),
             "started": self._record.get("started", _now()),
         }
+        self.set_status("running")
         self._start_wandb(recipe, stage)
         self.set_status("running")
 
@@ -206,17 +213,27 @@ class Run:
             silent=True,
         )
         self._record.setdefault("wandb_id", uuid.uuid4().hex[:8])
-        self._wandb = wandb.init(
-            project=recipe.wandb.project,
-            group=recipe.wandb.group,
-            job_type=stage,
-            id=self._record["wandb_id"],
-            resume="allow",
-            mode=mode,
-            dir=self.folder,
-            config=without_paths(json.loads(recipe.model_dump_json())),
-            settings=settings,
-        )
+
+        def start(mode: Literal["online", "offline"]) -> Any:
+            return wandb.init(
+                project=recipe.wandb.project,
+                group=recipe.wandb.group,
+                job_type=stage,
+                id=self._record["wandb_id"],
+                resume="allow",
+                mode=mode,
+                dir=self.folder,
+                config=without_paths(json.loads(recipe.model_dump_json())),
+                settings=settings,
+            )
+
+        try:
+            self._wandb = start(mode)
+        except (wandb.errors.Error, OSError) as error:
+            if mode != "online":
+                raise
+            say(f"W&B: cannot be reached ({error}); the run is written offline, `wandb sync` uploads it later.")
+            self._wandb = start("offline")
 
 
 def without_paths(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -134,13 +134,13 @@ def mean_over_ranks(metrics: Mapping[str, float], accelerator: Accelerator) -> d
     return dict(zip(metrics, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
 
 
-def refuse_non_finite(losses: Mapping[str, float], step: int) -> None:
-    """Stop on a loss that is not finite.
+def refuse_non_finite(losses: Mapping[str, float], step: int, accelerator: Accelerator) -> None:
+    """Stop, on every rank, on a loss that is not finite on any.
 
     Raises:
         CheckFailed: with the step and what usually helps.
     """
-    if all(math.isfinite(value) for value in losses.values()):
+    if not any_rank(not all(math.isfinite(value) for value in losses.values()), accelerator):
         return
     shown = ", ".join(f"{name}={value}" for name, value in losses.items())
     raise CheckFailed(
@@ -176,6 +176,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._before = signal.getsignal(signal.SIGTERM)
+
+    def release(self) -> None:
+        """After the last step: what is left can be done again, and SIGTERM ends the process as it does elsewhere."""
+        signal.signal(signal.SIGTERM, self._before)
 
     def __bool__(self) -> bool:
         return self.requested
@@ -198,11 +203,11 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
     def handle(signum: int, frame: types.FrameType | None) -> None:
         request.requested = True
 
-    before = signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGTERM, handle)
     try:
         yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        request.release()
 
 
 @contextmanager
@@ -213,7 +218,8 @@ def failing_as(run: Run) -> Iterator[None]:
     except Stopped:
         raise
     except BaseException:
-        run.finish("failed")
+        with suppress(OSError):  # a full disk must not hide what went wrong
+            run.finish("failed")
         raise
 
 

@@ -111,6 +111,8 @@ def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool =
             f"{error:.2g}, allowed {tolerance:.0g}. {WEIGHTS} was changed after pretraining; restore it or pretrain again."
         )
     load_exactly(model.encoder, tensors, str(folder / WEIGHTS))
+    error = feature_error(model.encoder, check, adapted=bool(adapted))  # of the encoder where it now is
+    assert error <= tolerance
     return _receipt(folder, model, set(adapted), error)
 
 

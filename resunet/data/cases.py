@@ -58,6 +58,7 @@ class LoadedCase:
     labels: NDArray[np.uint8] | None
     file_sha256: str
     pixel_sha256: str
+    mask_sha256: str | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -118,8 +119,8 @@ def load_cases(
 
 
 def source_digest(cases: Iterable[LoadedCase]) -> str:
-    """sha256 over the sorted file hashes: which images these are, whatever they are called."""
-    return hashlib.sha256("".join(sorted(case.file_sha256 for case in cases)).encode()).hexdigest()
+    """sha256 over the sorted hashes of files and masks: which images and labels these are, whatever they are called."""
+    return hashlib.sha256("".join(sorted(f"{case.file_sha256}{case.mask_sha256}" for case in cases)).encode()).hexdigest()
 
 
 def encode_labels(mask: NDArray, classes: Mapping[int, str], ignore: Sequence[int], path: Path) -> NDArray[np.uint8]:
@@ -173,6 +174,9 @@ def _load(
         labels=labels,
         file_sha256=hashlib.sha256(case.image.read_bytes()).hexdigest(),
         pixel_sha256=scan.pixel_sha256,
+        mask_sha256=hashlib.sha256(case.mask.read_bytes()).hexdigest()
+        if case.mask is not None and labels is not None
+        else None,
     )
 
 

@@ -46,8 +46,10 @@ def load_salt(path: Path | None) -> Salt:
         _create(file)
     try:
         key = bytes.fromhex(file.read_text().strip())
-    except FileNotFoundError as error:
-        raise InputError(f"data.salt_file={path}: no such file. Leave it out to use {default_salt_file()}.") from error
+    except OSError as error:
+        raise InputError(
+            f"data.salt_file={file}: cannot be read: {error.strerror}. Leave it out to use {default_salt_file()}."
+        ) from error
     except ValueError as error:
         raise InputError(f"{file}: not a salt (64 hex digits).") from error
     if len(key) != _BYTES:

@@ -27,6 +27,8 @@ READABLE = VOLUMES + IMAGES
 # ITU-R BT.601, what PIL's convert("L") uses, in float so that 16 bits stay 16 bits.
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
+_ALPHA = (1, 2)  # TIFF's ExtraSamples that are opacity, associated or not
+
 T = TypeVar("T")
 
 
@@ -156,8 +158,10 @@ def _read_tiff(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
         values, axes = _without_bool(series.asarray()), series.axes
-        palette = None if indices else file.pages.first.colormap
-    channel_axis = next((axis for axis in "SC" if axis in axes), None)  # samples, or ImageJ's channels
+        page = file.pages.first
+        palette = None if indices else page.colormap
+        alpha = channel_axis_of(axes) == "S" and any(int(extra) in _ALPHA for extra in page.extrasamples)
+    channel_axis = channel_axis_of(axes)
     if palette is not None:
         values = palette[:, values]
     elif channel_axis is not None:
@@ -167,7 +171,12 @@ def _read_tiff(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
         values = values[None]
     if len(axes) not in (2, 3):
         raise InputError(f"{path}: TIFF axes {axes!r}; an image (YX), a stack of pages and colour samples are read.")
-    return _without_alpha(values), (1.0,) * len(axes)
+    return values[:-1] if alpha else values, (1.0,) * len(axes)
+
+
+def channel_axis_of(axes: str) -> str | None:
+    """The axis of a TIFF that holds channels: colour samples, or ImageJ's channels."""
+    return next((axis for axis in "SC" if axis in axes), None)
 
 
 def _read_image(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:

@@ -40,6 +40,9 @@ class Source:
         notes = []
         if not self.has_groups:
             notes.append("No groups.csv: each image is its own group, so that images of one patient may be on both sides.")
+        unlisted = sum(case.part is None for case in self.cases)
+        if self.has_splits and unlisted:
+            notes.append(f"splits.json lists {unlisted} of the images in no part: they are left out.")
         if not self.has_splits:
             notes.append("No splits.json: the source comes without a split.")
         return notes
@@ -103,6 +106,8 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or suffix_of(path) not in READABLE or path.name.startswith("."):
+            continue
+        if path.relative_to(folder).parts[0] == "masks":  # of a source without images/
             continue
         stem = str(path.parent.relative_to(folder) / stem_of(path))
         if stem in found:

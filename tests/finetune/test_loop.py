@@ -61,7 +61,8 @@ def test_a_run_writes_its_directory(runs):
     assert (record["status"], record["stage"], record["step"]) == ("done", "finetune", 8)
     config = read_config(out / "model")
     assert (config.classes, config.normalisation) == (recipe.data.classes, recipe.normalisation)
-    assert config.provenance.data_sha256 == record["inputs"]["data"] and config.provenance.recipe_sha256 == recipe.sha256()
+    assert {"train", "val", "test"} <= record["inputs"].keys() and len(set(record["inputs"].values())) == len(record["inputs"])
+    assert config.provenance.data_sha256 and config.provenance.recipe_sha256 == recipe.sha256()
     assert config.provenance.parent_sha256 is None and config.spacing == (1, 1)
     assert len(read_archive(out / "model").rows) == 6  # the training cases, not val and test
     metrics = read_metrics(out)
@@ -149,7 +150,7 @@ def test_the_encoder_stands_still_while_the_decoder_goes_first(recipe, encoder, 
 
 
 def test_the_encoder_has_its_own_learning_rate(recipe, encoder):
-    ours = recipe(steps=10, optimizer={"lr": 0.5, "encoder_lr": 0.1, "decoder_first": 0.25})
+    ours = recipe(steps=10, optimizer={"lr": 0.5, "encoder_lr_factor": 0.1, "decoder_first": 0.25})
     model = ResUNet(1, 2, (4, 8), units=1)
     optimizer = _optimizer(ours, model)
     for transferred, factors in ((True, [0, 0, 0, 0.1, 0.1]), (False, [1, 1, 1, 1, 1])):

@@ -61,6 +61,23 @@ def test_chain(tmp_path: Path, recipes: dict[str, list[str]], salt: Path, capsys
                 assert b"Mueller" not in path.read_bytes(), path
 
 
+def test_a_source_without_splits(tmp_path: Path, write_blobs: Callable[..., Path], salt: Path) -> None:
+    """Pretraining leaves out what fine-tuning will hold out, whatever the salt; the draw is the same everywhere."""
+    other = tmp_path / "other_salt"
+    other.write_text("3c" * 32)
+    source = f"data.source={write_blobs(splits=False)}"
+    encoder, chosen = tmp_path / "encoder", []
+    assert run("pretrain", "brain_tumor", *PRETRAIN, source, f"data.salt_file={salt}", "steps=1", f"out={encoder}") == 0
+    for name, file in (("one", salt), ("two", other)):
+        arguments = [*FINETUNE, source, f"data.salt_file={file}", "steps=1", f"out={tmp_path / name}", f"encoder={encoder}"]
+        assert run("finetune", "brain_tumor", *arguments) == 0
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        chosen.append({part: record["inputs"][part] for part in ("train", "val", "test")})
+    assert chosen[0] == chosen[1]
+    notes = json.loads((tmp_path / "two" / "evaluation" / "summary.json").read_text())["notes"]
+    assert any("group evidence unavailable" in note for note in notes)
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from finetune.compare import compare
     from resunet.cli import _finetune, _pretrain

@@ -70,7 +70,7 @@ def test_the_shortcut_is_the_identity_exactly_where_nothing_changes(spatial_dims
     assert isinstance(unit.shortcut, nn.Identity) == unchanged
     if not unchanged:
         assert unit.shortcut[0].kernel_size == (1,) * spatial_dims
-        assert unit.shortcut[0].stride == (stride,) * spatial_dims
+        assert unit.stride == stride
 
 
 def test_a_residual_unit_does_not_change_its_input():

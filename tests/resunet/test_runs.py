@@ -61,7 +61,12 @@ def test_a_run_cannot_be_resumed_with_another_recipe(run):
 
 
 def test_some_keys_are_free_on_resume(run):
-    check_out(small_recipe(run.folder, resume=True, log_every=3, checkpoint_every=5, processes=2, wandb=WandbSettings()))
+    check_out(small_recipe(run.folder, resume=True, log_every=3, checkpoint_every=5, wandb=WandbSettings()))
+
+
+def test_another_number_of_ranks_is_refused_on_resume(run):
+    with pytest.raises(InputError, match="processes: 1 then, 2 now"):
+        check_out(small_recipe(run.folder, resume=True, processes=2))
 
 
 def test_a_run_directory_may_move(run, tmp_path):

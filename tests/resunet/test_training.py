@@ -101,10 +101,10 @@ def test_norms_and_biases_have_no_weight_decay():
 
 
 def test_a_loss_that_is_not_finite_stops():
-    refuse_non_finite({"loss": 1.0, "dice": 0.0}, 3)
+    refuse_non_finite({"loss": 1.0, "dice": 0.0}, 3, Accelerator(cpu=True))
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(CheckFailed, match=rf"step 7.*loss=1\.0, dice={bad}.*Lower the learning rate"):
-            refuse_non_finite({"loss": 1.0, "dice": bad}, 7)
+            refuse_non_finite({"loss": 1.0, "dice": bad}, 7, Accelerator(cpu=True))
 
 
 def test_sigterm_sets_the_request_and_the_handler_before_is_restored():

@@ -56,7 +56,7 @@ def test_two_users_have_two_salts(monkeypatch, home):
 
 
 def test_a_salt_file_that_is_named_must_be_there(home):
-    with pytest.raises(InputError, match=r"data\.salt_file=.*none: no such file"):
+    with pytest.raises(InputError, match=r"data\.salt_file=.*none: cannot be read"):
         load_salt(home / "none")
     assert not (home / "none").exists()
 
