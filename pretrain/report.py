@@ -36,7 +36,7 @@ def write_report(
             ],
         ),
         Section("Loss", pictures=[curves({"NT-Xent": metrics["loss"]}, "Contrastive loss by step", "step", "NT-Xent")]),
-        Section("Collapse", pictures=[curves(spread, "Spread of the normalised projections by step", "step", "std")]),
+        Section("Collapse", pictures=[curves(spread, "Spread of the normalised projections by step", "step", "std", True)]),
         Section(
             "What the network saw",
             text=["Each row: the scan, its first view, its second view."],

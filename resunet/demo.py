@@ -110,6 +110,7 @@ def _what_was_done(
     patients: PhantomConfig, recipe: dict[str, Any], pretrain_steps: int, finetune_steps: int, seconds: float
 ) -> Section:
     labelled = int(recipe["data"]["labelled"])
+    val = min(labelled, patients.val)
     return Section(
         "What was done",
         text=[
@@ -117,9 +118,9 @@ def _what_was_done(
             f"(FLAIR-like contrast, {' × '.join(f'{s:g}' for s in patients.spacing_mm)} mm voxels), with exact lesion masks.",
             f"The encoder was pretrained by SimCLR for {pretrain_steps} steps on the scans of {patients.pool} patients, "
             "without their masks.",
-            f"Two networks were then fine-tuned for {finetune_steps} steps each on the same {labelled} labelled patients, "
-            f"with the same seed, patches and augmentation: one from that encoder, one from scratch. "
-            f"The {patients.val} val patients chose the checkpoint.",
+            f"{labelled + val} patients were labelled: {labelled} to train on, {val} to choose the checkpoint by. Two networks "
+            f"were fine-tuned on them for {finetune_steps} steps each, with the same seed, patches and augmentation: one "
+            "from that encoder, one from scratch.",
             f"Both were measured on the same {patients.test} patients, whom no step had seen. It took {seconds:.0f} seconds.",
             "One draw of labelled patients and one seed: another draw can turn the answer round. The steps of scratch are "
             "those of the pretrained arm; pretraining's own time comes on top of the latter.",

@@ -67,16 +67,21 @@ def image(pixels: NDArray[np.uint8], caption: str, scale: int = 1) -> Picture:
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, xlabel: str, ylabel: str, log: bool = False
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    caption: str,
+    xlabel: str,
+    ylabel: str,
+    from_zero: bool = False,
 ) -> Picture:
-    """Lines, name → (x, y), as an inline SVG."""
+    """Lines, name → (x, y), as an inline SVG; `from_zero` where the distance to 0 is what matters."""
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.subplots()
     for (name, (x, y)), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
         axes.plot(x, y, label=name, color=colour, linewidth=1.8)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.set_yscale("log" if log else "linear")
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
