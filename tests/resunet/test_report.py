@@ -73,8 +73,8 @@ def test_an_image_keeps_its_pixels():
 
 def test_curves_are_the_same_every_time_and_differ_in_colour():
     series = {name: ([1, 2, 3], [1.0, 2.0, 4.0]) for name in "abc"}
-    first = curves(series, "a caption", "step", "loss", log=True)
-    assert first == curves(series, "a caption", "step", "loss", log=True)
+    first = curves(series, "a caption", "step", "loss", from_zero=True)
+    assert first == curves(series, "a caption", "step", "loss", from_zero=True)
     assert all(colour.lower() in first.markup.lower() for colour in COLOURS[:3])
     assert 'aria-label="a caption"' in first.markup and first.markup.startswith("<svg")
 
