@@ -24,7 +24,7 @@ def main() -> None:
     if not source.exists():
         write_phantom(source)
     dice = {}
-    for name, labels in (("all", ["data.labelled=null"]), ("few", [])):
+    for name, labels in (("few", []), ("all", ["data.labelled=null"])):
         common = [f"data.source={source}", f"steps={options.steps}", f"precision={options.precision}", "wandb.mode=disabled"]
         run = ensure(options.out / name, "finetune", "demo", *common, *labels)
         figure = json.loads((run / "evaluation" / "summary.json").read_text())["dice"]

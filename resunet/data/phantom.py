@@ -54,14 +54,14 @@ def _check(name: str, value: object, allowed: bool, what: str) -> None:
 class PhantomConfig:
     """Sizes and difficulty of the simulated data set. A range is (low, high) of a uniform draw for each patient."""
 
-    pool: int = 28  # patients to train on
-    val: int = 2  # patients
+    pool: int = 26  # patients to train on
+    val: int = 4  # patients
     test: int = 10  # patients
     spacing_mm: Triple = (2.0, 2.0, 4.0)  # mm (x, y, z)
     lesion_contrast: float = 1.0  # factor on every lesion's brightness over white matter: the one knob of difficulty
-    lesion_contrast_range: Range = (0.55, 1.4)  # of white matter's signal, one draw a patient
+    lesion_contrast_range: Range = (0.62, 1.4)  # of white matter's signal, one draw a patient
     lesion_contrast_spread: float = 0.15  # standard deviation of its log between a patient's lesions
-    lesions_median: float = 8.0  # painted lesions of the median patient; touching ones become one in the mask
+    lesions_median: float = 9.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
     volume_median_mm3: float = 420.0  # mm3, of the median lesion as painted
     volume_sigma: float = 1.3  # of the logarithm, within a patient
@@ -79,7 +79,7 @@ class PhantomConfig:
     deformation_mm: float = 2.5  # mm, standard deviation of the smooth displacement along each axis
     ventricles_mm: Range = (-0.5, 4.0)  # mm, how far the ventricles' walls move outwards (atrophy)
     confounders: float = 1.0  # factor on rims, dirty white matter, flow artefacts and local variation of the cortex
-    bright_spots: Range = (3.0, 16.0)  # number in grey matter (inflow, motion, partial volume), as bright as lesions
+    bright_spots: Range = (2.0, 14.0)  # number in grey matter (inflow, motion, partial volume), as bright as lesions
     gain: Range = (300.0, 3000.0)  # grey value of normal white matter
 
     def __post_init__(self) -> None:
