@@ -71,6 +71,8 @@ def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
     assert recipe.normalisation is not None, "resolve() comes first"
     source = assign_parts(open_source(recipe.data, masks=True), recipe.data.split_seed)
     pool, val, test = (source.part(part) for part in ("pool", "val", "test"))
+    if not recipe.evaluate_test:
+        test = []
     if not pool or not val:
         raise InputError(f"data.source={recipe.data.source}: {len(pool)} pool and {len(val)} val cases; both are needed.")
     # drawn by the source's own names: the draw depends neither on the salt nor on how names are recorded

@@ -134,6 +134,7 @@ class FinetuneRecipe(Recipe):
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     validate_every: int = Field(50, ge=1)
+    evaluate_test: bool = Field(True, description="at the end; false while val still chooses between recipes")
 
     @field_validator("patch")
     @classmethod

@@ -29,7 +29,11 @@ def write_report(
         f"{len(cases)} {name} cases of {len({case.case.group for case in cases})} groups"
         for name, cases in (("training", data.train), ("val", data.val), ("test", data.test))
     )
-    lead = "No test cases: nothing was evaluated." if summary is None else f"Test Dice {shown(summary['dice'])} groups."
+    lead = (
+        "Not evaluated: there are no test cases, or the recipe says evaluate_test=false."
+        if summary is None
+        else f"Test Dice {shown(summary['dice'])} groups."
+    )
     origin = "Trained from scratch." if receipt is None else f"Encoder: {receipt.line()}."
     sections = [Section(lead=[lead], notes=data.notes(), text=[f"{counts}. {recipe.steps} steps.", origin])]
     if summary is not None:

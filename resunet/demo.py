@@ -63,7 +63,7 @@ def run_demo(out: Path, seconds: float, stages: Stages, patients: PhantomConfig 
     common = [f"data.source={data}", f"precision={precision}"]
     left = seconds - (time.perf_counter() - started)
     pretrain_seconds = _step_seconds(stages.pretrain, out, common)
-    finetune_seconds = _step_seconds(stages.finetune, out, common)
+    finetune_seconds = _step_seconds(stages.finetune, out, [*common, "evaluate_test=false"])
     pretrain_steps = _steps("pretrain", _PRETRAIN * left, pretrain_seconds)
     finetune_steps = _steps("finetune", _FINETUNE * left, finetune_seconds)
 

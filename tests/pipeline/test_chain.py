@@ -78,6 +78,13 @@ def test_a_source_without_splits(tmp_path: Path, write_blobs: Callable[..., Path
     assert any("group evidence unavailable" in note for note in notes)
 
 
+def test_test_is_not_read_while_val_chooses(tmp_path: Path, recipes: dict[str, list[str]]) -> None:
+    out = tmp_path / "run"
+    assert run("finetune", "brain_tumor", *recipes["finetune"], "steps=1", "evaluate_test=false", f"out={out}") == 0
+    assert not (out / "evaluation").exists() and (out / "model" / "config.json").exists()
+    assert "Not evaluated" in (out / "report.html").read_text()
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from finetune.compare import compare
     from resunet.cli import _finetune, _pretrain
