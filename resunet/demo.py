@@ -26,7 +26,7 @@ _SHORTEST = 20
 _LITTLE_TIME = 300
 _FEW_PATIENTS = PhantomConfig(pool=16, val=2, test=6)
 # Shares of the time that is left once the patients are made; the rest is evaluation and the report.
-_PRETRAIN, _FINETUNE = 0.42, 0.18
+_PRETRAIN, _FINETUNE = 0.34, 0.23
 _MOST = {"pretrain": 600, "finetune": 500}
 _CALIBRATION_STEPS = 6
 
