@@ -59,7 +59,7 @@ class PhantomConfig:
     test: int = 10  # patients
     spacing_mm: Triple = (2.0, 2.0, 4.0)  # mm (x, y, z)
     lesion_contrast: float = 1.0  # factor on every lesion's brightness over white matter: the one knob of difficulty
-    lesion_contrast_range: Range = (0.7, 1.5)  # of white matter's signal, one draw a patient
+    lesion_contrast_range: Range = (0.62, 1.4)  # of white matter's signal, one draw a patient
     lesion_contrast_spread: float = 0.15  # standard deviation of its log between a patient's lesions
     lesions_median: float = 9.0  # painted lesions of the median patient; touching ones become one in the mask
     lesions_sigma: float = 0.45  # of the logarithm, between patients
