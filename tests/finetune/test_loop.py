@@ -187,7 +187,7 @@ def test_without_test_cases_nothing_is_evaluated(recipe, source):
     (source / "splits.json").write_text(json.dumps(splits | {"test": []}))
     out = finetune(recipe(steps=1))
     assert not (out / "evaluation").exists() and (out / "model").is_dir()
-    assert "No test cases: nothing was evaluated." in (out / "report.html").read_text()
+    assert "Not evaluated: there are no test cases" in (out / "report.html").read_text()
 
 
 def test_accumulation_is_the_mean_over_its_batches(recipe):
