@@ -24,7 +24,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]"
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="a new folder")] = Path("runs/demo"),
-    seconds: Annotated[float, typer.Option(help="about how long it may take")] = 540,
+    seconds: Annotated[float, typer.Option(help="about how long it may take")] = 480,
 ) -> None:
     """The whole chain on simulated patients; prints where the report is."""
     from finetune.compare import compare

@@ -28,6 +28,8 @@ _FEW_PATIENTS = PhantomConfig(pool=16, val=2, test=6)
 # Shares of the time that is left once the patients are made; the rest is evaluation and the report.
 _PRETRAIN, _FINETUNE = 0.34, 0.23
 _MOST = {"pretrain": 600, "finetune": 500}
+# Below this nothing is learned: a busy machine takes longer instead. Per second of the time asked for.
+_LEAST = {"pretrain": 0.0, "finetune": 0.4}
 _CALIBRATION_STEPS = 6
 
 
@@ -64,8 +66,8 @@ def run_demo(out: Path, seconds: float, stages: Stages, patients: PhantomConfig 
     left = seconds - (time.perf_counter() - started)
     pretrain_seconds = _step_seconds(stages.pretrain, out, common)
     finetune_seconds = _step_seconds(stages.finetune, out, [*common, "evaluate_test=false"])
-    pretrain_steps = _steps("pretrain", _PRETRAIN * left, pretrain_seconds)
-    finetune_steps = _steps("finetune", _FINETUNE * left, finetune_seconds)
+    pretrain_steps = _steps("pretrain", seconds, _PRETRAIN * left / pretrain_seconds)
+    finetune_steps = _steps("finetune", seconds, _FINETUNE * left / finetune_seconds)
 
     encoder = stages.pretrain("demo", [*common, f"out={out / 'pretrain'}", f"steps={pretrain_steps}"])
     budget = [*common, f"steps={finetune_steps}", f"validate_every={max(1, finetune_steps // 5)}"]
@@ -102,8 +104,9 @@ def _step_seconds(stage: Stage, out: Path, common: Sequence[str]) -> float:
     return float(record["seconds_per_step"])
 
 
-def _steps(stage: str, seconds: float, step_seconds: float) -> int:
-    return max(5, min(_MOST[stage], int(seconds / step_seconds)))
+def _steps(stage: str, seconds: float, affordable: float) -> int:
+    """Steps of a stage: what its share of the time affords, within limits."""
+    return min(_MOST[stage], max(5, int(_LEAST[stage] * seconds), int(affordable)))
 
 
 def _what_was_done(
