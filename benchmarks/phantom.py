@@ -1,6 +1,6 @@
 """How hard is the embedded data set? Scratch with all labels, and with the demo's few, on the demo's recipe.
 
-    python -m benchmarks.phantom --out DIR [--steps 400] [--precision bf16]
+    python -m benchmarks.phantom --out DIR [--steps 600] [--precision bf16]
 
 It should be neither trivial nor hopeless: Dice of 0.7 or more with all labels, and 0.3 to 0.85 of that with the few.
 """
@@ -17,7 +17,7 @@ from resunet.report import shown
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--precision", default="bf16")
     options = parser.parse_args()
     source = options.out / "data"
