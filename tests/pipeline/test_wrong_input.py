@@ -113,10 +113,10 @@ def test_wrong_input(
     assert not out.exists() or not list(out.iterdir()), "nothing half-written"
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune"]) == 2
     assert main(["nonsense"]) == 2
-    assert main(["demo", "--seconds", "5"]) == 2
+    assert main(["demo", "--seconds", "5", "--out", str(tmp_path / "demo")]) == 2
     assert "at least 20" in capsys.readouterr().err
 
 
