@@ -19,13 +19,14 @@ from finetune.predict import predict_case
 from finetune.recipe import FinetuneRecipe
 from finetune.report import figures_table
 from finetune.statistics import group_means, paired_difference
-from resunet.checkpoint import folder_aside
 from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.source import open_source
 from resunet.errors import InputError
+from resunet.files import folder_aside
 from resunet.model import load_model
+from resunet.progress import say
 from resunet.report import COLOURS, Picture, Section, curves, image, read_metrics, shown, svg, write_page
-from resunet.runs import say, without_paths
+from resunet.runs import without_paths
 from resunet.transfer import Receipt
 
 _OVERLAYS = 6

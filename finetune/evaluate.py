@@ -16,15 +16,15 @@ from torch import nn
 from finetune.metrics import CaseMeasures, case_rows, measure_case, summarise
 from finetune.overlay import error_picture, grey_picture, label_picture, side_by_side, telling_slice
 from finetune.predict import predict_case
-from resunet.checkpoint import ModelConfig, folder_aside, model_folder, read_config
+from resunet.checkpoint import ModelConfig, model_folder, read_config
 from resunet.config import DataSettings, Precision
 from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, find_leaks, read_archive, refuse_leaks
 from resunet.data.source import open_source
 from resunet.errors import InputError
+from resunet.files import folder_aside
 from resunet.model import load_model
-from resunet.runs import say
-from resunet.training import progress
+from resunet.progress import progress, say
 
 SCHEMA_VERSION = 1
 _OVERLAYS = 9  # the worst, the median and the best three

@@ -12,7 +12,7 @@ from resunet.data.leakage import NO_GROUP_EVIDENCE, Archive, describe_archive, f
 from resunet.data.source import Source, assign_parts, open_source
 from resunet.data.splits import draw_groups
 from resunet.errors import InputError
-from resunet.training import progress
+from resunet.progress import progress
 
 _CHANNELS = {"resunet": ResUNetArchitecture().channels, "unet": UNetArchitecture().channels}
 

@@ -19,11 +19,13 @@ from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
 from finetune.statistics import figure
-from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, folder_aside, model_folder, sha256, write_text
+from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import LoadedCase, source_digest
 from resunet.data.images import channel_count
 from resunet.data.leakage import ARCHIVE, describe_archive, merge_archives, write_archive
+from resunet.files import folder_aside, sha256, write_text
 from resunet.model import ResUNet, Segmenter, build_model
+from resunet.progress import progress
 from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
@@ -32,7 +34,6 @@ from resunet.training import (
     learning_rate,
     mean_over_ranks,
     parameter_groups,
-    progress,
     refuse_non_finite,
     restore_training,
     start_ranks,

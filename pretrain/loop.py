@@ -16,13 +16,15 @@ from pretrain.objective import SimCLR, contrast, nt_xent
 from pretrain.recipe import PretrainRecipe
 from pretrain.report import write_report
 from pretrain.views import make_views, stack_scans
-from resunet.checkpoint import ModelConfig, Provenance, folder_aside
+from resunet.checkpoint import ModelConfig, Provenance
 from resunet.data.cases import Case, LoadedCase, load_cases, source_digest
 from resunet.data.images import channel_count
 from resunet.data.leakage import ARCHIVE, describe_archive, find_leaks, refuse_leaks, write_archive
 from resunet.data.source import Source, assign_parts, open_source
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
+from resunet.files import folder_aside
+from resunet.progress import progress
 from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
@@ -33,7 +35,6 @@ from resunet.training import (
     learning_rate,
     mean_over_ranks,
     parameter_groups,
-    progress,
     refuse_non_finite,
     restore_training,
     start_ranks,

@@ -5,13 +5,7 @@ another shape. Nothing is unpickled.
 """
 
 import copy
-import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -26,6 +20,7 @@ from torch import Tensor, nn
 from resunet.architecture import Architecture
 from resunet.config import Frozen, Normalisation, PercentileZScore
 from resunet.errors import InputError
+from resunet.files import file_aside, write_text
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -228,48 +223,8 @@ def differences(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically."""
-    with _file_aside(path) as aside:
+    with file_aside(path) as aside:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, atomically."""
-    with _file_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def folder_aside(folder: Path) -> Iterator[Path]:
-    """A new folder that stands at `folder` once the block has ended, whole or not at all; one that stands is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    aside.mkdir()
-    try:
-        yield aside
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _file_aside(path: Path) -> Iterator[Path]:
-    """A file that stands at `path` once the block has ended, whole or not at all."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(model_id: str, *arguments: Any) -> Path:

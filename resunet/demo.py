@@ -14,9 +14,8 @@ from typing import Any
 from resunet.data.phantom import PhantomConfig, write_phantom
 from resunet.doctor import fastest_precision
 from resunet.errors import InputError
+from resunet.progress import progress, say
 from resunet.report import Section
-from resunet.runs import say
-from resunet.training import progress
 
 Stage = Callable[[str, Sequence[str]], Path]  # recipe name, overrides → run directory
 

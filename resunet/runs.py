@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,9 +25,10 @@ from urllib.parse import urlparse
 
 import torch
 
-from resunet.checkpoint import folder_aside, write_text
 from resunet.config import Recipe
 from resunet.errors import EnvironmentFault, InputError
+from resunet.files import folder_aside, write_text
+from resunet.progress import say
 
 PACKAGES = ("resunet", "torch", "lightly", "accelerate", "numpy", "SimpleITK")
 _KEPT_CHECKPOINTS = 2
@@ -274,11 +274,6 @@ def git_commit() -> str | None:
         return None
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def say(message: str) -> None:
-    """A line for the person at the terminal; standard output is kept for results."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def wandb_state() -> str:

@@ -5,10 +5,9 @@ The loops themselves stay visible in pretrain/loop.py and finetune/loop.py.
 
 import math
 import signal
-import sys
 import time
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -21,11 +20,11 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from resunet.config import Recipe
 from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
-from resunet.runs import Run, say
+from resunet.progress import say
+from resunet.runs import Run
 
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 T = TypeVar("T")
@@ -221,35 +220,3 @@ def failing_as(run: Run) -> Iterator[None]:
         with suppress(OSError):  # a full disk must not hide what went wrong
             run.finish("failed")
         raise
-
-
-def progress(
-    items: Iterable[T],
-    total: int,
-    label: str,
-    start: int = 0,
-    quiet: bool = False,
-    figures: Mapping[str, float] | None = None,
-) -> Iterator[T]:
-    """A progress bar on a terminal; in a log, a plain line at each tenth of the work.
-
-    `figures` are shown beside it as they are at the time; the caller goes on changing them.
-    """
-
-    def shown() -> str:
-        return " ".join(f"{name} {value:.3g}" for name, value in (figures or {}).items())
-
-    if quiet:
-        yield from items
-    elif sys.stderr.isatty():
-        with tqdm(total=total, initial=start, desc=label, dynamic_ncols=True, leave=False) as bar:
-            for item in items:
-                yield item
-                bar.set_postfix_str(shown(), refresh=False)
-                bar.update()
-    else:
-        tenth = max(1, total // 10)
-        for done, item in enumerate(items, start + 1):
-            yield item
-            if done % tenth == 0 or done == total:
-                say(f"{label} {done}/{total} {shown()}".rstrip())

@@ -23,11 +23,11 @@ from resunet.checkpoint import (
     model_folder,
     read_config,
     read_weights,
-    sha256,
 )
 from resunet.config import Frozen
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
+from resunet.files import sha256
 from resunet.model import ResUNet
 
 # Features are compared in float64, where the order of summation moves them by about 1e-14 of their size. Adapted input

@@ -14,18 +14,16 @@ from resunet.checkpoint import (
     ModelConfig,
     Provenance,
     cast_to,
-    folder_aside,
     load_exactly,
     model_folder,
     read_config,
     read_weights,
-    sha256,
-    write_text,
     write_weights,
 )
 from resunet.config import FixedNormalisation
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
+from resunet.files import folder_aside, sha256, write_text
 from resunet.model import ResUNet, UNet
 
 

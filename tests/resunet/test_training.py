@@ -23,7 +23,6 @@ from resunet.training import (
     learning_rate,
     mean_over_ranks,
     parameter_groups,
-    progress,
     refuse_non_finite,
     restore_training,
     start_ranks,
@@ -204,13 +203,3 @@ def test_the_clock_leaves_the_first_step_out(monkeypatch):
     for _ in range(3):
         clock.tick()
     assert clock.seconds_per_step() == 0.5
-
-
-def test_progress_is_a_line_at_each_tenth_of_a_log(capsys):
-    assert list(progress(range(25), 25, "work")) == list(range(25))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "work 2/25" and lines[-1] == "work 25/25" and len(lines) == 13
-    assert list(progress(range(3), 20, "work", start=17)) == [0, 1, 2]
-    assert capsys.readouterr().err.splitlines() == ["work 18/20", "work 20/20"]
-    assert list(progress("ab", 2, "work", quiet=True)) == ["a", "b"]
-    assert capsys.readouterr().err == ""

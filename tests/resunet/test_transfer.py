@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, sha256
+from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
+from resunet.files import sha256
 from resunet.model import ResUNet
 from resunet.transfer import adapt_input, feature_error, fingerprint, transfer_encoder
 
