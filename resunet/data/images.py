@@ -4,19 +4,21 @@ Imports no torch. A scan keeps its dtype; what converts it to float is normalisa
 """
 
 import hashlib
-from collections.abc import Callable
+import io
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import imagecodecs
-import nibabel
 import numpy as np
-import SimpleITK as sitk
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from resunet.data.dicom_pixels import read_series
+from resunet.data.formats import HEAD, MAX_EXPANSION, Content, Format, guarded, refuse_bomb, sniff, sniff_head
+from resunet.data.volumes import read_volume, refuse_non_finite
 from resunet.errors import InputError
 
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
@@ -29,7 +31,10 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 _ALPHA = (1, 2)  # TIFF's ExtraSamples that are opacity, associated or not
 
-T = TypeVar("T")
+# Compressions of TIFF that cannot hold more than MAX_EXPANSION bytes in one: none, LZW, JPEG, deflate, PackBits.
+_BOUND_TIFFS = (1, 5, 7, 8, 32773, 32946)
+
+__all__ = ["READABLE", "Scan", "channel_count", "read_mask", "read_scan", "sniff", "stem_of", "suffix_of"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,16 @@ class Scan:
         superior, y towards posterior, x towards the patient's left.
     spacing: mm per pixel in array order (y, x) or (z, y, x); 1 where the file does not say.
     pixel_sha256: of the values as the file holds them, whatever channels were asked for.
+    orientation: towards where the axes x, y, z of the file run, such as 'RAS'; '' for plain images.
+    modality: DICOM's, '' elsewhere.
     """
 
     values: NDArray
     spacing: tuple[float, ...]
     pixel_sha256: str
+    format: Format
+    orientation: str
+    modality: str
 
 
 def suffix_of(path: Path) -> str:
@@ -63,15 +73,24 @@ def channel_count(channels: str | int) -> int:
     return {"grey": 1, "rgb": 3}[channels] if isinstance(channels, str) else channels
 
 
-def read_scan(path: Path, channels: str | int) -> Scan:
-    """A scan with the channels a recipe asks for: 'grey', 'rgb', or a number that must be the file's own.
+def read_scan(files: Path | Sequence[Path], channels: str | int | None) -> Scan:
+    """A scan with the channels a recipe asks for.
+
+    Args:
+        files: one file of any format, told by its content; or the slices of one DICOM series, in order.
+        channels: 'grey', 'rgb', a number that must be the file's own, or None for the file's own.
 
     Raises:
-        InputError: unreadable, NaN or infinite values, or another number of channels.
+        InputError: unreadable, NaN or infinite values, more than `MAX_BYTES`, or another number of channels. It names
+            the first file.
     """
-    values, spacing = _read(path, indices=False)
-    _refuse_non_finite(values, path)
-    return Scan(_with_channels(values, channels, path), spacing, _hash(values))
+    if isinstance(files, Path):
+        path, (content, format) = files, _read(files, indices=False)
+    else:
+        path, content, format = files[0], read_series(files), "dicom"
+    refuse_non_finite(content.values, path)
+    values = content.values if channels is None else _with_channels(content.values, channels, path)
+    return Scan(values, content.spacing, _hash(content.values), format, content.orientation, content.modality)
 
 
 def read_mask(path: Path) -> Scan:
@@ -82,7 +101,8 @@ def read_mask(path: Path) -> Scan:
     Raises:
         InputError: unreadable, values that are not whole numbers, or a colour image.
     """
-    values, spacing = _read(path, indices=True)
+    content, format = _read(path, indices=True)
+    values = content.values
     if values.shape[0] > 1 and not (values == values[:1]).all():
         raise InputError(
             f"{path}: the mask has {values.shape[0]} different channels. A mask holds one class index a pixel: "
@@ -93,72 +113,52 @@ def read_mask(path: Path) -> Scan:
         if not np.isfinite(mask).all() or (mask != np.round(mask)).any():
             raise InputError(f"{path}: the mask holds values that are not whole numbers. It must hold class indices.")
         mask = mask.astype(np.int64)
-    return Scan(mask, spacing, _hash(values))
+    return Scan(mask, content.spacing, _hash(values), format, content.orientation, content.modality)
 
 
 def _hash(values: NDArray) -> str:
-    return hashlib.sha256(f"{values.dtype.str}{values.shape}".encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{values.dtype.str}{values.shape}".encode())
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
-def _read(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
-    """(C, *size) and spacing. `indices`: a palette image gives its indices, not the colours they stand for."""
+def _read(path: Path, indices: bool) -> tuple[Content, Format]:
+    """`indices`: a palette image gives its indices, not the colours they stand for."""
+    return guarded(path, lambda: _dispatch(path, indices))
+
+
+def _dispatch(path: Path, indices: bool) -> tuple[Content, Format]:
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(HEAD)
+        format = sniff_head(head, path)
+        if format in ("png", "jpeg", "bmp"):  # one compressed piece: a second opening costs more than a small image
+            data = head + file.read() if len(head) == HEAD else head
+    if format in ("nifti", "nrrd", "metaimage"):
+        return read_volume(path, format, head), format
+    if format == "dicom":
+        return read_series([path]), format
+    if format == "tiff":
+        return _read_tiff(path, indices), format
+    if format == "png":
+        return Content(_read_png(path, data, indices), (1.0, 1.0)), format
+    if format is not None:
+        return Content(_read_image(path, data, indices), (1.0, 1.0)), format
     suffix = suffix_of(path)
-    if suffix in VOLUMES:
-        return _guarded(path, _read_volume)
-    if suffix in TIFFS:
-        return _guarded(path, lambda path: _read_tiff(path, indices))
-    if suffix in IMAGES:
-        return _guarded(path, lambda path: _read_image(path, indices))
+    if suffix in READABLE:
+        raise InputError(f"{path}: cannot be read: what is in it is no {suffix[1:]}, nor another format that is read.")
     raise InputError(f"{path}: {suffix or 'no ending'} is not a format this reads: {', '.join(READABLE)}.")
 
 
-def _guarded(path: Path, reader: Callable[[Path], T]) -> T:
-    try:
-        return reader(path)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file.") from error
-    except Exception as error:  # each library has error types of its own, some of them bare RuntimeErrors
-        raise InputError(f"{path}: cannot be read: {type(error).__name__}: {str(error).strip()[:300]}") from error
-
-
-def _read_volume(path: Path) -> tuple[NDArray, tuple[float, ...]]:
-    image = sitk.ReadImage(str(path))
-    if image.GetDimension() == 3:
-        image = sitk.DICOMOrient(image, "LPS")
-    values = sitk.GetArrayFromImage(image)
-    if suffix_of(path) in (".nii", ".nii.gz"):
-        _refuse_what_itk_hides(path)
-    spacing = tuple(float(s) for s in image.GetSpacing()[::-1])
-    if image.GetDimension() not in (2, 3):
-        raise InputError(f"{path}: has {image.GetDimension()} dimensions; images of 2 and volumes of 3 are read.")
-    if min(spacing) <= 0:
-        raise InputError(f"{path}: spacing {spacing} mm; every spacing must be above 0.")
-    values = np.moveaxis(values, -1, 0) if image.GetNumberOfComponentsPerPixel() > 1 else values[None]
-    if values.ndim == 4 and values.shape[1] == 1:  # a 2D image in a volume format
-        return values[:, 0], spacing[1:]
-    return values, spacing
-
-
-def _refuse_what_itk_hides(path: Path) -> None:
-    """ITK's NIfTI reader turns NaN into 0 and makes up the end of a truncated file; nibabel does neither."""
-    image = nibabel.load(path)
-    assert isinstance(image, nibabel.spatialimages.SpatialImage)
-    _refuse_non_finite(np.asanyarray(image.dataobj), path)
-
-
-def _refuse_non_finite(values: NDArray, path: Path) -> None:
-    bad = int(values.size - np.isfinite(values).sum()) if values.dtype.kind == "f" else 0
-    if bad:
-        raise InputError(f"{path}: {bad} of {values.size} values are NaN or infinite. Repair or remove the file.")
-
-
-def _read_tiff(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
+def _read_tiff(path: Path, indices: bool) -> Content:
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
-        values, axes = _without_bool(series.asarray()), series.axes
         page = file.pages.first
+        assert isinstance(page, tifffile.TiffPage)
+        expansion = 1 if page.compression == tifffile.COMPRESSION.NONE else MAX_EXPANSION
+        stored = path.stat().st_size if page.compression in _BOUND_TIFFS else None
+        bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
+        refuse_bomb(path, series.shape, series.dtype.itemsize, stored, -(-expansion * 8 // min(bits, 8)))
+        values, axes = _without_bool(series.asarray()), series.axes
         palette = None if indices else page.colormap
         alpha = channel_axis_of(axes) == "S" and any(int(extra) in _ALPHA for extra in page.extrasamples)
     channel_axis = channel_axis_of(axes)
@@ -171,7 +171,7 @@ def _read_tiff(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
         values = values[None]
     if len(axes) not in (2, 3):
         raise InputError(f"{path}: TIFF axes {axes!r}; an image (YX), a stack of pages and colour samples are read.")
-    return values[:-1] if alpha else values, (1.0,) * len(axes)
+    return Content(values[:-1] if alpha else values, (1.0,) * len(axes))
 
 
 def channel_axis_of(axes: str) -> str | None:
@@ -179,27 +179,33 @@ def channel_axis_of(axes: str) -> str | None:
     return next((axis for axis in "SC" if axis in axes), None)
 
 
-def _read_image(path: Path, indices: bool) -> tuple[NDArray, tuple[float, ...]]:
-    with Image.open(path) as image:
-        if image.mode in ("RGB", "RGBA") and image.format == "PNG":
-            values = imagecodecs.png_decode(path.read_bytes())  # PIL cuts 16-bit colour to 8 bits
-        elif image.mode in ("1", "L", "I", "F", "RGB", "RGBA", "LA") or image.mode.startswith("I;16"):
+def _read_png(path: Path, data: bytes, indices: bool) -> NDArray:
+    """PNG specification, 11.2.2: width, height, bits a sample and kind of colour stand at fixed places."""
+    width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
+    channels = {2: 3, 3: 3, 4: 2, 6: 4}.get(colour, 1)
+    expansion = MAX_EXPANSION * (3 if colour == 3 else 1) * 8 // max(1, min(bits, 8))
+    refuse_bomb(path, (height, width, channels), max(1, bits // 8), len(data), expansion)
+    if bits < 8 or colour == 3:
+        stretch = 255 // (2**bits - 1) if colour == 0 and 1 < bits < 8 else 1
+        return _read_image(path, data, indices, expansion, stretch)
+    return _channels_first(imagecodecs.png_decode(data))  # PIL cuts 16-bit colour to 8 bits
+
+
+def _read_image(path: Path, data: bytes, indices: bool, expansion: int = MAX_EXPANSION, stretch: int = 1) -> NDArray:
+    """`stretch`: what PIL multiplies the samples of a grey PNG of 2 or 4 bits by, to fill 0–255."""
+    with Image.open(io.BytesIO(data)) as image:
+        refuse_bomb(path, (*image.size[::-1], len(image.getbands())), 1, len(data), expansion)
+        if image.mode in ("1", "L", "I", "F", "RGB", "RGBA", "LA") or image.mode.startswith("I;16"):
             values = _without_bool(np.asarray(image))
         elif image.mode == "P" and indices:
             values = np.asarray(image)
         else:
             values = np.asarray(image.convert("RGB"))  # palette, CMYK, YCbCr, Lab
-        if image.mode == "L" and image.format == "PNG":
-            values = values // _png_stretch(path)
-    values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
-    return _without_alpha(values), (1.0, 1.0)
+    return _channels_first(values if stretch == 1 else values // stretch)
 
 
-def _png_stretch(path: Path) -> int:
-    """What PIL multiplied the samples of a grey PNG of 2 or 4 bits by, to fill 0–255 (PNG specification, 11.2.2)."""
-    with open(path, "rb") as file:
-        bits = file.read(25)[24]
-    return 255 // (2**bits - 1) if bits < 8 else 1
+def _channels_first(values: NDArray) -> NDArray:
+    return values[None] if values.ndim == 2 else _without_alpha(np.moveaxis(values, -1, 0))
 
 
 def _without_bool(values: NDArray) -> NDArray:
