@@ -8,9 +8,9 @@ from resunet.architecture import ResUNetArchitecture, UNetArchitecture
 from resunet.checkpoint import model_folder, read_config
 from resunet.config import PercentileZScore
 from resunet.data.cases import Case, LoadedCase, load_cases
-from resunet.data.leakage import NO_GROUP_EVIDENCE, Archive, describe_archive, find_leaks, read_archive, refuse_leaks
-from resunet.data.source import Source, assign_parts, open_source
-from resunet.data.splits import draw_groups
+from resunet.data.evidence import Evidence
+from resunet.data.leakage import NO_GROUP_EVIDENCE, evidence_of_cases, find_leaks, read_archive, refuse_leaks
+from resunet.data.source import Source, assign_parts, draw_labelled, open_source
 from resunet.errors import InputError
 from resunet.progress import progress
 
@@ -25,7 +25,7 @@ class LabelledData:
     train: list[LoadedCase]
     val: list[LoadedCase]
     test: list[LoadedCase]
-    archive: Archive | None
+    archive: Evidence | None
     allowed: list[str]
 
     def notes(self) -> list[str]:
@@ -58,6 +58,22 @@ def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
     )
 
 
+def choose_cases(recipe: FinetuneRecipe) -> tuple[Source, Sequence[Case], Sequence[Case], Sequence[Case]]:
+    """The source, and its cases to train on, to choose by and to be judged by; nothing is read.
+
+    Raises:
+        InputError: whatever is wrong with the source, or no cases to train on or to choose by.
+    """
+    settings = recipe.data
+    source = open_source(settings, masks=True, classes=settings.classes, ignore=settings.ignore)
+    source = assign_parts(source, settings.split_seed, settings.stratify)
+    pool, val = source.part("pool"), source.part("val")
+    if not pool or not val:
+        raise InputError(f"data.source={settings.source}: {len(pool)} pool and {len(val)} val cases; both are needed.")
+    drawn = draw_labelled(source, settings.labelled, settings.draw, settings.stratify)
+    return source, drawn.part("pool"), drawn.part("val"), drawn.part("test") if recipe.evaluate_test else []
+
+
 def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
     """The labelled groups of the recipe's draw, val and test.
 
@@ -69,19 +85,7 @@ def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
         CheckFailed: val or test cases are among the training cases or in the encoder's archive.
     """
     assert recipe.normalisation is not None, "resolve() comes first"
-    source = assign_parts(open_source(recipe.data, masks=True), recipe.data.split_seed)
-    pool, val, test = (source.part(part) for part in ("pool", "val", "test"))
-    if not recipe.evaluate_test:
-        test = []
-    if not pool or not val:
-        raise InputError(f"data.source={recipe.data.source}: {len(pool)} pool and {len(val)} val cases; both are needed.")
-    # drawn by the source's own names: the draw depends neither on the salt nor on how names are recorded
-    drawn = set(draw_groups([case.group_name for case in pool], recipe.data.labelled, recipe.data.draw))
-    train = [case for case in pool if case.group_name in drawn]
-    if recipe.data.labelled is not None:
-        val_groups = [case.group_name for case in val]
-        chosen = set(draw_groups(val_groups, min(len(drawn), len(set(val_groups))), recipe.data.draw))
-        val = [case for case in val if case.group_name in chosen]
+    source, train, val, test = choose_cases(recipe)
     loaded = _load(recipe, [*train, *val, *test], quiet)
     parts = loaded[: len(train)], loaded[len(train) : len(train) + len(val)], loaded[len(train) + len(val) :]
     archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None
@@ -106,17 +110,18 @@ def _refuse_overlap(
     train: list[LoadedCase],
     val: list[LoadedCase],
     test: list[LoadedCase],
-    archive: Archive | None,
+    archive: Evidence | None,
 ) -> list[str]:
-    salt = source.salt.fingerprint
+    salt = source.salt_fingerprint
     allow = "leak" in recipe.allow
-    seen = {"the labelled training cases": describe_archive(train, salt)}
+    seen = {"the labelled training cases": evidence_of_cases(train, salt)}
     if archive is not None:
         seen["the pretraining archive"] = archive
     allowed = []
     for where, record in seen.items():
         for part, cases in (("val", val), ("test", test)):
-            allowed += refuse_leaks(find_leaks(record, cases, salt), part, where, allow)
+            leaks = find_leaks(record, evidence_of_cases(cases, salt))
+            allowed += refuse_leaks(leaks, [case.case for case in cases], part, where, allow)
     if archive is not None and archive.salt_fingerprint != salt:
         allowed.append(NO_GROUP_EVIDENCE)
     return allowed

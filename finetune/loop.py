@@ -1,49 +1,40 @@
 """Fine-tuning: labelled cases and an encoder (or none) → segmenter. Build, prepare, resume, loop, save, evaluate."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
-from finetune.augment import augment
 from finetune.evaluate import Measured, measure_cases, write_evaluation
+from finetune.gradients import GradientRecord
 from finetune.labelled import LabelledData, read_labelled, resolve
-from finetune.losses import focal_dice_loss
 from finetune.metrics import METRICS, values_by_group
 from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
 from finetune.statistics import figure
+from finetune.step import build, forward_backward, make_optimizer, start_step
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import LoadedCase, source_digest
-from resunet.data.images import channel_count
-from resunet.data.leakage import ARCHIVE, describe_archive, merge_archives, write_archive
+from resunet.data.leakage import ARCHIVE, evidence_of_cases, merge_archives, write_archive
 from resunet.files import folder_aside, sha256, write_text
-from resunet.model import ResUNet, Segmenter, build_model
+from resunet.model import Segmenter
 from resunet.progress import progress
 from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
     any_rank,
     failing_as,
-    learning_rate,
     mean_over_ranks,
-    parameter_groups,
     refuse_non_finite,
     restore_training,
     start_ranks,
-    step_generator,
     stop_on_sigterm,
     training_state,
 )
-from resunet.transfer import Receipt, transfer_encoder
-
-_PATCHES, _AUGMENT = 2, 3  # names of the random streams
+from resunet.transfer import Receipt
 
 
 def finetune(recipe: FinetuneRecipe) -> Path:
@@ -58,10 +49,10 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         return recipe.out
     accelerator = start_ranks(recipe, recipe.batch, "patches")
     main, device = accelerator.is_main_process, accelerator.device
-    model, receipt = _build(recipe)
+    model, receipt = build(recipe)
     data = read_labelled(recipe, quiet=not main)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = _optimizer(recipe, model)
+    optimizer = make_optimizer(recipe, model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     sampler = PatchSampler(data.train, recipe.patch, recipe.foreground)
     inputs = {"train": source_digest(data.train), "val": source_digest(data.val), "test": source_digest(data.test)}
@@ -78,23 +69,26 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             first = restore_training(state, model, optimizer, accelerator)
             best, clock = state["best"], StepClock(state["seconds"])
         run.rewind(first)
+        gradients = GradientRecord(run.folder, recipe.optimizer.clip, first, writes=main)
         figures: dict[str, float] = {}
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
-            lr = _start_step(recipe, model, optimizer, step, transferred=receipt is not None)
+            lr = start_step(recipe, model, optimizer, step, transferred=receipt is not None)
             optimizer.zero_grad(set_to_none=True)
-            metrics = _forward_backward(recipe, wrapped, sampler, step, accelerator)
+            metrics = forward_backward(recipe, wrapped, sampler, step, accelerator)
             refuse_non_finite({"loss": metrics["loss"]}, step, accelerator)
             figures["loss"] = metrics["loss"]
             metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip))
+            done = step + 1
+            if done == 1 or done % recipe.log_every == 0:
+                gradients.take(done, model, metrics["gradient_norm"])
             optimizer.step()
             clock.tick()
 
-            done = step + 1
             stopping = any_rank(bool(stop), accelerator)
             validating = done % recipe.validate_every == 0 or done == recipe.steps
             improved = False
             if validating:
-                score = _validate(model, data.val, recipe, accelerator)
+                score = validate(model, data.val, recipe, accelerator)
                 improved = score >= best
                 best = max(score, best)
                 metrics["val_dice"] = figures["val_dice"] = score
@@ -128,74 +122,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     return recipe.out
 
 
-def _build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
-    """The network, fresh but for what the receipt says. The seed makes the fresh part the same in every arm."""
-    torch.manual_seed(recipe.seed)
-    assert recipe.model.norm is not None, "resolve() comes first"
-    in_channels = channel_count(recipe.data.channels)
-    architecture = recipe.model.architecture(in_channels, len(recipe.data.classes), recipe.model.norm)
-    model = build_model(architecture)
-    assert isinstance(model, Segmenter)
-    if recipe.encoder is None:
-        return model, None
-    assert isinstance(model, ResUNet), "the recipe refuses an encoder for another network"
-    return model, transfer_encoder(recipe.encoder, model, "input_channels" in recipe.allow)
-
-
-def _optimizer(recipe: FinetuneRecipe, model: Segmenter) -> Optimizer:
-    modules: dict[str, nn.Module] = {"network": model}
-    if isinstance(model, ResUNet):
-        modules = {"encoder": model.encoder, "decoder": model.decoder, "head": model.head}
-    return AdamW(parameter_groups(modules, recipe.optimizer.weight_decay), lr=recipe.optimizer.lr)
-
-
-def _start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, step: int, transferred: bool) -> float:
-    """Training mode and learning rates: warm-up and cosine for all, a transferred encoder at its own rate.
-
-    While the decoder goes first, a transferred encoder stands still: neither its weights nor its batch statistics move.
-    """
-    lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
-    still = transferred and step < recipe.optimizer.decoder_first * recipe.steps
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if transferred and group["name"] == "encoder":
-            group["lr"] = 0.0 if still else lr * recipe.optimizer.encoder_lr_factor
-    model.train()
-    if still:
-        assert isinstance(model, ResUNet)
-        model.encoder.eval()
-    return lr
-
-
-def _forward_backward(
-    recipe: FinetuneRecipe, wrapped: nn.Module, sampler: PatchSampler, step: int, accelerator: Accelerator
-) -> dict[str, float]:
-    """The gradients of one optimiser step, accumulated; its losses and the rms elastic displacement in pixels."""
-    metrics: dict[str, float] = {}
-    for part in range(recipe.accumulate):
-        images, labels, moved = _batch(recipe, sampler, step * recipe.accumulate + part, accelerator)
-        with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
-                logits = wrapped(images)
-            terms = focal_dice_loss(logits, labels, recipe.loss.gamma, recipe.loss.focal_weight, recipe.loss.dice_weight)
-            accelerator.backward(terms["loss"] / recipe.accumulate)
-        values = {name: float(term.detach()) for name, term in terms.items()} | {"elastic_rms": moved}
-        for name, value in values.items():
-            metrics[name] = metrics.get(name, 0.0) + value / recipe.accumulate
-    return metrics
-
-
-def _batch(recipe: FinetuneRecipe, sampler: PatchSampler, index: int, accelerator: Accelerator) -> tuple[Tensor, Tensor, float]:
-    rank = accelerator.process_index
-    share = recipe.batch // accelerator.num_processes
-    images, labels = sampler.batch(share, (recipe.seed, _PATCHES, index, rank))
-    generator = step_generator(accelerator.device, recipe.seed, _AUGMENT, index, rank)
-    device = accelerator.device
-    images, labels, moved = augment(images.to(device), labels.to(device), recipe.augment, generator)
-    return images.contiguous(memory_format=torch.channels_last), labels, moved
-
-
-def _validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
+def validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
     """Dice of the whole val scans, as evaluation counts it; 0 where no case defines one."""
     measured = measure_cases(
         model, val, len(recipe.data.classes), accelerator.device, recipe.precision, accelerator, quiet=True
@@ -234,7 +161,7 @@ def _save(
     receipt: Receipt | None,
 ) -> None:
     """model/, evaluation/ and report.html."""
-    archive = merge_archives(describe_archive(data.train, data.source.salt.fingerprint), data.archive)
+    archive = merge_archives(evidence_of_cases(data.train, data.source.salt_fingerprint), data.archive)
     with folder_aside(run.folder / "model") as aside:
         model.save_pretrained(aside)
         write_archive(aside / ARCHIVE, archive)

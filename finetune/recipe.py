@@ -101,11 +101,23 @@ class AugmentSettings(Frozen):
 
 
 class LossSettings(Frozen):
-    """Focal + Dice; see `finetune.losses`."""
+    """Focal + Dice, and for small objects a Dice of every component; see `finetune.losses`."""
 
     gamma: float = Field(2.0, ge=0)
     focal_weight: float = Field(1.0, ge=0)
     dice_weight: float = Field(1.0, ge=0)
+    component_weight: float = Field(
+        0.0, ge=0, description="of the Dice of single components: small ones count as much as large"
+    )
+    class_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="class name → weight in focal and Dice; classes that are not named have 1"
+    )
+
+    @model_validator(mode="after")
+    def _some_term(self) -> "LossSettings":
+        if not (self.focal_weight or self.dice_weight or self.component_weight):
+            raise ValueError("all weights are 0; one term must have some")
+        return self
 
 
 class OptimizerSettings(Frozen):
@@ -142,6 +154,13 @@ class FinetuneRecipe(Recipe):
         if min(value) < 8:
             raise ValueError(f"{list(value)}: at least 8 pixels a side")
         return value
+
+    @model_validator(mode="after")
+    def _weighted_classes_exist(self) -> "FinetuneRecipe":
+        unknown = sorted(set(self.loss.class_weights or {}) - set(self.data.classes.values()))
+        if unknown:
+            raise ValueError(f"loss.class_weights names {unknown}; the classes are {list(self.data.classes.values())}")
+        return self
 
     @model_validator(mode="after")
     def _encoder_fits(self) -> "FinetuneRecipe":

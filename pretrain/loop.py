@@ -1,7 +1,7 @@
 """Pretraining: archive → encoder. Build, prepare, resume, loop, save, report; one function reads top to bottom."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from pretrain.archive import Archive, read_archive
+from pretrain.loader import ContrastiveSet, ContrastiveSets, reading
 from pretrain.objective import SimCLR, contrast, nt_xent
+from pretrain.ranks import on_every_rank
 from pretrain.recipe import PretrainRecipe
 from pretrain.report import write_report
-from pretrain.views import make_views, stack_scans
+from pretrain.views import make_views
 from resunet.checkpoint import ModelConfig, Provenance
-from resunet.data.cases import Case, LoadedCase, load_cases, source_digest
 from resunet.data.images import channel_count
-from resunet.data.leakage import ARCHIVE, describe_archive, find_leaks, refuse_leaks, write_archive
-from resunet.data.source import Source, assign_parts, open_source
+from resunet.data.leakage import ARCHIVE, write_archive
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
 from resunet.files import folder_aside
@@ -29,8 +30,6 @@ from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
     any_rank,
-    batch_order,
-    epoch_order,
     failing_as,
     learning_rate,
     mean_over_ranks,
@@ -59,12 +58,12 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         return recipe.out
     accelerator = start_ranks(recipe, recipe.batch, "scans")
     main = accelerator.is_main_process
-    source, archive, allowed = _read_archive(recipe, quiet=not main)
-    slices = [(case, i) for case in archive for i in range(case.num_slices) if not case.is_constant(i)]
-    if len(slices) < recipe.batch:
+    archive = read_archive(recipe, accelerator)
+    if archive.scans.num_slices < recipe.batch:
         raise InputError(
-            f"batch={recipe.batch}: the archive has only {len(slices)} slices with any contrast. Set a smaller batch."
+            f"batch={recipe.batch}: the archive has only {archive.scans.num_slices} slices with any contrast. Set a smaller batch."
         )
+    sets = ContrastiveSets(archive.scans, recipe, accelerator.process_index)
 
     torch.manual_seed(recipe.seed)
     architecture = recipe.model.architecture(channel_count(recipe.data.channels))
@@ -77,7 +76,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     criterion = nt_xent(recipe.temperature)
     wrapped, optimizer = accelerator.prepare(network, optimizer)
 
-    inputs = {"data": source_digest(archive)}
+    inputs = {"data": archive.digest}
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
     run = Run(recipe, "pretrain", inputs, writes=main)
     with failing_as(run), stop_on_sigterm() as stop:
@@ -86,79 +85,53 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             first = restore_training(state, network, optimizer, accelerator)
         run.rewind(first)
         figures: dict[str, float] = {}
-        for step in progress(range(first, recipe.steps), recipe.steps, "pretrain", first, not main, figures):
-            lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            metrics: dict[str, float] = {}
-            for part in range(recipe.accumulate):
-                views = _views(recipe, slices, step * recipe.accumulate + part, accelerator)
-                last_part = part == recipe.accumulate - 1
-                with nullcontext() if last_part else accelerator.no_sync(wrapped):
-                    with accelerator.autocast():
-                        embedding, projection = wrapped(views)
-                    terms = contrast(embedding, projection, criterion)
-                    accelerator.backward(terms["loss"] / recipe.accumulate)
-                for name, value in terms.items():
-                    metrics[name] = metrics.get(name, 0.0) + float(value.detach()) / recipe.accumulate
-            refuse_non_finite({"loss": metrics["loss"]}, step, accelerator)
-            figures |= metrics
-            optimizer.step()
-            clock.tick()
-            done = step + 1
-            if done % recipe.log_every == 0 or done == recipe.steps:
-                run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
-            stopping = any_rank(bool(stop), accelerator)
-            if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping:
-                run.save_checkpoint(done, training_state(done, network, optimizer, accelerator))
-            if stopping and done < recipe.steps:
-                stop.stop(run, done)
+        indices = range(first * recipe.accumulate, recipe.steps * recipe.accumulate)
+        with reading(sets, indices, recipe.data.workers, pin=accelerator.device.type == "cuda") as reader:
+            for step in progress(range(first, recipe.steps), recipe.steps, "pretrain", first, not main, figures):
+                lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.zero_grad(set_to_none=True)
+                metrics: dict[str, float] = {}
+                for part in range(recipe.accumulate):
+                    windows = on_every_rank(partial(next, reader), accelerator)
+                    views = _views(recipe, windows, step * recipe.accumulate + part, accelerator)
+                    last_part = part == recipe.accumulate - 1
+                    with nullcontext() if last_part else accelerator.no_sync(wrapped):
+                        with accelerator.autocast():
+                            embedding, projection = wrapped(views)
+                        terms = contrast(embedding, projection, criterion)
+                        accelerator.backward(terms["loss"] / recipe.accumulate)
+                    for name, value in terms.items():
+                        metrics[name] = metrics.get(name, 0.0) + float(value.detach()) / recipe.accumulate
+                refuse_non_finite({"loss": metrics["loss"]}, step, accelerator)
+                figures |= metrics
+                optimizer.step()
+                clock.tick()
+                done = step + 1
+                if done % recipe.log_every == 0 or done == recipe.steps:
+                    run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
+                stopping = any_rank(bool(stop), accelerator)
+                if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping:
+                    run.save_checkpoint(done, training_state(done, network, optimizer, accelerator))
+                if stopping and done < recipe.steps:
+                    stop.stop(run, done)
 
         stop.release()
         if main:
-            _save_encoder(recipe, encoder, archive, source, inputs["data"], allowed)
-            facts = {"scans": len(archive), "slices": len(slices), "groups": len({c.case.group for c in archive})}
-            write_report(recipe, facts, source.notes() + allowed, _example(recipe, slices))
+            _save_encoder(recipe, encoder, archive)
+            write_report(recipe, archive, _example(recipe, sets))
         run.finish("done", step=recipe.steps, seconds_per_step=clock.seconds_per_step())
     accelerator.wait_for_everyone()
     return recipe.out
 
 
-def _read_archive(recipe: PretrainRecipe, quiet: bool) -> tuple[Source, list[LoadedCase], list[str]]:
-    """The source, its scans in memory, and what the recipe allowed; held-out images among them stop the run."""
-    source = open_source(recipe.data, masks=False)
-    if (recipe.data.source / "masks").is_dir():  # a labelled folder: leave out what fine-tuning will hold out
-        source = assign_parts(source, recipe.data.split_seed)
-    split = any(case.part is not None for case in source.cases)
-    cases = source.part("pool") if split else list(source.cases)
-
-    def load(cases: Sequence[Case], label: str) -> list[LoadedCase]:
-        return load_cases(
-            cases,
-            recipe.data.channels,
-            recipe.normalisation,
-            progress=lambda items, total: progress(items, total, label, quiet=quiet),
-        )
-
-    archive = load(cases, "read archive")
-    held_out = [case for case in source.cases if case.part in ("val", "test")]
-    if recipe.data.held_out is not None:
-        elsewhere = open_source(recipe.data.model_copy(update={"source": Path(recipe.data.held_out)}), masks=False)
-        held_out += [case for case in elsewhere.cases if case.part != "pool"]
-    salt = source.salt.fingerprint
-    leaks = find_leaks(describe_archive(archive, salt), load(held_out, "read held-out images"), salt)
-    return source, archive, refuse_leaks(leaks, "held-out", "the pretraining archive", "leak" in recipe.allow)
-
-
-def _views(recipe: PretrainRecipe, slices: list[tuple[LoadedCase, int]], index: int, accelerator: Accelerator) -> Tensor:
+def _views(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Tensor:
     """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, S, S)."""
-    share = recipe.batch // accelerator.num_processes
-    rank = accelerator.process_index
-    chosen = batch_order(len(slices), recipe.batch, recipe.seed, index)[rank * share : (rank + 1) * share]
-    scans, sizes = stack_scans([slices[i][0].image_slice(slices[i][1]) for i in chosen])
-    generator = step_generator(accelerator.device, recipe.seed, _VIEWS, index, rank)
-    views = make_views(scans.to(accelerator.device), sizes, recipe.views, generator)
+    scans, sizes, anchors = windows
+    device = accelerator.device
+    generator = step_generator(device, recipe.seed, _VIEWS, index, accelerator.process_index)
+    views = make_views(scans.to(device, non_blocking=True), sizes, anchors, recipe.views, generator)
     return views.contiguous(memory_format=torch.channels_last)
 
 
@@ -170,38 +143,30 @@ def _optimizer(recipe: PretrainRecipe, network: SimCLR) -> Optimizer:
     return AdamW(groups, lr=recipe.optimizer.lr)
 
 
-def _save_encoder(
-    recipe: PretrainRecipe,
-    encoder: ResidualEncoder,
-    archive: list[LoadedCase],
-    source: Source,
-    data_sha256: str,
-    allowed: list[str],
-) -> None:
+def _save_encoder(recipe: PretrainRecipe, encoder: ResidualEncoder, archive: Archive) -> None:
     encoder.config = ModelConfig(
         architecture=encoder.config.architecture,
         input_channels=recipe.data.channels,
         normalisation=recipe.normalisation,
-        provenance=Provenance(data_sha256=data_sha256, recipe_sha256=recipe.sha256(), versions=versions()),
+        provenance=Provenance(data_sha256=archive.digest, recipe_sha256=recipe.sha256(), versions=versions()),
         feature_check=fingerprint(encoder),
-        allowed=allowed,
+        allowed=archive.allowed,
     )
     with folder_aside(recipe.out / "model") as aside:
         encoder.save_pretrained(aside)
-        write_archive(aside / ARCHIVE, describe_archive(archive, source.salt.fingerprint))
+        write_archive(aside / ARCHIVE, archive.evidence)
 
 
-def _example(recipe: PretrainRecipe, slices: list[tuple[LoadedCase, int]]) -> list[NDArray[np.float32]]:
-    """A few scans with their two views, one row each side by side, for the report: (S, 3 S) greys in [0, 1]."""
-    chosen = epoch_order(len(slices), recipe.seed, 0)[:_SHOWN]
-    scans = [slices[i][0].image_slice(slices[i][1]) for i in chosen]
-    padded, sizes = stack_scans(scans)
+def _example(recipe: PretrainRecipe, sets: ContrastiveSets) -> list[NDArray[np.float32]]:
+    """A few windows with their two views, one row each side by side, for the report: (S, 3 S) greys in [0, 1]."""
+    scans, sizes, anchors = (part[:_SHOWN] for part in sets.read(0))
     generator = step_generator(torch.device("cpu"), recipe.seed, _VIEWS, 0, 0)
-    views = make_views(padded, sizes, recipe.views, generator).mean(dim=1).chunk(2)
+    views = make_views(scans, sizes, anchors, recipe.views, generator).mean(dim=1).chunk(2)
     size = (recipe.views.size, recipe.views.size)
     rows = []
-    for i, scan in enumerate(scans):
-        whole = torch.nn.functional.interpolate(torch.from_numpy(scan)[None], size, mode="area")[0].mean(dim=0)
+    for i, (height, width) in enumerate(sizes.tolist()):
+        scan = scans[i, :, :height, :width]
+        whole = torch.nn.functional.interpolate(scan[None], size, mode="area")[0].mean(dim=0)
         row = torch.cat([whole, views[0][i], views[1][i]], dim=1)
         rows.append(((row - whole.min()) / (whole.max() - whole.min())).clamp(0, 1).numpy())
     return rows

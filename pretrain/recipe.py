@@ -1,5 +1,6 @@
 """The pretraining recipe: every key, its range and its default."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +17,8 @@ class ArchiveSettings(DataSettings):
     """What is pretrained on: the pool of a source that has splits, else all of it."""
 
     held_out: str | None = Field(None, description="a source whose val and test (without splits: all) must not be in it")
+    store: Path | None = Field(None, description="where decoded volumes are kept; default: the user's cache")
+    workers: int = Field(2, ge=0, description="processes that read, for each rank; 0: the rank itself")
 
 
 class EncoderSettings(Frozen):
@@ -33,6 +36,7 @@ class ViewSettings(Frozen):
     """The two views of a scan; see `pretrain.views`. Intensities are in standard deviations of the scan."""
 
     size: int = Field(96, ge=8, description="pixels; every view is square")
+    window: int = Field(512, ge=8, description="pixels; of a larger slice this much around content is read for both views")
     scale: Range = Field((0.2, 1.0), description="share of the scan's area that a crop covers")
     ratio: Range = Field((0.75, 4 / 3), description="width over height of a crop")
     flip: Probability = 0.5

@@ -1,18 +1,17 @@
 """The report of a pretraining run: did the loss fall, did the features collapse, what did the network see?"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.archive import Archive
 from pretrain.recipe import PretrainRecipe
 from resunet.report import Section, curves, image, read_metrics, write_page
 
 
-def write_report(
-    recipe: PretrainRecipe, facts: Mapping[str, int], notes: Sequence[str], examples: Sequence[NDArray[np.float32]]
-) -> None:
+def write_report(recipe: PretrainRecipe, archive: Archive, examples: Sequence[NDArray[np.float32]]) -> None:
     """report.html of a finished run; `examples` are rows of scan, first view, second view in [0, 1]."""
     metrics = read_metrics(recipe.out)
     chance = math.log(2 * recipe.batch - 1)
@@ -26,10 +25,11 @@ def write_report(
     sections = [
         Section(
             lead=[
-                f"SimCLR on {facts['slices']} slices of {facts['scans']} scans ({facts['groups']} groups): "
+                f"SimCLR on {archive.scans.num_slices:,} slices of {len(archive.scans.cases):,} scans "
+                f"({archive.num_groups:,} groups): "
                 f"{recipe.steps} steps of {recipe.batch} scans."
             ],
-            notes=notes,
+            notes=archive.notes + archive.allowed,
             text=[
                 f"Last loss {final:.3f}; a network that tells nothing apart has ln(2N − 1) = {chance:.3f}.",
                 f"Spread of the projections {std:.4f}; healthy is about 1/√d = {healthy:.4f}, collapsed is 0.",

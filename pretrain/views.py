@@ -28,25 +28,28 @@ def stack_scans(scans: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
     return padded, sizes
 
 
-def make_views(scans: Tensor, sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
+def make_views(scans: Tensor, sizes: Tensor, anchors: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
     """Two independent views of every scan.
 
     Args:
         scans: (N, C, Y, X), normalised.
         sizes: (N, 2), each scan's own height and width within the padding.
+        anchors: (N, 2, 2), for each view a pixel (y, x) that its crop holds, so that no crop is of background only.
 
     Returns:
         (2N, C, size, size) float32: the first views of all scans, then the second.
     """
-    return torch.cat([_one_view(scans, sizes, settings, generator) for _ in range(2)])
+    return torch.cat([_one_view(scans, sizes, anchors[:, view], settings, generator) for view in range(2)])
 
 
-def _one_view(scans: Tensor, sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
-    view = crop(scans, *_crop_grid(sizes, settings, generator))
+def _one_view(scans: Tensor, sizes: Tensor, anchors: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
+    view = crop(scans, *_crop_grid(sizes, anchors, settings, generator))
     return _change_intensity(view, settings, generator)
 
 
-def _crop_grid(sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _crop_grid(
+    sizes: Tensor, anchors: Tensor, settings: ViewSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Where every pixel of every view is in its scan: (N, S, S, 2) as (x, y) pixels, sizes, and pixels a view pixel."""
     count = sizes.shape[0]
     height, width = sizes.float().to(generator.device).unbind(dim=1)
@@ -54,8 +57,9 @@ def _crop_grid(sizes: Tensor, settings: ViewSettings, generator: torch.Generator
     ratio = _uniform((np.log(settings.ratio[0]), np.log(settings.ratio[1])), count, generator).exp()
     crop_height = torch.minimum((area / ratio).sqrt(), height)
     crop_width = torch.minimum((area * ratio).sqrt(), width)
-    top = _uniform((0, 1), count, generator) * (height - crop_height)
-    left = _uniform((0, 1), count, generator) * (width - crop_width)
+    anchor_y, anchor_x = (anchors.float().to(generator.device) + 0.5).unbind(dim=1)
+    top = _start(anchor_y, crop_height, height, generator)
+    left = _start(anchor_x, crop_width, width, generator)
     flips = torch.where(_uniform((0, 1), (count, 2), generator) < settings.flip, -1.0, 1.0)
     angle = torch.deg2rad(_uniform((-settings.rotation, settings.rotation), count, generator))
     # view coordinates in [-1, 1], at pixel centres
@@ -68,6 +72,13 @@ def _crop_grid(sizes: Tensor, settings: ViewSettings, generator: torch.Generator
     y = (top + crop_height / 2)[:, None, None] + sin * dx + cos * dy - 0.5
     zoom = torch.minimum(crop_height, crop_width) / settings.size
     return torch.stack([x, y], dim=-1), torch.stack([width, height], dim=-1), zoom
+
+
+def _start(anchor: Tensor, length: Tensor, extent: Tensor, generator: torch.Generator) -> Tensor:
+    """(N,): where a crop begins, uniform over the places in [0, extent − length] that put the anchor into it."""
+    low = (anchor - length).clamp_min(0)
+    high = torch.minimum(anchor, extent - length)
+    return low + _uniform((0, 1), len(anchor), generator) * (high - low)
 
 
 def crop(scans: Tensor, grid: Tensor, extent: Tensor, zoom: Tensor) -> Tensor:

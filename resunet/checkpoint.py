@@ -161,7 +161,7 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / CONFIG
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{folder}: not a model directory (no {CONFIG}). Give a run directory, or its model/ folder."

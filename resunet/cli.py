@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from resunet.errors import InputError
 from resunet.exits import exit_code_of
 
 app = typer.Typer(
@@ -45,34 +46,161 @@ def doctor() -> None:
 
 
 @app.command()
+def index(
+    sources: Annotated[list[Path] | None, typer.Argument(metavar="SOURCE…", help="folders of scans")] = None,
+    out: Annotated[Path | None, typer.Option(help="the manifest, M.parquet; with --check a new file for the pairs")] = None,
+    masks: Annotated[Path | None, typer.Option(help="masks with the images' relative names")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes; 0 is one a core")] = 0,
+    salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="that reading one scan may take")] = 120,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB that reading one scan may take")] = 4,
+    check: Annotated[Path | None, typer.Option(help="an archive's manifest: look for images of --against in it")] = None,
+    against: Annotated[Path | None, typer.Option(help="with --check: the manifest of what must not be in it")] = None,
+) -> None:
+    """An archive → a manifest; or, with --check A --against B, which images of B are in A."""
+    from resunet.data.check import check as check_archive
+    from resunet.data.index import IndexRequest
+    from resunet.data.index import index as index_archive
+    from resunet.data.pool import Limits
+
+    if check is not None or against is not None:
+        if check is None or against is None or sources:
+            raise InputError("resunet index --check A.parquet --against B.parquet takes both manifests and no SOURCE.")
+        if check_archive(check, against, out):
+            raise typer.Exit(1)
+        return
+    if not sources or out is None:
+        raise InputError("resunet index SOURCE… --out M.parquet: give a folder of scans, and the name of the manifest.")
+    print(index_archive(IndexRequest(tuple(sources), out, masks, workers, salt_file, Limits(seconds, memory))))
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a folder with images/, or an nnU-Net raw data set")],
+    out: Annotated[Path, typer.Option(help="a new file, to edit and to use as splits.json or data.splits")],
+    seed: Annotated[int, typer.Option(help="of the split, where the source has none")] = 0,
+    labelled: Annotated[float | None, typer.Option(help="only so many of the pool's groups, or a share below 1")] = None,
+    draw: Annotated[int, typer.Option(help="which of the nested draws")] = 0,
+    stratify: Annotated[bool, typer.Option("--stratify", help="balanced over what the masks hold")] = False,
+) -> None:
+    """A split by group, or a labelled subset of one, as a file."""
+    from resunet.data.source import write_split
+
+    print(write_split(source, out, seed, labelled, draw, stratify))
+
+
+@app.command()
 def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Unlabelled scans → encoder."""
     print(_pretrain(recipe, overrides or ()))
 
 
 @app.command()
-def finetune(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Labelled scans and an encoder (or none) → segmenter."""
-    print(_finetune(recipe, overrides or ()))
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="do not train: say what the data are, and what it takes")] = False,
+    find_lr: Annotated[bool, typer.Option("--find-lr", help="do not train: sweep over learning rates")] = False,
+    overfit: Annotated[bool, typer.Option("--overfit", help="do not train: can one batch be learned by heart?")] = False,
+    write: Annotated[Path | None, typer.Option(help="--plan: a new recipe.yaml; --find-lr: a new page.html")] = None,
+) -> None:
+    """Labelled scans and an encoder (or none) → segmenter; or, before that, a plan and checks."""
+    asked: dict[Literal["plan", "find-lr", "overfit"], bool] = {"plan": plan, "find-lr": find_lr, "overfit": overfit}
+    modes = [mode for mode, wanted in asked.items() if wanted]
+    if len(modes) > 1 or (write is not None and not modes):
+        raise InputError(
+            "resunet finetune RECIPE takes one of --plan, --find-lr and --overfit, and --write with the first two."
+        )
+    if not modes:
+        print(_finetune(recipe, overrides or ()))
+        return
+    from finetune.command import before_training
+    from finetune.recipe import FinetuneRecipe
+    from resunet.config import load_recipe
+
+    print(before_training(load_recipe(FinetuneRecipe, "finetune", recipe, overrides or ()), modes[0], write))
 
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="a fine-tuning run or a model directory")],
+    model: Annotated[Path, typer.Argument(help="a fine-tuning run, a model directory, or a folder of predicted masks")],
     data: Annotated[Path, typer.Option(help="a folder with images/ and masks/")],
     split: Annotated[str, typer.Option(help="pool, val or test")] = "test",
     out: Annotated[Path | None, typer.Option(help="a new folder; default: evaluation-SPLIT beside the model")] = None,
     names: Annotated[str, typer.Option(help="hash, or keep for public data")] = "hash",
     salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    tolerance: Annotated[float, typer.Option(help="mm, of surface Dice")] = 1,
+    ignore: Annotated[list[int] | None, typer.Option(help="mask values that nobody labelled; of predicted masks only")] = None,
+    false_alarms_per_1000: Annotated[
+        float | None, typer.Option(help="a budget: choose a threshold on val that keeps it")
+    ] = None,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="evaluate cases that were trained on")] = False,
 ) -> None:
-    """A segmenter on labelled scans → summary.json, cases.csv, overlays/."""
+    """A segmenter, or another program's masks, on labelled scans → summary.json, cases.csv, overlays/."""
     from finetune.evaluate import EvaluateRequest, evaluate
     from resunet.config import validate
 
-    request = dict(source=data, split=split, names=names, salt_file=salt_file, precision=precision)
+    request = dict(source=data, split=split, names=names, salt_file=salt_file, precision=precision, tolerance=tolerance)
+    request |= dict(ignore=ignore or (), false_alarms_per_1000=false_alarms_per_1000)
     print(evaluate(model, validate(EvaluateRequest, request, "resunet evaluate"), out, allow_leak))
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="a fine-tuning run or a model directory")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT…", help="scans, folders, DICOM series, nnU-Net data, a manifest")
+    ],
+    out: Annotated[Path, typer.Option(help="a new folder")],
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="float32 probabilities, not labels")] = False,
+    tta: Annotated[bool, typer.Option("--tta", help="the mean over mirror images: 4 times the work")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    memory: Annotated[float, typer.Option(help="GiB that a process may take")] = 4,
+    window: Annotated[int, typer.Option(help="pixels a side of the window, for what does not fit whole")] = 512,
+    overlap: Annotated[float, typer.Option(help="of windows, 0 to 0.75")] = 0.25,
+) -> None:
+    """A segmenter on scans → masks in their own format and geometry."""
+    from finetune.predict import PredictRequest, predict
+    from resunet.config import validate
+    from resunet.exits import is_main_rank
+
+    request = dict(memory=memory, window=window, overlap=overlap, flips=tta, precision=precision, probabilities=probabilities)
+    predicted = predict(model, inputs, out, validate(PredictRequest, request, "resunet predict"))
+    if is_main_rank():
+        print(predicted.out)
+    if predicted.faults:
+        count = len(predicted.faults)
+        noun = "input" if count == 1 else "inputs"
+        raise InputError(f"{count} {noun} could not be predicted, as said above; {predicted.written} are in {out}.")
+
+
+@app.command()
+def explain(
+    model: Annotated[Path, typer.Argument(help="a fine-tuning run or a model directory")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT…", help="scans, folders of them, or a manifest")],
+    out: Annotated[Path, typer.Option(help="a new folder")],
+    layer: Annotated[str | None, typer.Option(help="any module that gives a feature map; '?' lists them")] = None,
+    class_name: Annotated[str | None, typer.Option("--class", help="default: every class that is predicted")] = None,
+    masks: Annotated[Path | None, typer.Option(help="masks with the inputs' names; default: masks/ beside images/")] = None,
+    slices: Annotated[int, typer.Option(min=1, help="of a volume, those with most of the class")] = 3,
+    all_slices: Annotated[bool, typer.Option("--all-slices", help="every slice of a volume")] = False,
+    lesions: Annotated[int, typer.Option(min=0, help="missed lesions to explain, and false ones, the largest first")] = 12,
+    sanity: Annotated[bool, typer.Option("--sanity", help="compare with the maps of randomised weights")] = False,
+    names: Annotated[str, typer.Option(help="hash, or keep for public data")] = "hash",
+    salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
+    memory: Annotated[float, typer.Option(help="GiB: what does not fit is seen through a window")] = 4.0,
+    window: Annotated[int, typer.Option(help="pixels a side of that window")] = 512,
+    overlap: Annotated[float, typer.Option(help="share of a window that the next one sees again")] = 0.25,
+) -> None:
+    """Grad-CAM: where a layer holds what a prediction, a missed lesion or a false alarm is decided by."""
+    from finetune.explain import ExplainRequest, explain
+    from resunet.config import validate
+
+    inference = dict(memory=memory, window=window, overlap=overlap)
+    what = dict(layer=layer, class_name=class_name, masks=masks, slices=None if all_slices else slices, lesions=lesions)
+    request = dict(inputs=inputs, **what, sanity=sanity, names=names, salt_file=salt_file, inference=inference)
+    print(explain(model, validate(ExplainRequest, request, "resunet explain"), out))
 
 
 @app.command()

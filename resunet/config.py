@@ -70,7 +70,9 @@ class DataSettings(Frozen):
     channels: Literal["grey", "rgb"] | Annotated[int, Field(ge=1)] = "grey"
     names: Literal["hash", "keep"] = "hash"
     salt_file: Path | None = None
-    split_seed: int = 0
+    splits: Path | None = Field(None, description="a split to use instead of the source's own splits.json")
+    split_seed: int = Field(0, description="of the split by group that a source without splits.json gets")
+    stratify: bool = Field(False, description="that split, and labelled draws, balanced over what each group's masks hold")
 
 
 class Recipe(Frozen):

@@ -73,7 +73,7 @@ def run_demo(out: Path, seconds: float, stages: Stages, patients: PhantomConfig 
     pretrained = stages.finetune("demo", [*budget, f"out={out / 'pretrained'}", f"encoder={encoder}"])
     scratch = stages.finetune("demo", [*budget, f"out={out / 'scratch'}"])
     say("demo: writing the report")
-    recipe = json.loads((pretrained / "config.json").read_text())
+    recipe = json.loads((pretrained / "config.json").read_text(encoding="utf-8"))
     folder = stages.compare(
         [pretrained, scratch],
         out / "report",
@@ -99,7 +99,7 @@ def _step_seconds(stage: Stage, out: Path, common: Sequence[str]) -> float:
     """Seconds a step of a stage takes on this machine, from a run of a few steps that is thrown away."""
     with tempfile.TemporaryDirectory(dir=out) as folder:
         run = stage("demo", [*common, f"out={folder}/run", f"steps={_CALIBRATION_STEPS}", "wandb.mode=disabled"])
-        record: dict[str, Any] = json.loads((run / "run.json").read_text())
+        record: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return float(record["seconds_per_step"])
 
 

@@ -11,11 +11,18 @@ _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 
 def exit_code_of(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) -> int:
-    """Run a command, which may return an exit code of its own.
+    """Run a command, which may return an exit code of its own, and leave the other ranks in order.
 
     A `ResUNetError` becomes its message on standard error (from rank 0 only) and its exit code; so do a disk that
     refuses and memory that runs out. Anything else is a bug of ours and shows its traceback.
     """
+    try:
+        return _exit_code(command, arguments)
+    finally:
+        _leave_ranks()
+
+
+def _exit_code(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) -> int:
     try:
         return command(arguments) or 0
     except ResUNetError as error:
@@ -34,6 +41,13 @@ def exit_code_of(command: Callable[[Sequence[str]], int | None], arguments: Sequ
 def is_main_rank() -> bool:
     """Whether this process speaks for all; torchrun and accelerate launch set RANK."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _leave_ranks() -> None:
+    """A process that ends with its group's threads still running may be aborted, and its exit code lost."""
+    distributed = sys.modules.get("torch.distributed")  # only who has joined ranks has imported it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _tell(error: ResUNetError) -> int:

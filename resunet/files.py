@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,3 +47,13 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """sha256 of a file; of several, sha256 over theirs (hex digits) in order."""
+    return joined_sha256([sha256(path) for path in paths])
+
+
+def joined_sha256(digests: Sequence[str]) -> str:
+    """A single digest itself; of several, sha256 over them in order."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -103,7 +103,7 @@ def svg(figure: Figure, caption: str) -> Picture:
 def read_metrics(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
     """metrics.jsonl of a run as name → (steps, values)."""
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         step = values.pop("step")
         for name, value in values.items():

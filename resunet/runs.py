@@ -33,9 +33,9 @@ from resunet.progress import say
 PACKAGES = ("resunet", "torch", "lightly", "accelerate", "numpy", "SimpleITK")
 _KEPT_CHECKPOINTS = 2
 # Values of these keys are the user's paths: they stay in the local config.json and never reach W&B.
-_PATH_KEYS = frozenset({"out", "source", "salt_file", "held_out", "encoder"})
+_PATH_KEYS = frozenset({"out", "source", "salt_file", "held_out", "encoder", "store", "splits"})
 # Keys that may differ when a run is resumed.
-_FREE_ON_RESUME = frozenset({"resume", "out", "wandb", "log_every", "checkpoint_every"})
+_FREE_ON_RESUME = frozenset({"resume", "out", "wandb", "log_every", "checkpoint_every", "data.workers", "data.store"})
 
 Status = Literal["running", "done", "failed", "stopped"]
 
@@ -53,19 +53,25 @@ def check_out(recipe: Recipe) -> None:
         raise InputError(f"out={out}: exists already. Name another folder, continue it with resume=true, or delete it.")
     if not (out / "config.json").is_file():
         raise InputError(f"out={out}: cannot be resumed, it is not a run directory (no config.json).")
-    before = json.loads((out / "config.json").read_text())
-    now = json.loads(recipe.model_dump_json())
-    differing = sorted(k for k in before.keys() | now.keys() - {"resume"} if before.get(k) != now.get(k))
-    differing = [key for key in differing if key not in _FREE_ON_RESUME]
+    before, now = (
+        _compared(json.loads(text)) for text in ((out / "config.json").read_text(encoding="utf-8"), recipe.model_dump_json())
+    )
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differing:
         lines = "\n".join(f"  {key}: {before.get(key)} then, {now.get(key)} now" for key in differing)
         raise InputError(f"out={out}: was started with another recipe:\n{lines}\nResume with the same, or name another out.")
 
 
+def _compared(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run must have in common with the one before; keys of `data` by their own names."""
+    data = {f"data.{key}": value for key, value in recipe.pop("data", {}).items()}
+    return {key: value for key, value in (recipe | data).items() if key not in _FREE_ON_RESUME}
+
+
 def is_done(out: Path) -> bool:
     """Whether a run that would be resumed has finished: nothing is left to do, and test is read once."""
     path = out / "run.json"
-    return path.is_file() and json.loads(path.read_text())["status"] == "done"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "done"
 
 
 class Run:
@@ -95,7 +101,7 @@ class Run:
         except OSError as error:
             raise EnvironmentFault(f"out={self.folder}: cannot be written: {error}") from error
         if (self.folder / "run.json").exists():
-            self._record = json.loads((self.folder / "run.json").read_text())
+            self._record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         self._refuse_other_inputs(inputs)
         self._record |= {
             "schema_version": 1,
@@ -131,7 +137,7 @@ class Run:
         """One line of metrics.jsonl, and the same in W&B."""
         if not self.writes:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | dict(metrics)) + "\n")
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
@@ -140,7 +146,9 @@ class Run:
         """Drop logged lines after `step`: a resumed run writes them again."""
         path = self.folder / "metrics.jsonl"
         if self.writes and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill cuts the last one short
+            lines = [
+                line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+            ]  # a kill cuts the last one short
             write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
     def summarise(self, figures: Mapping[str, float]) -> None:

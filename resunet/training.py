@@ -9,15 +9,16 @@ import time
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.scheduler import cosine_warmup_schedule
-from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,6 +27,7 @@ from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
 from resunet.progress import say
 from resunet.runs import Run
 
+_PATIENCE = timedelta(hours=12)
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 T = TypeVar("T")
 
@@ -46,7 +48,10 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
     # Accelerate keeps its precision for the life of a process, and refuses another: forget it, keep the process group
     AcceleratorState._reset_state()
     # without a GPU Accelerate joins ranks only where it is told to use the CPU
-    accelerator = Accelerator(mixed_precision=_MIXED[recipe.precision], cpu=not torch.accelerator.is_available())
+    patience = InitProcessGroupKwargs(timeout=_PATIENCE)  # ranks read their shares of an archive at different speeds
+    accelerator = Accelerator(
+        mixed_precision=_MIXED[recipe.precision], cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience]
+    )
     ranks = accelerator.num_processes
     if ranks != recipe.processes:
         raise InputError(
@@ -79,17 +84,6 @@ def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> l
         groups.append({"name": name, "params": decayed, "weight_decay": weight_decay})
         groups.append({"name": name, "params": plain, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch, a pure function of its arguments: a resumed run sees the same scans."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(size)
-
-
-def batch_order(size: int, batch: int, seed: int, index: int) -> NDArray[np.int64]:
-    """The items of the `index`-th batch; what does not fill the last batch of an epoch is left out of that epoch."""
-    epoch, position = divmod(index, size // batch)
-    return epoch_order(size, seed, epoch)[position * batch : (position + 1) * batch]
 
 
 def step_generator(device: torch.device, seed: int, stage: int, step: int, rank: int) -> torch.Generator:

@@ -1,21 +1,24 @@
-"""A case: one file and, where somebody labelled it, its mask. Loading checks everything a later step relies on."""
+"""A case: a scan's files and, where somebody labelled it, its mask. Loading checks everything a later step relies on."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resunet.config import FixedNormalisation, Normalisation
-from resunet.data.images import read_mask, read_scan
+from resunet.data.images import Scan, channel_count, read_mask, read_scan
+from resunet.data.perceptual import Look, look
 from resunet.errors import InputError
+from resunet.files import files_sha256, joined_sha256, sha256
 from resunet.runtime import Intensity, normalise, percentile_intensity, slice_axis
 
 IGNORE = 255  # in a label map: left out of every loss and every count
 _MAX_CLASSES = 254
+_SAME_SPACING = 1e-3  # of it: half a voxel over 500
 
 
 def take_slice(labels: NDArray[np.uint8], axis: int | None, index: int) -> NDArray[np.uint8]:
@@ -24,13 +27,31 @@ def take_slice(labels: NDArray[np.uint8], axis: int | None, index: int) -> NDArr
 
 
 @dataclass(frozen=True)
+class Known:
+    """What a manifest knows of a scan before it is read.
+
+    shape: without channels.
+    percentiles: of all channels together, at `describe.PERCENTILES`.
+    stamps: size and time of change (ns) of each file, when it was indexed.
+    """
+
+    file_sha256: str
+    shape: tuple[int, ...]
+    channels: int
+    percentiles: tuple[float, ...]
+    stamps: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Case:
     """Where a case is, and what it may be called in a record.
 
     id, group: as a run may show them: HMACs, or the names themselves where the recipe keeps names.
     group_hmac: always the HMAC, for the leakage guard.
-    group_name: as the source names it. For splitting only: it goes into no record.
+    group_name, stem: as the source names them. For splits and splits.json only: they go into no record.
     part: 'pool', 'val', 'test', or None where the source has no splits.
+    files: one file; a DICOM series' files in order; or, with `file_per_channel`, one file a channel in their order.
+    spacing: mm in array order, where it stands beside the files and not in them.
     """
 
     id: str
@@ -38,8 +59,16 @@ class Case:
     group_hmac: str
     group_name: str
     part: str | None
-    image: Path
+    files: tuple[Path, ...]
     mask: Path | None
+    stem: str = ""
+    file_per_channel: bool = False
+    spacing: tuple[float, ...] | None = None
+    known: Known | None = None
+
+    def where(self) -> str:
+        """The files, for a message on the terminal."""
+        return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -58,6 +87,7 @@ class LoadedCase:
     labels: NDArray[np.uint8] | None
     file_sha256: str
     pixel_sha256: str
+    look: Look
     mask_sha256: str | None = None
 
     @property
@@ -118,6 +148,33 @@ def load_cases(
         return list(progress(loaded, len(cases)) if progress else loaded)
 
 
+def read_case(case: Case, channels: str | int) -> Scan:
+    """A case's scan, whichever way its files hold it.
+
+    pixel_sha256: of channels in files of their own, sha256 over theirs in order.
+
+    Raises:
+        InputError: unreadable, another number of channels, channels that differ in size or spacing, or a spacing beside
+            the files that is not one a dimension.
+    """
+    scan = _join_channels(case, channels) if case.file_per_channel else read_scan(_series(case.files), channels)
+    if case.spacing is None:
+        return scan
+    if len(case.spacing) != len(scan.spacing):
+        raise InputError(
+            f"{case.where()}: the spacing beside it is {_numbers(case.spacing)}, the scan has {len(scan.spacing)} dimensions."
+        )
+    return replace(scan, spacing=case.spacing)
+
+
+def intensities_of(values: NDArray, normalisation: Normalisation) -> list[Intensity]:
+    """The normalisation of each channel of a whole scan (C, *size)."""
+    if isinstance(normalisation, FixedNormalisation):
+        fixed = Intensity(normalisation.low, normalisation.high, normalisation.mean, normalisation.std)
+        return [fixed] * values.shape[0]
+    return percentile_intensity(values, normalisation.low, normalisation.high)
+
+
 def source_digest(cases: Iterable[LoadedCase]) -> str:
     """sha256 over the sorted hashes of files and masks: which images and labels these are, whatever they are called."""
     return hashlib.sha256("".join(sorted(f"{case.file_sha256}{case.mask_sha256}" for case in cases)).encode()).hexdigest()
@@ -154,7 +211,7 @@ def _load(
     classes: Mapping[int, str] | None,
     ignore: Sequence[int],
 ) -> LoadedCase:
-    scan = read_scan(case.image, channels)
+    scan = read_case(case, channels)
     labels = None
     if classes is not None:
         assert case.mask is not None, "the source refuses images without masks where masks are needed"
@@ -170,25 +227,51 @@ def _load(
         case=case,
         values=values,
         spacing=scan.spacing,
-        intensities=_intensities(values, normalisation),
+        intensities=intensities_of(values, normalisation),
         labels=labels,
-        file_sha256=hashlib.sha256(case.image.read_bytes()).hexdigest(),
+        file_sha256=files_sha256(case.files),
         pixel_sha256=scan.pixel_sha256,
-        mask_sha256=hashlib.sha256(case.mask.read_bytes()).hexdigest()
-        if case.mask is not None and labels is not None
-        else None,
+        look=look(values),
+        mask_sha256=sha256(case.mask) if case.mask is not None and labels is not None else None,
     )
 
 
-def _intensities(values: NDArray, normalisation: Normalisation) -> list[Intensity]:
-    if isinstance(normalisation, FixedNormalisation):
-        fixed = Intensity(normalisation.low, normalisation.high, normalisation.mean, normalisation.std)
-        return [fixed] * values.shape[0]
-    return percentile_intensity(values, normalisation.low, normalisation.high)
+def _series(files: tuple[Path, ...]) -> Path | tuple[Path, ...]:
+    return files if len(files) > 1 else files[0]
+
+
+def _join_channels(case: Case, channels: str | int) -> Scan:
+    wanted = channel_count(channels)
+    if wanted != len(case.files):
+        raise InputError(
+            f"{case.where()}: {len(case.files)} channels, a file each, data.channels={channels} wants {wanted}. "
+            f"Set data.channels={len(case.files)}."
+        )
+    scans = [read_scan(path, None) for path in case.files]
+    first = scans[0]
+    for path, scan in zip(case.files, scans, strict=True):
+        if len(scan.values) != 1:
+            raise InputError(f"{path}: has {len(scan.values)} channels; it is one channel of a case, and must hold one.")
+        same_size = scan.values.shape == first.values.shape
+        if not same_size or not np.allclose(scan.spacing, first.spacing, rtol=_SAME_SPACING, atol=0):
+            raise InputError(
+                f"{path}: {_grid(scan)}; {case.files[0].name}, the first channel, {_grid(first)}. The channels of a case "
+                "must be of one grid: resample them."
+            )
+    values = np.concatenate([scan.values for scan in scans])
+    return replace(first, values=values, pixel_sha256=joined_sha256([scan.pixel_sha256 for scan in scans]))
 
 
 def _size(shape: tuple[int, ...]) -> str:
     return "×".join(str(n) for n in shape)
+
+
+def _grid(scan: Scan) -> str:
+    return f"{_size(scan.values.shape[1:])} at {_numbers(scan.spacing)} mm"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _short(values: list[int]) -> str:

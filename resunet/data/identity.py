@@ -29,6 +29,11 @@ class Salt:
         return hmac.new(self._key, f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:32]
 
 
+def own_group(path: str | Path, salt: Salt) -> str:
+    """The group of a scan of which nobody said whose it is: equal names of two folders are not one patient."""
+    return salt.identify("path", os.path.realpath(path))
+
+
 def default_salt_file() -> Path:
     """Where the salt of this user on this machine is kept."""
     return Path(user_data_path("resunet")) / "salt"
@@ -45,7 +50,7 @@ def load_salt(path: Path | None) -> Salt:
     if path is None and not file.exists():
         _create(file)
     try:
-        key = bytes.fromhex(file.read_text().strip())
+        key = bytes.fromhex(file.read_text(encoding="utf-8").strip())
     except OSError as error:
         raise InputError(
             f"data.salt_file={file}: cannot be read: {error.strerror}. Leave it out to use {default_salt_file()}."

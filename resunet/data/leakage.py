@@ -1,67 +1,66 @@
 """The guard: no image of a validation or test patient was in the archive an encoder was pretrained on.
 
-Every encoder carries archive.parquet, one row a scan: HMAC of its group, sha256 of its file and of its pixels. Groups
-are comparable only where one salt made both HMACs; hashes always are.
+Every encoder carries archive.parquet, one row a scan: HMAC of its group, sha256 of its file and of its pixels, and the hash of its
+look, but no thumbnail, which would show patients. Groups are comparable only where one salt made both HMACs; hashes always are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resunet.data.cases import LoadedCase
+from resunet.data.cases import Case, LoadedCase
+from resunet.data.evidence import COLUMNS, SCHEMA, Evidence, find_pairs
 from resunet.errors import CheckFailed, InputError
 
 ARCHIVE = "archive.parquet"
 NO_GROUP_EVIDENCE = (
-    "group evidence unavailable: the model's archive was made with another salt, only hashes of files and pixels compare"
+    "group evidence unavailable: the model's archive was made with another salt, only hashes of files, pixels and looks compare"
 )
-_COLUMNS = ("group", "file_sha256", "pixel_sha256")
 _SALT = b"resunet.salt_fingerprint"
 
 
 @dataclass(frozen=True)
-class Archive:
-    """What a model has seen. rows: (HMAC of the group, sha256 of the file, sha256 of the pixels), one a scan."""
-
-    rows: frozenset[tuple[str, str, str]]
-    salt_fingerprint: str
-
-
-@dataclass(frozen=True)
 class Leak:
-    """A held-out case that the archive holds, and how that is known."""
+    """A held-out scan that an archive holds. row: which of the held-out; evidence: how that is known."""
 
-    case: LoadedCase
+    row: int
     evidence: tuple[str, ...]
 
 
-def describe_archive(cases: Iterable[LoadedCase], salt_fingerprint: str) -> Archive:
-    """The record of loaded scans."""
-    rows = ((case.case.group_hmac, case.file_sha256, case.pixel_sha256) for case in cases)
-    return Archive(frozenset(rows), salt_fingerprint)
+def evidence_of_cases(cases: Sequence[LoadedCase], salt_fingerprint: str) -> Evidence:
+    """Loaded scans, in their order, with their thumbnails."""
+    columns = [
+        [case.case.group_hmac for case in cases],
+        [case.file_sha256 for case in cases],
+        [case.pixel_sha256 for case in cases],
+        [case.look.hash for case in cases],
+    ]
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+    return Evidence(table, salt_fingerprint, lambda row: cases[row].look.thumbnail)
 
 
-def merge_archives(own: Archive, inherited: Archive | None) -> Archive:
-    """One record of both. Groups that another salt made are dropped: they could not be told from others."""
-    if inherited is None:
-        return own
-    comparable = inherited.salt_fingerprint == own.salt_fingerprint
-    rows = inherited.rows if comparable else {("", file, pixels) for _, file, pixels in inherited.rows}
-    return Archive(own.rows | rows, own.salt_fingerprint)
+def merge_archives(own: Evidence, inherited: Evidence | None) -> Evidence:
+    """One record of both, as it goes beside a model, without the groups that another salt made: they would compare wrongly."""
+    tables = [own.table]
+    if inherited is not None:
+        table = inherited.table
+        if inherited.salt_fingerprint != own.salt_fingerprint:
+            table = table.set_column(0, SCHEMA.field("group"), pa.array([""] * table.num_rows, pa.string()))
+        tables.append(table)
+    return Evidence(pa.concat_tables(tables), own.salt_fingerprint)
 
 
-def write_archive(path: Path, archive: Archive) -> None:
-    """Write archive.parquet, rows sorted."""
-    columns = list(zip(*sorted(archive.rows), strict=True)) or [(), (), ()]
-    metadata = {_SALT: archive.salt_fingerprint.encode()}
-    schema = pa.schema([(name, pa.string()) for name in _COLUMNS], metadata=metadata)
-    pq.write_table(pa.table([list(column) for column in columns], schema=schema), path)
+def write_archive(path: Path, archive: Evidence) -> None:
+    """Write archive.parquet: rows sorted, each once, no thumbnails."""
+    table = archive.table.group_by(list(COLUMNS)).aggregate([]).sort_by([(name, "ascending") for name in COLUMNS])
+    pq.write_table(table.cast(SCHEMA).replace_schema_metadata({_SALT: archive.salt_fingerprint.encode()}), path)
 
 
-def read_archive(folder: Path) -> Archive:
+def read_archive(folder: Path) -> Evidence:
     """The record beside an encoder.
 
     Raises:
@@ -69,7 +68,7 @@ def read_archive(folder: Path) -> Archive:
     """
     path = folder / ARCHIVE
     try:
-        table = pq.read_table(path, columns=list(_COLUMNS))
+        table = pq.read_table(path)
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: has no {ARCHIVE}, so that nobody can tell whether val or test images were pretrained on. "
@@ -78,32 +77,24 @@ def read_archive(folder: Path) -> Archive:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable archive record: {error}") from error
     metadata = table.schema.metadata or {}
-    rows = zip(*(table.column(name).to_pylist() for name in _COLUMNS), strict=True)
-    return Archive(frozenset(rows), metadata.get(_SALT, b"").decode())
+    if not table.schema.remove_metadata().equals(SCHEMA) or _SALT not in metadata:
+        raise InputError(f"{path}: not a record of an archive: its columns are {table.schema.names}, not {list(COLUMNS)}.")
+    return Evidence(table, metadata[_SALT].decode())
 
 
-def find_leaks(archive: Archive, cases: Sequence[LoadedCase], salt_fingerprint: str) -> list[Leak]:
-    """Which held-out cases the archive holds, with the evidence for each."""
-    comparable = archive.salt_fingerprint == salt_fingerprint
-    groups, files, pixels = (frozenset(column) for column in list(zip(*archive.rows, strict=True)) or ((), (), ()))
-    leaks = []
-    for case in cases:
-        evidence = []
-        if comparable and case.case.group_hmac in groups:
-            evidence.append("group")
-        if case.file_sha256 in files:
-            evidence.append("sha256 of the file")
-        if case.pixel_sha256 in pixels:
-            evidence.append("sha256 of the pixels")
-        if evidence:
-            leaks.append(Leak(case, tuple(evidence)))
-    return leaks
+def find_leaks(archive: Evidence, held_out: Evidence) -> list[Leak]:
+    """Which held-out scans the archive holds, with all the evidence for each."""
+    pairs = find_pairs(archive, held_out)
+    rows, firsts = np.unique(pairs.held_out, return_index=True)
+    by_row = np.split(np.arange(len(pairs)), firsts[1:])
+    return [Leak(int(row), pairs.evidence(its)) for row, its in zip(rows, by_row, strict=False)]
 
 
-def refuse_leaks(leaks: Sequence[Leak], held_out: str, seen: str, allowed: bool) -> list[str]:
+def refuse_leaks(leaks: Sequence[Leak], cases: Sequence[Case], held_out: str, seen: str, allowed: bool) -> list[str]:
     """Stop on leaks unless the recipe allows them by name; what was set aside, for the record.
 
     Args:
+        cases: the held-out cases by row.
         held_out: what must be unseen, for the message ('val', 'test').
         seen: where it was found ('the pretraining archive', 'the labelled training cases').
 
@@ -114,7 +105,7 @@ def refuse_leaks(leaks: Sequence[Leak], held_out: str, seen: str, allowed: bool)
         return []
     if allowed:
         return [f"leak: {len(leaks)} {held_out} cases are among {seen}"]
-    shown = "\n".join(f"  {leak.case.case.image} ({', '.join(leak.evidence)})" for leak in leaks[:20])
+    shown = "\n".join(f"  {cases[leak.row].where()} ({'; '.join(leak.evidence)})" for leak in leaks[:20])
     more = f"\n  … and {len(leaks) - 20} more" if len(leaks) > 20 else ""
     raise CheckFailed(
         f"{len(leaks)} {held_out} cases are among {seen}:\n{shown}{more}\n"

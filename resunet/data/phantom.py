@@ -146,7 +146,7 @@ def write_phantom(
             _write_nifti(aside / "masks" / f"{stem}.nii.gz", patient.mask, patient)
             if progress is not None:
                 progress(number, len(stems))
-        with (aside / "groups.csv").open("w", newline="") as file:
+        with (aside / "groups.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([("stem", "group"), *((stem, stem) for stem in stems)])
         splits, start = {}, 0
         for part in PARTS:
@@ -155,7 +155,7 @@ def write_phantom(
         (aside / "splits.json").write_text(
             json.dumps({part: splits[part] for part in ("pool", "val", "test")}, indent=1) + "\n"
         )
-        (aside / "SOURCE.txt").write_text(f"{SOURCE_TEXT}seed      {seed}\nconfig    {config}\n")
+        (aside / "SOURCE.txt").write_text(f"{SOURCE_TEXT}seed      {seed}\nconfig    {config}\n", encoding="utf-8")
         aside.chmod(0o755)  # mkdtemp makes it private
         aside.rename(folder)
     except BaseException:

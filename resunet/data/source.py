@@ -1,171 +1,219 @@
-"""What `data.source` may be: a folder of scans, with or without masks, groups and splits.
+"""What `data.source` may be, and its cases: a folder of scans, an nnU-Net raw data set, or a manifest.
 
-SOURCE/images/…    one file a case, in sub-folders too; or, without images/, every readable file below
-SOURCE/masks/…     the same stems (only fine-tuning and evaluation need them)
-SOURCE/groups.csv  stem,group: the patient or the physical item; without it every image is its own group
-SOURCE/splits.json {"pool": [stem, …], "val": […], "test": […]}; without it `assign_parts` makes one by group
+See `resunet.data.folder` and `resunet.data.nnunet` for the layouts.
 """
 
-import csv
-import io
-import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resunet.config import DataSettings
 from resunet.data.cases import Case
-from resunet.data.identity import Salt, load_salt
-from resunet.data.images import READABLE, stem_of, suffix_of
-from resunet.data.splits import PARTS, check_disjoint, split_groups
+from resunet.data.folder import list_folder
+from resunet.data.identity import Salt, load_salt, own_group
+from resunet.data.listing import Listing
+from resunet.data.manifest import open_manifest
+from resunet.data.manifest_source import ManifestCases, list_manifest
+from resunet.data.nnunet import channels_of, is_nnunet, list_nnunet
+from resunet.data.splits import PARTS, draw_groups, split_groups, write_splits
+from resunet.data.strata import read_strata
 from resunet.errors import InputError
+from resunet.progress import say
+
+_ACCEPTED = (
+    "a folder with images/ (and masks/, groups.csv, splits.json), an nnU-Net raw data set (dataset.json, imagesTr/, labelsTr/), "
+    "or a manifest (M.parquet, of resunet index)"
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The cases of a source, sorted by stem, and what its owner said of them."""
+    """The cases of a source, sorted by stem, and what its owner said of them.
 
-    cases: tuple[Case, ...]
+    open_parts: the parts that `assign_parts` makes of the cases without one: all where the owner gave no split, () where
+        splits.json did, and something between where only the test cases are known.
+    labelled: there are masks, whether or not they were asked for.
+    remarks: what a reader of the results has to know beside groups and splits.
+    """
+
+    cases: Sequence[Case]
     has_groups: bool
-    has_splits: bool
+    open_parts: tuple[str, ...]
     salt: Salt
+    labelled: bool = False
+    remarks: tuple[str, ...] = ()
 
-    def part(self, name: str) -> list[Case]:
-        """The cases of one part of the split."""
-        return [case for case in self.cases if case.part == name]
+    @property
+    def salt_fingerprint(self) -> str:
+        """Of the salt that made the groups' HMACs: of a manifest, the one that it was made with."""
+        return self.cases.manifest.salt_fingerprint if isinstance(self.cases, ManifestCases) else self.salt.fingerprint
+
+    @property
+    def has_splits(self) -> bool:
+        """The owner said which cases are for testing, at least."""
+        return self.open_parts != PARTS
+
+    def part(self, *names: str | None) -> Sequence[Case]:
+        """The cases of one part of the split, or of several; None are those without one."""
+        if isinstance(self.cases, ManifestCases):
+            return self.cases.of_part(*names)
+        return [case for case in self.cases if case.part in names]
+
+    def stems(self) -> dict[str, list[str]]:
+        """part → its cases as the source names them: what `write_splits` writes."""
+        return {part: [case.stem for case in self.part(part)] for part in PARTS}
 
     def notes(self) -> list[str]:
         """What a reader of the results has to know about groups and splits."""
         notes = []
         if not self.has_groups:
             notes.append("No groups.csv: each image is its own group, so that images of one patient may be on both sides.")
-        unlisted = sum(case.part is None for case in self.cases)
-        if self.has_splits and unlisted:
+        unlisted = len(self.part(None))
+        if not self.open_parts and unlisted:
             notes.append(f"splits.json lists {unlisted} of the images in no part: they are left out.")
         if not self.has_splits:
             notes.append("No splits.json: the source comes without a split.")
-        return notes
+        return notes + list(self.remarks)
 
 
-def open_source(settings: DataSettings, masks: bool) -> Source:
-    """List a source; nothing is read but groups.csv and splits.json.
+def open_source(
+    settings: DataSettings, masks: bool, classes: Mapping[int, str] | None = None, ignore: Sequence[int] = ()
+) -> Source:
+    """List a source; no image and no mask is read.
 
     Args:
-        masks: every image must have a mask, and every mask an image.
+        masks: every case must have a mask, and every mask a case.
+        classes: raw mask value → name, and `ignore`: compared with what the source itself says of its masks, where it does.
 
     Raises:
-        InputError: no such folder, no images, an image without mask, two images of one stem, or groups.csv and
-            splits.json that do not fit the images.
+        InputError: nothing of that kind there, or what is there does not fit together or to the settings; see
+            `list_folder` and `list_nnunet`.
     """
-    root = settings.source
+    root, splits = settings.source, settings.splits
+    if splits is not None and not splits.is_file():
+        raise InputError(f"data.splits={splits}: no such file. resunet split {root} --out {splits} makes one.")
+    if root.suffix == ".parquet":
+        return _from_manifest(settings, masks)
     if not root.is_dir():
+        raise InputError(f"data.source={root}: no such folder. Give {_ACCEPTED}.")
+    if is_nnunet(root):
+        listing = list_nnunet(root, settings.channels, masks, classes, ignore, splits)
+    else:
+        listing = list_folder(root, masks, splits)
+    return _with_ids(listing, load_salt(settings.salt_file), keep=settings.names == "keep")
+
+
+def assign_parts(source: Source, seed: int, stratify: bool = False) -> Source:
+    """The source with a part for every case: its own split, or one made by group from the seed.
+
+    The one place that makes a split: pretraining leaves out what fine-tuning holds out because both come here.
+
+    Args:
+        stratify: balanced over what the masks hold; the source must have been opened with its masks.
+
+    Raises:
+        InputError: too few groups, or with `stratify` a mask that cannot be read.
+    """
+    if not source.open_parts:
+        return source
+    if isinstance(source.cases, ManifestCases):
+        # of labelled and unlabelled scans the labelled groups are split, and all others are for pretraining
+        groups = source.cases.group_names(source.labelled)
+        strata = read_strata(source.cases.labelled()) if stratify else None
+        return replace(source, cases=source.cases.with_parts(split_groups(groups, seed, strata, source.open_parts)))
+    without = [case for case in source.cases if case.part is None]
+    strata = read_strata(without) if stratify else None
+    part_of = split_groups([case.group_name for case in without], seed, strata, source.open_parts)
+    cases = (replace(case, part=case.part or part_of[case.group_name]) for case in source.cases)
+    return replace(source, cases=tuple(cases))
+
+
+def draw_labelled(source: Source, labelled: float | None, draw: int, stratify: bool = False) -> Source:
+    """The source with only the groups of one draw in its pool, and at most as many in val; others lose their part.
+
+    By the source's own names: the draw depends neither on the salt nor on how names are recorded. Labels that choose
+    a checkpoint are labels too, which is why val is limited, by the same nested draw.
+
+    Args:
+        labelled: share or number of the pool's groups; None: pool and val stay as they are.
+        stratify: balanced over what the masks hold; the source must have been opened with its masks.
+
+    Raises:
+        InputError: more groups than the pool has.
+    """
+    if labelled is None:
+        return source
+    pool, val = source.part("pool"), source.part("val")
+    strata = read_strata([*pool, *val]) if stratify else None
+    drawn = set(draw_groups([case.group_name for case in pool], labelled, draw, strata))
+    if val:
+        groups = {case.group_name for case in val}
+        drawn |= set(draw_groups(groups, min(len(drawn), len(groups)), draw, strata))
+
+    def part(case: Case) -> str | None:
+        return case.part if case.part == "test" or case.group_name in drawn else None
+
+    return replace(source, cases=tuple(replace(case, part=part(case)) for case in source.cases))
+
+
+def write_split(root: Path, out: Path, seed: int, labelled: float | None, draw: int, stratify: bool) -> Path:
+    """Write the split that training would make of a folder, or one labelled draw of it, as a splits.json; `out`.
+
+    Raises:
+        InputError: the source, too few groups, or `out` that exists.
+    """
+    # who is where depends on no recipe: nnU-Net's channels are what its own dataset.json says
+    channels = channels_of(root) if is_nnunet(root) else "grey"
+    source = open_source(DataSettings(source=root, channels=channels), masks=stratify)
+    if isinstance(source.cases, ManifestCases):
+        raise InputError(f"SOURCE {root}: is a manifest. Split what was indexed, and run resunet index again.")
+    chosen = draw_labelled(assign_parts(source, seed, stratify), labelled, draw, stratify)
+    write_splits(out, chosen.stems())
+    counts = {part: (len(chosen.part(part)), len({case.group_name for case in chosen.part(part)})) for part in PARTS}
+    say(", ".join(f"{part}: {images:,} images of {groups:,} groups" for part, (images, groups) in counts.items()))
+    return out
+
+
+def _from_manifest(settings: DataSettings, masks: bool) -> Source:
+    if settings.splits is not None:
         raise InputError(
-            f"data.source={root}: no such folder. Give a folder with images/ (and masks/, groups.csv, splits.json)."
+            f"data.splits={settings.splits}: a manifest has its split from the splits.json of what was indexed. Put the file there "
+            "and run resunet index again: nothing else is read anew."
         )
-    folder = root / "images" if (root / "images").is_dir() else root
-    images = _by_stem(folder)
-    if not images:
-        raise InputError(f"data.source={root}: no image in {folder}. Formats read: {', '.join(READABLE)}.")
-    masks_by_stem = _masks(root, images) if masks else {}
-    groups = _read_groups(root / "groups.csv", images)
-    parts = _read_splits(root / "splits.json", images)
-    if parts is not None:
-        check_disjoint(parts, {stem: groups[stem] if groups else stem for stem in parts})
-    salt = load_salt(settings.salt_file)
-    keep = settings.names == "keep"
+    manifest = open_manifest(settings.source)
+    everything = list_manifest(manifest, settings.names == "keep")
+    labelled = everything.labelled()
+    if masks and not len(labelled):
+        raise InputError(
+            f"data.source={settings.source}: no scan of this manifest has a mask. Index it with resunet index --masks DIR."
+        )
+    return Source(
+        cases=labelled if masks else everything,
+        has_groups=manifest.groups_known,
+        open_parts=() if everything.split else PARTS,
+        salt=load_salt(settings.salt_file),
+        labelled=len(labelled) > 0,
+    )
+
+
+def _with_ids(listing: Listing, salt: Salt, keep: bool) -> Source:
+    """The listing's cases under the names that a record may show; `keep`: their own."""
     cases = []
-    for stem, image in sorted(images.items()):
-        group = groups[stem] if groups else stem
-        # without groups.csv a stem says nothing about who it is: equal stems of two folders are not one patient
-        group_hmac = salt.identify("group", group) if groups else salt.identify("path", str(image.resolve()))
+    for stem, entry in sorted(listing.entries.items()):
+        group = listing.groups.get(stem, stem)
+        group_hmac = salt.identify("group", group) if listing.groups else own_group(entry.files[0], salt)
         cases.append(
             Case(
                 id=stem if keep else salt.identify("file", stem),
                 group=group if keep else group_hmac,
                 group_hmac=group_hmac,
                 group_name=group,
-                part=parts.get(stem) if parts is not None else None,
-                image=image,
-                mask=masks_by_stem.get(stem),
+                part=entry.part,
+                files=entry.files,
+                mask=entry.mask,
+                stem=stem,
+                file_per_channel=entry.file_per_channel,
+                spacing=entry.spacing,
             )
         )
-    return Source(tuple(cases), has_groups=bool(groups), has_splits=parts is not None, salt=salt)
-
-
-def assign_parts(source: Source, seed: int) -> Source:
-    """The source with a part for every case: its own split, or one made by group from the seed."""
-    if source.has_splits:
-        return source
-    part_of = split_groups([case.group_name for case in source.cases], seed)
-    return replace(source, cases=tuple(replace(case, part=part_of[case.group_name]) for case in source.cases))
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """Readable files below a folder by their path in it without the ending."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or suffix_of(path) not in READABLE or path.name.startswith("."):
-            continue
-        if path.relative_to(folder).parts[0] == "masks":  # of a source without images/
-            continue
-        stem = str(path.parent.relative_to(folder) / stem_of(path))
-        if stem in found:
-            raise InputError(f"{path}: {found[stem].name} has the same stem. A case is one file: remove or rename one.")
-        found[stem] = path
-    return found
-
-
-def _masks(root: Path, images: dict[str, Path]) -> dict[str, Path]:
-    masks = _by_stem(root / "masks")
-    if not masks:
-        raise InputError(
-            f"data.source={root}: no mask in {root / 'masks'}. Labelled data has images/ and masks/ with the same stems."
-        )
-    bare, orphaned = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
-    _complain(root / "masks", "images without a mask", bare, "Add the masks, or remove the images.")
-    _complain(root / "images", "masks without an image", orphaned, "Add the images, or remove the masks.")
-    return masks
-
-
-def _read_groups(path: Path, images: dict[str, Path]) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
-    with io.StringIO(text, newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"stem", "group"} <= set(reader.fieldnames or ()):
-            raise InputError(f"{path}: the columns are {reader.fieldnames}; it must have stem and group.")
-        rows = [(row["stem"], row["group"]) for row in reader]
-    groups = dict(rows)
-    twice = sorted(stem for stem, count in Counter(stem for stem, _ in rows).items() if count > 1)
-    _complain(path, "stems that are listed twice", twice, "List each once.")
-    _complain(path, "images without a row", sorted(set(images) - set(groups)), "Add a row stem,group for each.")
-    empty = sorted(stem for stem, group in groups.items() if not group)
-    _complain(path, "rows without a group", empty, "Give each its patient or item.")
-    return groups
-
-
-def _read_splits(path: Path, images: dict[str, Path]) -> dict[str, str] | None:
-    if not path.is_file():
-        return None
-    try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(splits, dict) or set(splits) != set(PARTS) or not all(isinstance(s, list) for s in splits.values()):
-        raise InputError(f'{path}: must be {{"pool": [stems], "val": [stems], "test": [stems]}}.')
-    stems = [str(stem) for part in PARTS for stem in splits[part]]
-    _complain(path, "stems without an image", sorted(set(stems) - set(images)), "Correct the file, or add the images.")
-    twice = sorted(stem for stem, count in Counter(stems).items() if count > 1)
-    _complain(path, "stems that are listed twice", twice, "List each once.")
-    return {str(stem): part for part in PARTS for stem in splits[part]}
-
-
-def _complain(path: Path, what: str, stems: Sequence[str], todo: str) -> None:
-    if stems:
-        shown = ", ".join(stems[:5]) + (", …" if len(stems) > 5 else "")
-        raise InputError(f"{path}: {len(stems)} {what}: {shown}. {todo}")
+    return Source(tuple(cases), bool(listing.groups), listing.open_parts, salt, listing.labelled, listing.remarks)

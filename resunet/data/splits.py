@@ -1,34 +1,44 @@
-"""Splits and labelled subsets: by group, deterministic, nested.
+"""Splits and labelled subsets: by group, deterministic, nested, and balanced over strata where they are known.
 
-A group (a patient, a physical item) is on one side only.
+A group (a patient, a physical item) is on one side only. splits.json holds a split as a person can read and edit it:
+{"pool": [stem, …], "val": […], "test": […]}; a stem in none of them is left out.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from resunet.data.listing import complain
 from resunet.errors import InputError
+from resunet.files import write_text
 
 PARTS = ("pool", "val", "test")
-SHARES = {"pool": 0.7, "val": 0.1, "test": 0.2}
+SHARES = {"val": 0.1, "test": 0.2}  # the pool is the rest
 
 
-def split_groups(groups: Sequence[str], seed: int) -> dict[str, str]:
-    """group → part for a source without splits: 70 % pool, 10 % val, 20 % test of the groups, each at least one.
+def split_groups(
+    groups: Iterable[str], seed: int, strata: Mapping[str, str] | None = None, parts: Sequence[str] = PARTS
+) -> dict[str, str]:
+    """group → part: 10 % of the groups val, 20 % test, each at least one, and the rest pool.
+
+    Args:
+        strata: group → stratum; every part then has about the same share of each.
+        parts: those to be made, the pool among them; what another part would have had stays in the pool.
 
     Raises:
-        InputError: fewer than three groups.
+        InputError: fewer groups than parts.
     """
-    order = shuffled(groups, seed)
-    if len(order) < len(PARTS):
+    order = ordered(groups, seed, strata)
+    if len(order) < len(parts):
         raise InputError(
-            f"{len(order)} groups cannot be split into {', '.join(PARTS)}: at least 3 are needed. "
+            f"{len(order)} groups cannot be split into {', '.join(parts)}: at least {len(parts)} are needed. "
             "Add images, or give groups.csv and splits.json."
         )
-    val = max(1, round(SHARES["val"] * len(order)))
-    test = max(1, round(SHARES["test"] * len(order)))
-    parts = ["val"] * val + ["test"] * test
-    return {group: parts[i] if i < len(parts) else "pool" for i, group in enumerate(order)}
+    taken = [part for part in SHARES if part in parts for _ in range(max(1, round(SHARES[part] * len(order))))]
+    return {group: taken[i] if i < len(taken) else "pool" for i, group in enumerate(order)}
 
 
 def check_disjoint(part_of: Mapping[str, str], group_of: Mapping[str, str]) -> None:
@@ -52,16 +62,19 @@ def check_disjoint(part_of: Mapping[str, str], group_of: Mapping[str, str]) -> N
         )
 
 
-def draw_groups(groups: Sequence[str], labelled: float | int | None, draw: int) -> list[str]:
-    """The labelled groups of one draw: the first n of a permutation that depends on `draw` alone, so draws are nested.
+def draw_groups(
+    groups: Iterable[str], labelled: float | int | None, draw: int, strata: Mapping[str, str] | None = None
+) -> list[str]:
+    """The labelled groups of one draw: the first n of an order that depends on `draw` alone, so draws are nested.
 
     Args:
         labelled: a share of the groups (below 1), or a number of them; None is all. n = max(1, round(share × groups)).
+        strata: group → stratum; every draw then has about the same share of each.
 
     Raises:
         InputError: more groups than there are.
     """
-    order = shuffled(groups, draw)
+    order = ordered(groups, draw, strata)
     if labelled is None:
         return order
     count = max(1, round(labelled * len(order))) if labelled < 1 else int(labelled)
@@ -72,7 +85,69 @@ def draw_groups(groups: Sequence[str], labelled: float | int | None, draw: int) 
     return order[:count]
 
 
-def shuffled(groups: Sequence[str], seed: int) -> list[str]:
+def ordered(groups: Iterable[str], seed: int, strata: Mapping[str, str] | None = None) -> list[str]:
+    """The distinct groups in a random order in which every stretch has about the same share of each stratum.
+
+    Systematic sampling with random starts: the j-th of the n groups of a stratum, themselves shuffled, stands at
+    (j + u) / n, with u in [0, 1) of the stratum. A stretch of length t so holds n·t of them, give or take less than one, and
+    every group, that of a rare stratum too, is as likely as any other to be anywhere. The u of different strata are spread
+    evenly, which keeps rare ones from coming all at once. One stratum is the same as none.
+    """
+    order = shuffled(groups, seed)
+    if strata is None:
+        return order
+    members: dict[str, list[str]] = {}
+    for group in order:
+        members.setdefault(strata[group], []).append(group)
+    rng = np.random.default_rng([seed, len(members)])
+    starts = (rng.permutation(len(members)) + rng.random()) / len(members)
+    position = {
+        group: (j + start) / len(members[stratum])
+        for stratum, start in zip(sorted(members), starts, strict=True)
+        for j, group in enumerate(members[stratum])
+    }
+    return sorted(order, key=position.__getitem__)
+
+
+def shuffled(groups: Iterable[str], seed: int) -> list[str]:
     """The distinct groups in an order that depends on their names and the seed alone."""
     names = sorted(set(groups))
     return [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+
+
+def read_splits(path: Path, stems: Iterable[str] | None = None) -> dict[str, str] | None:
+    """splits.json: stem → part; None where there is no such file.
+
+    Raises:
+        InputError: another form, a stem twice, or a stem that is not among `stems` (where they are known).
+    """
+    if not path.is_file():
+        return None
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(splits, dict) or set(splits) != set(PARTS) or not all(isinstance(s, list) for s in splits.values()):
+        raise InputError(f'{path}: must be {{"pool": [stems], "val": [stems], "test": [stems]}}.')
+    listed = [str(stem) for part in PARTS for stem in splits[part]]
+    if stems is not None:
+        complain(path, "stems without an image", sorted(set(listed) - set(stems)), "Correct the file, or add the images.")
+    twice = sorted(stem for stem, count in Counter(listed).items() if count > 1)
+    complain(path, "stems that are listed twice", twice, "List each once.")
+    return {str(stem): part for part in PARTS for stem in splits[part]}
+
+
+def write_splits(path: Path, stems_of: Mapping[str, Iterable[str]]) -> None:
+    """Write a split, or a labelled subset of one, as a splits.json that `read_splits` reads; whole or not at all.
+
+    Args:
+        stems_of: part → its stems; see `Source.stems`.
+
+    Raises:
+        InputError: the file exists: somebody may have edited it.
+    """
+    assert set(stems_of) <= set(PARTS)
+    if path.exists():
+        raise InputError(f"{path}: exists already. Name another file, or delete it.")
+    lists = {part: sorted(stems_of.get(part, ())) for part in PARTS}
+    write_text(path, json.dumps(lists, indent=1, ensure_ascii=False) + "\n")

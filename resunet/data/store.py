@@ -5,7 +5,7 @@ One file a scan, named by a digest of its content, so that it is never changed, 
     preamble   magic with the format's version, length of the header, number of chunks, CRC-32 of all that and of the next two
     header     JSON: shape, dtype, chunk, facts
     index      length and CRC-32 of every chunk, little-endian uint32, in C order of the grid of chunks
-    chunks     each a blosc2 buffer (bit-shuffled LZ4); those at the far edges are cut, not padded
+    chunks     each a blosc2 buffer (bit-shuffled LZ4), or of length 0 for zeros; those at the far edges are cut, not padded
 
 A file is written aside, synced and renamed, so that a reader sees all of it or nothing. Opening finds a file that is cut short,
 too long, or damaged in header, facts or index; reading finds damage in the chunks that it reads. Nothing here unpickles.
@@ -40,7 +40,7 @@ from resunet.errors import EnvironmentFault
 
 JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
 
-_MAGIC = b"RESUNET1"
+_MAGIC = b"RESUNET2"
 _PREAMBLE = struct.Struct("<8sII")  # and the checksum after it
 _CHECKSUM = struct.Struct("<I")
 _INDEX = np.dtype("<u4")
@@ -129,6 +129,8 @@ class StoredScan:
         packed = os.pread(self._file, end - begin, begin)
         if len(packed) != end - begin or zlib.crc32(packed) != self._checksums[number]:
             self._remove()
+        if not packed:
+            return np.zeros(extent, self.dtype)
         stored = self.dtype.newbyteorder("<")
         return np.frombuffer(imagecodecs.blosc2_decode(packed, numthreads=1), stored).reshape(extent)
 
@@ -266,20 +268,28 @@ def _write(file: BinaryIO, values: NDArray, facts: Mapping[str, JSON], chunk: tu
     file.seek(_PREAMBLE.size + _CHECKSUM.size + len(header) + index.nbytes)
     for number, where in enumerate(np.ndindex(*grid)):
         part = values[tuple(slice(i * n, (i + 1) * n) for i, n in zip(where, chunk, strict=True))]
-        packed = imagecodecs.blosc2_encode(
-            part.astype(dtype).tobytes(),
-            level=5,
-            compressor="lz4",
-            shuffle="bitshuffle",
-            splitmode="never",  # smaller: 38 % instead of 41 % of a CT
-            typesize=dtype.itemsize,
-            numthreads=1,
-        )
+        packed = _packed(part.astype(dtype).tobytes(), dtype.itemsize)
         index[:, number] = len(packed), zlib.crc32(packed)
         file.write(packed)
     preamble, rest = _PREAMBLE.pack(_MAGIC, len(header), index.shape[1]), header + index.tobytes()
     file.seek(0)
     file.write(preamble + _checksum(preamble, rest) + rest)
+
+
+def _packed(raw: bytes, itemsize: int) -> bytes:
+    """A chunk as it is stored; nothing at all for zeros, which blosc2 encodes and cannot decode at sizes that 8 does not divide."""
+    if not np.frombuffer(raw, np.uint8).any():
+        return b""
+    packed = imagecodecs.blosc2_encode(
+        raw,
+        level=5,
+        compressor="lz4",
+        shuffle="bitshuffle",
+        splitmode="never",  # smaller: 38 % instead of 41 % of a CT
+        typesize=itemsize,
+        numthreads=1,
+    )
+    return bytes(packed)
 
 
 def _checksum(preamble: bytes, rest: bytes) -> bytes:

@@ -2,13 +2,16 @@ import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.labelled import read_labelled, resolve
 from resunet.config import FixedNormalisation, PercentileZScore
 from resunet.data.cases import load_cases
-from resunet.data.leakage import ARCHIVE, Archive, describe_archive, write_archive
-from resunet.data.source import open_source
+from resunet.data.leakage import ARCHIVE, evidence_of_cases
+from resunet.data.perceptual import HASH_BYTES
+from resunet.data.source import assign_parts, draw_labelled, open_source
 from resunet.errors import CheckFailed, InputError
 
 
@@ -72,7 +75,7 @@ def test_more_groups_than_there_are_is_refused(recipe):
 
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_a_renamed_copy_in_training_is_found(recipe, source, part):
-    splits = json.loads((source / "splits.json").read_text())
+    splits = json.loads((source / "splits.json").read_text(encoding="utf-8"))
     for folder in ("images", "masks"):
         shutil.copy(source / folder / "c01a.png", source / folder / "copy.png")
     (source / "splits.json").write_text(json.dumps(splits | {part: [*splits[part], "copy"]}))
@@ -80,41 +83,54 @@ def test_a_renamed_copy_in_training_is_found(recipe, source, part):
         file.write("copy,somebody\n")
     with pytest.raises(CheckFailed, match=rf"(?s)1 {part} cases are among the labelled training cases.*copy\.png") as error:
         read_labelled(resolve(recipe()), quiet=True)
-    assert "(sha256 of the file, sha256 of the pixels)" in str(error.value)  # its group is another
+    evidence = "(sha256 of the file; sha256 of the pixels; perceptual, correlation 1.000)"  # its group is another
+    assert evidence in str(error.value)
     data = read_labelled(resolve(recipe(allow=["leak"])), quiet=True)
     assert data.notes() == [f"Allowed by the recipe: leak: 1 {part} cases are among the labelled training cases."]
 
 
-def archive_of(recipe, stem: str, salt: str | None = None, keep: tuple[int, ...] = (0, 1, 2)) -> Archive:
-    """The record of an encoder that saw the case `stem`; only the columns `keep` know it."""
-    ours = recipe()
-    source = open_source(ours.data, masks=False)
-    cases = load_cases([case for case in source.cases if case.id == stem], "grey", PercentileZScore())
-    ((*row,),) = describe_archive(cases, "").rows
-    return Archive(
-        frozenset({tuple(value if i in keep else "other" for i, value in enumerate(row))}), salt or source.salt.fingerprint
-    )
+@pytest.fixture
+def saw(recipe, archive_of):
+    """Makes the record that of an encoder that saw the case `stem`; only the columns `keep` know it."""
+
+    def write(stem: str, salt: str | None = None, keep: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+        source = open_source(recipe().data, masks=False)
+        cases = load_cases([case for case in source.cases if case.id == stem], "grey", PercentileZScore())
+        (row,) = evidence_of_cases(cases, "").table.to_pylist()
+        others = ("other", "other", "other", b"\xff" * HASH_BYTES)
+        known = tuple(value if i in keep else others[i] for i, value in enumerate(row.values()))
+        archive_of([known], salt or source.salt_fingerprint)
+
+    return write
 
 
-@pytest.mark.parametrize("keep, evidence", [((0,), "group"), ((1,), "sha256 of the file"), ((2,), "sha256 of the pixels")])
+@pytest.mark.parametrize(
+    "keep, evidence",
+    [
+        ((0,), "group"),
+        ((1,), "sha256 of the file"),
+        ((2,), "sha256 of the pixels"),
+        ((3,), "perceptual, distance 0 without thumbnails to verify it"),
+    ],
+)
 @pytest.mark.parametrize("part, stem", [("val", "c05a"), ("test", "c13a")])
-def test_a_case_that_was_pretrained_on_is_found(recipe, encoder, part, stem, keep, evidence):
-    write_archive(encoder / ARCHIVE, archive_of(recipe, stem, keep=keep))
+def test_a_case_that_was_pretrained_on_is_found(recipe, encoder, saw, part, stem, keep, evidence):
+    saw(stem, keep=keep)
     with pytest.raises(CheckFailed, match=rf"(?s)1 {part} cases are among the pretraining archive.*{stem}\.png \({evidence}\)"):
         read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
 
 
-def test_training_cases_may_be_pretrained_on(recipe, encoder):
-    write_archive(encoder / ARCHIVE, archive_of(recipe, "c01a"))
+def test_training_cases_may_be_pretrained_on(recipe, encoder, saw):
+    saw("c01a")
     data = read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
-    assert data.notes() == [] and len(data.archive.rows) == 1
+    assert data.notes() == [] and len(data.archive) == 1
 
 
-def test_another_salt_is_said_to_give_no_evidence(recipe, encoder):
-    write_archive(encoder / ARCHIVE, archive_of(recipe, "c05a", salt="another", keep=(0,)))
+def test_another_salt_is_said_to_give_no_evidence(recipe, encoder, saw):
+    saw("c05a", salt="another", keep=(0,))
     data = read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
     assert len(data.notes()) == 1 and "group evidence unavailable" in data.notes()[0]
-    write_archive(encoder / ARCHIVE, archive_of(recipe, "c05a", salt="another", keep=(1,)))  # hashes compare all the same
+    saw("c05a", salt="another", keep=(1,))  # hashes compare all the same
     with pytest.raises(CheckFailed, match="sha256 of the file"):
         read_labelled(resolve(recipe(encoder=str(encoder))), quiet=True)
 
@@ -126,7 +142,7 @@ def test_an_encoder_without_its_record_is_refused(recipe, encoder):
 
 
 def test_val_and_pool_are_needed(recipe, source):
-    splits = json.loads((source / "splits.json").read_text())
+    splits = json.loads((source / "splits.json").read_text(encoding="utf-8"))
     (source / "splits.json").write_text(json.dumps(splits | {"val": []}))
     with pytest.raises(InputError, match=r"6 pool and 0 val cases; both are needed"):
         read_labelled(resolve(recipe()), quiet=True)
@@ -138,3 +154,36 @@ def test_without_splits_one_is_made_and_said(recipe, source):
     assert len(groups(data.train)) + len(groups(data.val)) + len(groups(data.test)) == 14
     assert not groups(data.train) & (groups(data.val) | groups(data.test)) and not groups(data.val) & groups(data.test)
     assert any("No splits.json" in note for note in data.notes())
+
+
+def test_a_stratified_split_and_draw(recipe, source):
+    """The parts are those that `assign_parts` makes, for pretraining too, and the draw is of the same strata."""
+    (source / "splits.json").unlink()
+    black = np.zeros((24, 24), np.uint8)
+    for number in (1, 4, 7, 10):
+        Image.fromarray(black).save(source / "masks" / f"c{number:02}a.png")
+    ours = resolve(recipe(data={"stratify": True, "labelled": 4}))
+    found = read_labelled(ours, quiet=True)
+    expected = assign_parts(open_source(ours.data, masks=True), ours.data.split_seed, stratify=True)
+    drawn = draw_labelled(expected, 4, ours.data.draw, stratify=True)
+    for cases, part in ((found.train, "pool"), (found.val, "val"), (found.test, "test")):
+        assert stems(cases) == drawn.stems()[part]
+    plain = read_labelled(resolve(recipe(data={"labelled": 4})), quiet=True)
+    assert (stems(plain.train), stems(plain.val), stems(plain.test)) != (
+        stems(found.train),
+        stems(found.val),
+        stems(found.test),
+    )
+
+
+def test_classes_are_compared_with_what_a_data_set_says(recipe, source):
+    (source / "images").rename(source / "imagesTr")
+    (source / "masks").rename(source / "labelsTr")
+    for path in list((source / "imagesTr").iterdir()):
+        path.rename(path.with_name(f"{path.stem}_0000.png"))
+    about = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "lesion": 255, "ignore": 256}, "file_ending": ".png"}
+    (source / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"the recipe does not say what 256 is.*data\.ignore=\[256\]"):
+        read_labelled(resolve(recipe()), quiet=True)
+    data = read_labelled(resolve(recipe(data={"ignore": [256]})), quiet=True)
+    assert stems(data.train) == ["c00a", "c00b", "c01a", "c02a", "c03a", "c04a"]

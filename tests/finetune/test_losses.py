@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from finetune.losses import SMOOTHING, dice_loss, focal_dice_loss, focal_loss
+from finetune.losses import SMOOTHING, component_dice_loss, dice_loss, focal_loss, segmentation_loss
 from resunet.data.cases import IGNORE
 
 
@@ -34,9 +34,9 @@ def test_the_terms_are_those_of_monai(num_classes, size):
         # the mean over the classes too, of which all but the true one are 0
         focal = num_classes * FocalLoss(gamma=2.0, use_softmax=True, to_onehot_y=True)(logits, whole)
         theirs = dice(logits, whole) + 3 * focal
-    ours = focal_dice_loss(logits, target)
+    ours = segmentation_loss(logits, target)
     torch.testing.assert_close(ours["focal"], focal, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(focal_dice_loss(logits, target, focal_weight=3)["loss"], theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(segmentation_loss(logits, target, focal_weight=3)["loss"], theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours["loss"], ours["dice"] + ours["focal"])
 
 
@@ -65,7 +65,7 @@ def test_the_terms_are_those_of_a_slow_loop():
             total += p
             total[true] += 1
         dice = np.mean((2 * overlap[1:] + SMOOTHING) / (total[1:] + SMOOTHING))
-        terms = focal_dice_loss(logits, target)
+        terms = segmentation_loss(logits, target)
         assert terms["focal"].item() == pytest.approx(np.mean(focal), rel=1e-5)
         assert terms["dice"].item() == pytest.approx(1 - dice, rel=1e-5)
 
@@ -75,8 +75,8 @@ def test_a_perfect_prediction_costs_nothing(num_classes):
     _, target = pair(num_classes, 6, 6)
     one_hot = torch.nn.functional.one_hot(target.long(), num_classes).movedim(-1, 1).float()
     logits = one_hot[:, 1:] * 200 - 100 if num_classes == 2 else one_hot * 200
-    assert focal_dice_loss(logits, target)["loss"].item() == pytest.approx(0, abs=1e-6)
-    worst = focal_dice_loss(-logits, target)
+    assert segmentation_loss(logits, target)["loss"].item() == pytest.approx(0, abs=1e-6)
+    worst = segmentation_loss(-logits, target)
     assert worst["dice"].item() == pytest.approx(1, abs=1e-3) and worst["focal"] > 50
 
 
@@ -100,7 +100,7 @@ def test_dice_is_over_the_batch():
 
 def test_the_closed_form_of_a_coin_toss():
     target = torch.tensor([[[1, 0, 0, 0]]], dtype=torch.uint8)
-    terms = focal_dice_loss(torch.zeros(1, 1, 1, 4), target, gamma=2, focal_weight=3, dice_weight=5)
+    terms = segmentation_loss(torch.zeros(1, 1, 1, 4), target, gamma=2, focal_weight=3, dice_weight=5)
     assert terms["focal"].item() == pytest.approx(math.log(2) / 4)
     assert terms["dice"].item() == pytest.approx(1 - 2 * 0.5 / (2 + 1), abs=1e-5)
     assert terms["loss"].item() == pytest.approx(3 * math.log(2) / 4 + 5 * 2 / 3, abs=1e-4)
@@ -113,13 +113,13 @@ def test_ignored_pixels_change_nothing(num_classes):
     for disturbance in (0.0, 5.0):
         given = torch.cat([logits, logits + disturbance], dim=3).requires_grad_()
         padded = torch.cat([target, torch.full_like(target, IGNORE)], dim=2)
-        loss = focal_dice_loss(given, padded)["loss"]
+        loss = segmentation_loss(given, padded)["loss"]
         loss.backward()
         values.append(loss.item())
         gradients.append(given.grad)
     alone = logits.clone().requires_grad_()
-    focal_dice_loss(alone, target)["loss"].backward()
-    assert values[0] == values[1] == pytest.approx(focal_dice_loss(logits, target)["loss"].item(), rel=1e-6)
+    segmentation_loss(alone, target)["loss"].backward()
+    assert values[0] == values[1] == pytest.approx(segmentation_loss(logits, target)["loss"].item(), rel=1e-6)
     for gradient in gradients:
         assert (gradient[..., 8:] == 0).all()
         torch.testing.assert_close(gradient[..., :8], alone.grad)
@@ -129,7 +129,7 @@ def test_ignored_pixels_change_nothing(num_classes):
 def test_a_batch_ignored_altogether_costs_nothing(num_classes):
     logits, target = pair(num_classes, 5, 5)
     logits.requires_grad_()
-    terms = focal_dice_loss(logits, torch.full_like(target, IGNORE))
+    terms = segmentation_loss(logits, torch.full_like(target, IGNORE))
     terms["loss"].backward()
     assert terms["loss"].item() == pytest.approx(0, abs=1e-6)
     assert (logits.grad == 0).all()
@@ -140,7 +140,7 @@ def test_a_batch_ignored_altogether_costs_nothing(num_classes):
 def test_sums_over_a_large_image_do_not_overflow_in_half_precision(num_classes, dtype):
     target = torch.ones(1, 512, 512, dtype=torch.uint8)
     logits = torch.zeros(1, 1 if num_classes == 2 else num_classes, 512, 512, dtype=dtype)  # sums of 131,072 and more
-    terms = focal_dice_loss(logits, target)
+    terms = segmentation_loss(logits, target)
     p = 1 / num_classes
     assert {term.dtype for term in terms.values()} == {torch.float32}
     assert terms["focal"].item() == pytest.approx(-((1 - p) ** 2) * math.log(p), rel=1e-5)
@@ -153,20 +153,20 @@ def test_the_gradient_is_that_of_finite_differences(num_classes):
     logits, target = pair(num_classes, 3, 4, spread=1)
     target[0, 0, 0] = IGNORE
     given = logits.clone().requires_grad_()
-    focal_dice_loss(given, target)["loss"].backward()
+    segmentation_loss(given, target)["loss"].backward()
     step = 1e-2  # float32: rounding of about 1e-7 / step and curvature of about step²
     for index in np.ndindex(*logits.shape):
         up, down = logits.clone(), logits.clone()
         up[index] += step
         down[index] -= step
-        slope = (focal_dice_loss(up, target)["loss"] - focal_dice_loss(down, target)["loss"]) / (2 * step)
+        slope = (segmentation_loss(up, target)["loss"] - segmentation_loss(down, target)["loss"]) / (2 * step)
         assert given.grad[index].item() == pytest.approx(slope.item(), abs=5e-5)
 
 
 def test_extreme_logits_have_finite_gradients():
     logits = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4]).view(1, 1, 1, 5).repeat(1, 1, 2, 1).requires_grad_()
     target = torch.tensor([[[0] * 5, [1] * 5]], dtype=torch.uint8)
-    loss = focal_dice_loss(logits, target)["loss"]
+    loss = segmentation_loss(logits, target)["loss"]
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
     assert logits.grad[0, 0, 1, 0] < -0.01  # a sure mistake still pulls
@@ -175,5 +175,81 @@ def test_extreme_logits_have_finite_gradients():
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 2])
 def test_a_sure_and_right_prediction_has_a_finite_gradient(gamma):
     logits = torch.tensor([10.0, 18.0, 50.0, 200.0]).view(1, 1, 2, 2).requires_grad_()  # p is 1 in float32 from 17 on
-    focal_dice_loss(logits, torch.ones(1, 2, 2, dtype=torch.uint8), gamma)["loss"].backward()
+    segmentation_loss(logits, torch.ones(1, 2, 2, dtype=torch.uint8), gamma)["loss"].backward()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_weights_of_classes(num_classes):
+    logits, target = pair(num_classes, 9, 7)
+    target[0, :3] = IGNORE
+    weights = [0.5, 3.0, 1.0, 2.0][:num_classes]
+    known = target != IGNORE
+    both = torch.cat([-logits, logits], dim=1) / 2 if num_classes == 2 else logits  # a sigmoid is a softmax over ±z/2
+    cross_entropy = torch.nn.functional.cross_entropy(
+        both, target.long(), torch.tensor(weights), ignore_index=IGNORE, reduction="mean"
+    )
+    torch.testing.assert_close(focal_loss(logits, target, 0.0, weights), cross_entropy)
+    terms = []
+    for index in range(1, num_classes):
+        truth = target == index
+        probability = (logits[:, 0].sigmoid() if num_classes == 2 else logits.softmax(dim=1)[:, index])[known]
+        terms.append(2 * (probability * truth[known]).sum() / (probability.sum() + truth.sum()))
+    expected = 1 - sum(w * d for w, d in zip(weights[1:], terms, strict=True)) / sum(weights[1:])
+    torch.testing.assert_close(dice_loss(logits, target, weights), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dice_loss(logits, target, [1.0] * num_classes), dice_loss(logits, target))
+
+
+def test_a_term_without_weight_is_not_there():
+    logits, target = pair(2, 8, 8)
+    assert set(segmentation_loss(logits, target)) == {"loss", "focal", "dice"}
+    only = segmentation_loss(logits, target, focal_weight=0, dice_weight=0, component_weight=2)
+    assert set(only) == {"loss", "component"}
+    torch.testing.assert_close(only["loss"], 2 * component_dice_loss(logits, target))
+
+
+def slow_component_dice(logits: Tensor, target: Tensor) -> float:
+    """Each component of each class of each scan, by itself: everything else of its class is masked out."""
+    from scipy import ndimage
+
+    classes = range(1, max(2, logits.shape[1]))
+    scores = []
+    for scan, truth in zip(logits.double(), target, strict=True):
+        for index in classes:
+            probability = (scan[0].sigmoid() if len(scan) == 1 else scan.softmax(dim=0)[index]).numpy()
+            labels, count = ndimage.label(truth.numpy() == index, np.ones([3] * truth.ndim))
+            for number in range(1, count + 1):
+                own, kept = labels == number, (labels == 0) | (labels == number)
+                kept &= truth.numpy() != IGNORE
+                scores.append(2 * probability[own].sum() / (probability[kept].sum() + own.sum()))
+    return 1 - float(np.mean(scores))
+
+
+@pytest.mark.parametrize("size", [(12, 11), (5, 6, 7)], ids=["2D", "3D"])
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_every_component_counts_as_much_as_any_other(num_classes, size):
+    logits, _ = pair(num_classes, *size)
+    sparse = torch.rand(3, *size, generator=torch.Generator().manual_seed(3))
+    target = torch.where(sparse < 0.1, 1, torch.where((sparse > 0.95) & (num_classes > 2), 2, 0)).to(torch.uint8)
+    target[0, 0] = IGNORE
+    assert float(component_dice_loss(logits, target)) == pytest.approx(slow_component_dice(logits, target), rel=1e-4)
+
+
+def test_a_missed_small_component_costs_as_much_as_a_missed_large_one():
+    target = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    target[0, 1:9, 1:9] = 1
+    target[0, 13, 13] = 1
+    found = torch.where(target == 1, 9.0, -9.0)[:, None]
+    without_small, without_large = found.clone(), found.clone()
+    without_small[0, 0, 13, 13] = -9
+    without_large[0, 0, 1:9, 1:9] = -9
+    small, large = component_dice_loss(without_small, target), component_dice_loss(without_large, target)
+    assert float(small) == pytest.approx(0.5, abs=0.03) and float(large) == pytest.approx(0.5, abs=0.03)
+    assert dice_loss(without_small, target) < 0.02
+
+
+def test_without_components_there_is_nothing_to_find_and_a_gradient_all_the_same():
+    logits = torch.zeros(2, 1, 6, 6, requires_grad=True)
+    loss = component_dice_loss(logits, torch.zeros(2, 6, 6, dtype=torch.uint8))
+    loss.backward()
+    assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()

@@ -1,9 +1,11 @@
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pretrain.recipe import PretrainRecipe
 from resunet.config import validate
@@ -35,7 +37,12 @@ def recipe(tmp_path: Path, archive: Path) -> Callable[..., PretrainRecipe]:
             "steps": 2,
             "batch": 4,
             "log_every": 1,
-            "data": {"source": str(archive), "salt_file": str(tmp_path / "salt")},
+            "data": {
+                "source": str(archive),
+                "salt_file": str(tmp_path / "salt"),
+                "store": str(tmp_path / "store"),
+                "workers": 0,
+            },
             "model": {"channels": [4, 8], "units": 1},
             "head": {"hidden": 8, "output": 8},
             "views": {"size": 12},
@@ -46,3 +53,24 @@ def recipe(tmp_path: Path, archive: Path) -> Callable[..., PretrainRecipe]:
         return validate(PretrainRecipe, values, "recipe")
 
     return make
+
+
+@pytest.fixture
+def sigterm_after() -> Iterator[Callable[..., None]]:
+    """Sends SIGTERM to this process at the end of its n-th optimiser step, and calls `first` before."""
+    handles = []
+
+    def at(step: int, first: Callable[[], None] = lambda: None) -> None:
+        done = []
+
+        def hook(optimizer: object, args: object, kwargs: object) -> None:
+            done.append(None)
+            if len(done) == step:
+                first()
+                signal.raise_signal(signal.SIGTERM)
+
+        handles.append(register_optimizer_step_post_hook(hook))
+
+    yield at
+    for handle in handles:
+        handle.remove()

@@ -7,7 +7,6 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pretrain.loop import pretrain
 from pretrain.objective import contrast, nt_xent
@@ -19,32 +18,12 @@ from resunet.report import read_metrics
 from resunet.transfer import feature_error
 
 
-@pytest.fixture
-def sigterm_after():
-    """Sends SIGTERM to this process at the end of its n-th optimiser step."""
-    handles = []
-
-    def at(step: int) -> None:
-        done = []
-
-        def hook(optimizer, args, kwargs):
-            done.append(None)
-            if len(done) == step:
-                signal.raise_signal(signal.SIGTERM)
-
-        handles.append(register_optimizer_step_post_hook(hook))
-
-    yield at
-    for handle in handles:
-        handle.remove()
-
-
 def metrics_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def record_of(folder) -> dict:
-    return json.loads((folder / "run.json").read_text())
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def test_a_run_writes_its_directory(recipe):
@@ -60,7 +39,7 @@ def test_a_run_writes_its_directory(recipe):
         "report.html",
     }
     assert {path.name for path in (out / "model").iterdir()} >= {"config.json", "model.safetensors", "archive.parquet"}
-    assert type(ours).model_validate_json((out / "config.json").read_text()) == ours
+    assert type(ours).model_validate_json((out / "config.json").read_text(encoding="utf-8")) == ours
     record = record_of(out)
     assert (record["status"], record["stage"], record["step"]) == ("done", "pretrain", 3)
     lines = metrics_of(out)
@@ -70,7 +49,7 @@ def test_a_run_writes_its_directory(recipe):
     config = read_config(out / "model")
     assert config.provenance.data_sha256 == record["inputs"]["data"] and config.provenance.recipe_sha256 == ours.sha256()
     assert config.allowed == [] and config.normalisation == ours.normalisation
-    assert len(read_archive(out / "model").rows) == 9
+    assert len(read_archive(out / "model")) == 9
     encoder = ResidualEncoder.from_pretrained(out / "model")
     assert feature_error(encoder, config.feature_check) < 1e-12
     state = torch.load(out / "checkpoints" / "last" / "state.pt", weights_only=True)
@@ -95,9 +74,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after)
     pretrain(stopped.model_copy(update={"resume": True}))
     assert record_of(stopped.out)["status"] == "done"
     assert metrics_of(stopped.out) == metrics_of(whole.out)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "archive.parquet"):
         assert (stopped.out / "model" / name).read_bytes() == (whole.out / "model" / name).read_bytes()
-    assert read_archive(stopped.out / "model") == read_archive(whole.out / "model")
 
 
 def test_an_existing_run_is_refused_and_so_is_another_recipe(recipe):
@@ -140,9 +118,13 @@ def test_the_loss_that_is_logged_is_the_objective(recipe):
     """Of the first step, from the same views through a network of the same seed."""
     from accelerate import Accelerator
 
+    from pretrain.archive import read_archive as read_sources
+    from pretrain.loader import ContrastiveSets
     from pretrain.loop import _views
     from pretrain.objective import SimCLR
+    from pretrain.views import stack_scans
     from resunet.data.cases import load_cases
+    from resunet.data.order import batch_order
     from resunet.data.source import open_source
 
     ours = recipe(steps=1)
@@ -150,7 +132,10 @@ def test_the_loss_that_is_logged_is_the_objective(recipe):
     torch.manual_seed(ours.seed)
     network = SimCLR(ResidualEncoder(1, (4, 8), units=1), ours.head)
     cases = load_cases(open_source(ours.data, masks=False).cases, "grey", ours.normalisation)
-    views = _views(ours, [(case, 0) for case in cases], 0, Accelerator())
+    chosen = batch_order(9, 4, ours.seed, 0)
+    scans, sizes = stack_scans([cases[i].image_slice(0) for i in chosen])
+    _, _, anchors = ContrastiveSets(read_sources(ours, Accelerator()).scans, ours, 0).read(0)
+    views = _views(ours, (scans, sizes, anchors), 0, Accelerator())
     assert views.shape == (8, 1, 12, 12)
     assert contrast(*network(views), nt_xent(ours.temperature))["loss"].item() == pytest.approx(logged, rel=1e-5)
 
@@ -163,18 +148,18 @@ def test_a_held_out_image_in_the_archive_stops_the_run(recipe, archive, tmp_path
     with pytest.raises(CheckFailed, match=r"(?s)1 held-out cases are among the pretraining archive.*renamed\.png") as error:
         pretrain(recipe(data={"held_out": str(held_out)}))
     assert "sha256 of the file" in str(error.value) and "other.png" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and error.value.exit_code == 1
 
     out = pretrain(recipe(data={"held_out": str(held_out)}, steps=1, allow=["leak"]))
     (allowed,) = read_config(out / "model").allowed
-    assert "leak: 1 held-out" in allowed and allowed in (out / "report.html").read_text()
+    assert "leak: 1 held-out" in allowed and allowed in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_reencoded_copy_is_found_by_its_pixels(recipe, archive, tmp_path):
     held_out = tmp_path / "elsewhere"
     held_out.mkdir()
     tifffile.imwrite(held_out / "renamed.tif", np.asarray(Image.open(archive / "scan03.png")))
-    with pytest.raises(CheckFailed, match=r"renamed\.tif \(sha256 of the pixels\)"):
+    with pytest.raises(CheckFailed, match=r"renamed\.tif \(sha256 of the pixels; perceptual, correlation 1\.000\)"):
         pretrain(recipe(data={"held_out": str(held_out)}))
 
 
@@ -182,7 +167,29 @@ def test_only_the_pool_is_pretrained_on(recipe, archive):
     stems = [f"scan{i:02}" for i in range(9)]
     (archive / "splits.json").write_text(json.dumps({"pool": stems[:5], "val": stems[5:7], "test": stems[7:]}))
     out = pretrain(recipe(steps=1))
-    assert len(read_archive(out / "model").rows) == 5
+    assert len(read_archive(out / "model")) == 5
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_what_fine_tuning_will_hold_out_is_left_out(recipe, tmp_path, stratify):
+    """Of a labelled source without a split, which both make by `assign_parts`."""
+    from accelerate import Accelerator
+
+    from pretrain.archive import read_archive
+    from resunet.data.source import assign_parts, open_source
+
+    root, rng = tmp_path / "labelled", np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 99, (12, 12), dtype=np.uint8)).save(root / "images" / f"{i:02}.png")
+        Image.fromarray(np.full((12, 12), 255 * (i < 7), np.uint8)).save(root / "masks" / f"{i:02}.png")
+    ours = recipe(data={"source": str(root), "names": "keep", "stratify": stratify})
+    archive = read_archive(ours, Accelerator(cpu=True))
+    labelled = open_source(ours.data, masks=True)
+    parts = {way: assign_parts(labelled, 0, way).stems() for way in (False, True)}
+    assert parts[False] != parts[True]
+    assert [case.id for case in archive.scans.cases] == parts[stratify]["pool"]
 
 
 def test_a_pool_image_that_is_also_a_test_image_stops_the_run(recipe, archive):
@@ -199,7 +206,7 @@ def test_constant_slices_are_left_out(recipe, archive, tmp_path):
     with pytest.raises(InputError, match=r"batch=10: the archive has only 9 slices"):
         pretrain(recipe(batch=10))
     out = pretrain(recipe(batch=9, steps=1))
-    assert "9 slices of 13 scans" in (out / "report.html").read_text()
+    assert "9 slices of 13 scans" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_volumes_give_their_slices(recipe, archive):
@@ -210,7 +217,7 @@ def test_volumes_give_their_slices(recipe, archive):
     tifffile.imwrite(archive / "stack.tif", stack, metadata={"axes": "ZYX"})
     with pytest.raises(InputError, match=r"batch=6: the archive has only 5 slices"):
         pretrain(recipe(batch=6))
-    assert "5 slices of 1 scans" in (pretrain(recipe(batch=5, steps=1)) / "report.html").read_text()
+    assert "5 slices of 1 scans" in (pretrain(recipe(batch=5, steps=1)) / "report.html").read_text(encoding="utf-8")
 
 
 def test_nan_in_an_image_is_the_users_fault(recipe, archive, tmp_path):

@@ -36,6 +36,15 @@ def whole(scans: torch.Tensor) -> torch.Tensor:
     return torch.tensor([scans.shape[2:]] * len(scans))
 
 
+def centres(sizes: torch.Tensor) -> torch.Tensor:
+    """The middle of every scan, for both views."""
+    return (sizes // 2)[:, None].expand(-1, 2, -1)
+
+
+def views_of(scans: torch.Tensor, sizes: torch.Tensor, settings: ViewSettings, its: torch.Generator) -> torch.Tensor:
+    return make_views(scans, sizes, centres(sizes), settings, its)
+
+
 def checkerboard(size: int, block: int) -> torch.Tensor:
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     return ((y // block + x // block) % 2).float()[None, None]
@@ -45,30 +54,30 @@ def test_views_keep_more_than_eight_bits():
     raw = np.linspace(-1000, 3000, 64 * 64).astype(np.int16).reshape(1, 64, 64)
     scan = normalise(raw, percentile_intensity(raw, 0.5, 99.5))
     scans, sizes = stack_scans([scan])
-    views = make_views(scans, sizes, still(64, intensity=1), generator())
+    views = views_of(scans, sizes, still(64, intensity=1), generator())
     assert all(len(view.unique()) > 3000 for view in views)  # of 4001 raw values, 1 % clipped
 
 
 def test_identity_settings_give_the_scan():
     scans = random_scans(3, 2, 17, 17)
-    views = make_views(scans, whole(scans), still(17), generator())
+    views = views_of(scans, whole(scans), still(17), generator())
     assert views.shape == (6, 2, 17, 17)
     torch.testing.assert_close(views, torch.cat([scans, scans]), atol=2e-5, rtol=0)
 
 
 def test_a_scan_that_is_not_square_fills_a_square_view():
     ramp = torch.arange(32.0).expand(1, 1, 16, 32)
-    view = make_views(ramp, whole(ramp), still(16, ratio=(2, 2)), generator())[:1]
+    view = views_of(ramp, whole(ramp), still(16, ratio=(2, 2)), generator())[:1]
     torch.testing.assert_close(view[0, 0, 0], torch.arange(16.0) * 2 + 0.5)
 
 
 def test_flips_are_those_of_torch():
     scans = random_scans(1, 2, 9, 9)
-    both = make_views(scans, whole(scans), still(9, flip=1), generator())
+    both = views_of(scans, whole(scans), still(9, flip=1), generator())
     torch.testing.assert_close(both[:1], torch.flip(scans, (2, 3)), atol=2e-5, rtol=0)
     scans = scans.expand(32, -1, -1, -1)
     seen = set()
-    for view in make_views(scans, whole(scans), still(9, flip=0.5), generator()):
+    for view in views_of(scans, whole(scans), still(9, flip=0.5), generator()):
         wanted = {dims: torch.flip(scans[0], dims) if dims else scans[0] for dims in ((), (1,), (2,), (1, 2))}
         (match,) = (dims for dims, one in wanted.items() if torch.allclose(view, one, atol=2e-5))
         seen.add(match)
@@ -86,8 +95,8 @@ def test_reading_through_a_quarter_turn(turns):
 
 
 def test_the_grid_is_turned_rigidly_about_the_centre_within_the_limits():
-    grid, _, _ = _crop_grid(torch.tensor([[13, 13]] * 200), still(13, rotation=30), generator())
-    straight, _, _ = _crop_grid(torch.tensor([[13, 13]]), still(13), generator())
+    grid, _, _ = _crop_grid(torch.tensor([[13, 13]] * 200), torch.full((200, 2), 6), still(13, rotation=30), generator())
+    straight, _, _ = _crop_grid(torch.tensor([[13, 13]]), torch.tensor([[6, 6]]), still(13), generator())
     from_centre, wanted = (torch.view_as_complex((one - 6).contiguous()) for one in (grid, straight))
     corner = from_centre[:, 0, 0] / wanted[:, 0, 0]
     torch.testing.assert_close(corner.abs(), torch.ones(200))
@@ -107,7 +116,7 @@ def test_reading_is_that_of_scipy():
 
 def test_crops_cover_the_share_of_the_scan_they_are_told_to():
     sizes = torch.tensor([[40, 60]] * 300)
-    grid, _, zoom = _crop_grid(sizes, still(10, scale=(0.2, 0.5), ratio=(0.5, 2)), generator())
+    grid, _, zoom = _crop_grid(sizes, sizes // 2, still(10, scale=(0.2, 0.5), ratio=(0.5, 2)), generator())
     width = (grid[:, 0, 1, 0] - grid[:, 0, 0, 0]) * 10
     height = (grid[:, 1, 0, 1] - grid[:, 0, 0, 1]) * 10
     share = width * height / (40 * 60)
@@ -120,17 +129,17 @@ def test_crops_cover_the_share_of_the_scan_they_are_told_to():
 @pytest.mark.parametrize("zoom", [1, 2, 4, 8])
 def test_large_crops_are_means_and_do_not_alias(zoom):
     scans = random_scans(2, 3, 16 * zoom, 16 * zoom)
-    views = make_views(scans, whole(scans), still(16), generator())
+    views = views_of(scans, whole(scans), still(16), generator())
     torch.testing.assert_close(views[:2], torch.nn.functional.avg_pool2d(scans, zoom), atol=2e-5, rtol=0)
     board = checkerboard(16 * zoom, 1)
     if zoom > 1:
-        torch.testing.assert_close(make_views(board, whole(board), still(16), generator()), torch.full((2, 1, 16, 16), 0.5))
+        torch.testing.assert_close(views_of(board, whole(board), still(16), generator()), torch.full((2, 1, 16, 16), 0.5))
 
 
 def test_every_scan_is_read_from_its_own_level():
     fine, coarse = random_scans(1, 64, 64), random_scans(1, 16, 16, seed=1)
     scans, sizes = stack_scans([fine.numpy(), coarse.numpy()])
-    fine_view, coarse_view = make_views(scans, sizes, still(16), generator())[:2]
+    fine_view, coarse_view = views_of(scans, sizes, still(16), generator())[:2]
     torch.testing.assert_close(fine_view, torch.nn.functional.avg_pool2d(fine, 4), atol=2e-5, rtol=0)
     torch.testing.assert_close(coarse_view, coarse, atol=2e-5, rtol=0)
 
@@ -153,7 +162,7 @@ def test_the_padding_is_never_read(size):
     for scan, (height, width) in zip(poisoned, sizes.tolist(), strict=True):
         scan[:, height:] = scan[:, :, width:] = 1e6
     for seed in range(10):
-        views = make_views(poisoned, sizes, settings, generator(seed))
+        views = views_of(poisoned, sizes, settings, generator(seed))
         # a position on the last pixel is off by the float32 rounding of the grid (about 1e-5 pixels), which times 1e6 shows;
         # one pixel read for real would be far above
         assert views.min() > -100 and views.max() < 100
@@ -175,7 +184,7 @@ def test_channels_share_one_geometry_and_one_intensity():
     one = random_scans(4, 1, 30, 26)
     scans = torch.cat([one, 2 * one, -one], dim=1)
     settings = still(16, scale=(0.2, 1), ratio=(0.5, 2), flip=0.5, rotation=90)
-    views = make_views(scans, whole(scans), settings, generator())
+    views = views_of(scans, whole(scans), settings, generator())
     torch.testing.assert_close(views[:, 1], 2 * views[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(views[:, 2], -views[:, 0], atol=1e-5, rtol=0)
 
@@ -183,7 +192,7 @@ def test_channels_share_one_geometry_and_one_intensity():
 def test_scale_and_shift_are_within_their_limits():
     scans = random_scans(64, 1, 8, 8)
     settings = still(8, intensity=1, gamma=(1, 1), intensity_scale=(0.5, 2), intensity_shift=(-1, 3))
-    views = make_views(scans, whole(scans), settings, generator())
+    views = views_of(scans, whole(scans), settings, generator())
     before = torch.cat([scans, scans])
     scale = views.std(dim=(1, 2, 3)) / before.std(dim=(1, 2, 3))
     shift = views.mean(dim=(1, 2, 3)) - scale * before.mean(dim=(1, 2, 3))
@@ -215,9 +224,9 @@ def test_blur_is_that_of_scipy():
 
 def test_noise_has_the_standard_deviation_it_is_given():
     scans = torch.zeros(8, 1, 64, 64)
-    views = make_views(scans, whole(scans), still(64, noise=1, noise_sigma=(0.15, 0.15)), generator())
+    views = views_of(scans, whole(scans), still(64, noise=1, noise_sigma=(0.15, 0.15)), generator())
     assert views.std().item() == pytest.approx(0.15, rel=0.02) and abs(views.mean().item()) < 0.002
-    views = make_views(scans, whole(scans), still(64, noise=1, noise_sigma=(0.0, 0.3)), generator())
+    views = views_of(scans, whole(scans), still(64, noise=1, noise_sigma=(0.0, 0.3)), generator())
     deviations = views.std(dim=(1, 2, 3))
     assert deviations.max() < 0.31 and deviations.max() > 2 * deviations.min()  # each view's own
 
@@ -226,7 +235,7 @@ def test_noise_has_the_standard_deviation_it_is_given():
 def test_a_change_happens_as_often_as_it_should(name):
     scans = random_scans(400, 1, 8, 8)
     settings = still(8, **{name: 0.25}, noise_sigma=(0.1, 0.1), blur_sigma=(1, 1), intensity_shift=(0.2, 0.3))
-    views = make_views(scans, whole(scans), settings, generator())
+    views = views_of(scans, whole(scans), settings, generator())
     changed = (views - torch.cat([scans, scans])).abs().amax(dim=(1, 2, 3)) > 1e-3
     assert 0.19 < changed.float().mean() < 0.31  # 4 standard deviations of 800 draws
 
@@ -234,17 +243,51 @@ def test_a_change_happens_as_often_as_it_should(name):
 def test_views_are_a_function_of_the_generator_and_differ():
     scans = random_scans(3, 1, 24, 24)
     settings = ViewSettings(size=16)
-    first, again, other = (make_views(scans, whole(scans), settings, generator(seed)) for seed in (5, 5, 6))
+    first, again, other = (views_of(scans, whole(scans), settings, generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     same = scans[:1].expand(3, -1, -1, -1)
-    views = make_views(same, whole(same), settings, generator(5))
+    views = views_of(same, whole(same), settings, generator(5))
     assert len({tuple(view.flatten().tolist()) for view in views}) == 6
 
 
 def test_inputs_are_not_changed():
     scans = random_scans(2, 1, 24, 24)
     sizes = torch.tensor([[24, 20], [18, 24]])
-    before = scans.clone(), sizes.clone()
-    make_views(scans, sizes, ViewSettings(size=8, noise=1, blur=1, intensity=1), generator())
-    assert torch.equal(scans, before[0]) and torch.equal(sizes, before[1])
+    anchors = centres(sizes).clone()
+    before = scans.clone(), sizes.clone(), anchors.clone()
+    make_views(scans, sizes, anchors, ViewSettings(size=8, noise=1, blur=1, intensity=1), generator())
+    assert torch.equal(scans, before[0]) and torch.equal(sizes, before[1]) and torch.equal(anchors, before[2])
+
+
+def test_every_crop_holds_its_anchor_and_stays_inside():
+    height, width, count = 60, 45, 500
+    draw = generator(3)
+    anchors = torch.stack([torch.randint(n, (count,), generator=draw) for n in (height, width)], dim=1)
+    anchors[:4] = torch.tensor([[0, 0], [0, width - 1], [height - 1, 0], [height - 1, width - 1]])
+    sizes = torch.tensor([[height, width]] * count)
+    grid, _, _ = _crop_grid(sizes, anchors, still(10, scale=(0.02, 1), ratio=(0.5, 2)), generator())
+    for axis, extent in ((0, width), (1, height)):  # of (x, y)
+        line = grid[..., axis]
+        first, last = line.amin(dim=(1, 2)), line.amax(dim=(1, 2))
+        half = (last - first) / 9 / 2  # of a view pixel
+        anchor = anchors[:, 1 - axis]
+        assert (first - half <= anchor + 1e-3).all() and (last + half >= anchor - 1e-3).all()
+        assert (first - half > -0.501).all() and (last + half < extent - 0.499).all()
+
+
+def test_crops_of_one_anchor_are_where_they_can_be():
+    """Uniform over all places that hold it: at the middle of a long line from one end of the anchor to the other."""
+    sizes, anchors = torch.tensor([[100, 100]] * 2000), torch.full((2000, 2), 50)
+    grid, _, _ = _crop_grid(sizes, anchors, still(8, scale=(0.04, 0.04)), generator())
+    first = grid[:, 0, 0, 0] + 0.5 - 1.25  # half a view pixel of 2.5: the crop's left edge
+    assert 30.5 <= first.min() < 31 and 50 < first.max() <= 50.5
+    assert abs(first.mean() - 40.5) < 0.8 and abs(first.std() - 20 / 12**0.5) < 0.4
+
+
+def test_views_have_anchors_of_their_own():
+    scans = torch.zeros(1, 1, 40, 40)
+    scans[0, 0, :20] = 1
+    anchors = torch.tensor([[[2, 20], [37, 20]]])
+    views = make_views(scans, whole(scans), anchors, still(8, scale=(0.01, 0.01)), generator())
+    assert (views[0] == 1).all() and (views[1] == 0).all()

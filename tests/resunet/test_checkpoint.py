@@ -51,7 +51,7 @@ def edit_weights(folder: Path, edit) -> None:
 
 
 def edit_config(folder: Path, **values) -> None:
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps(config | values))
 
 
@@ -91,8 +91,8 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(model, tmp_path):
 def test_a_model_directory_has_the_layout_of_the_hub(folder):
     assert {CONFIG, WEIGHTS} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-    assert json.loads((folder / CONFIG).read_text())["schema_version"] == SCHEMA_VERSION
-    card = (folder / "README.md").read_text()
+    assert json.loads((folder / CONFIG).read_text(encoding="utf-8"))["schema_version"] == SCHEMA_VERSION
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "library_name: resunet" in card and "license: apache-2.0" in card
 
 
@@ -233,7 +233,7 @@ def test_a_text_that_cannot_be_written_leaves_the_one_before(tmp_path):
     write_text(path, "before")
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half of it is fine \ud800")
-    assert path.read_text() == "before"
+    assert path.read_text(encoding="utf-8") == "before"
 
 
 def test_a_text_that_cannot_be_written_leaves_nothing_beside(tmp_path):

@@ -33,7 +33,7 @@ def offenders(package: str, forbidden: set[str], but: tuple[str, ...] = ()) -> l
 
 def loaded_by(code: str, *modules: str) -> list[str]:
     code = f"import sys; {code}; print(*[m for m in {modules!r} if m in sys.modules])"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout.split()
 
 
 def test_the_library_imports_neither_application():
@@ -72,7 +72,7 @@ def test_everything_promised_is_there():
 
 
 def test_type_checkers_see_what_is_promised():
-    tree = ast.parse(Path(resunet.__file__).read_text())
+    tree = ast.parse(Path(resunet.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == {name: f"resunet.{home}" for name, home in resunet._HOME.items()}

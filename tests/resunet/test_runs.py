@@ -29,11 +29,11 @@ def run(tmp_path) -> Run:
 
 
 def record(run: Run) -> dict:
-    return json.loads((run.folder / "run.json").read_text())
+    return json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
 
 
 def lines(run: Run) -> list[dict]:
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_new_folder_is_fine(tmp_path):
@@ -75,10 +75,10 @@ def test_a_run_directory_may_move(run, tmp_path):
 
 
 def test_config_json_is_the_recipe_and_is_never_edited(run):
-    text = (run.folder / "config.json").read_text()
+    text = (run.folder / "config.json").read_text(encoding="utf-8")
     assert SmallRecipe.model_validate_json(text) == small_recipe(run.folder)
     Run(small_recipe(run.folder, resume=True, log_every=7), "pretrain", {"data": "a" * 64})
-    assert (run.folder / "config.json").read_text() == text
+    assert (run.folder / "config.json").read_text(encoding="utf-8") == text
 
 
 def test_run_json_says_what_ran(run):
@@ -246,7 +246,7 @@ def test_versions_and_machine_name_neither_host_nor_user():
 
 def test_the_commit_is_that_of_the_checkout():
     here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, encoding="utf-8", check=False)
     assert git_commit() == (done.stdout.strip() or None)
 
 

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from resunet.runtime import Intensity, normalise, percentile_intensity, slice_axis
+from resunet.runtime import Intensity, normalise, percentile_intensity, percentiles, slice_axis
 
 
 def oracle(channel: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -89,7 +89,7 @@ def test_a_product_needs_neither_torch_nor_monai_nor_pydantic():
         "import sys, resunet.runtime; "
         "print([m for m in ('torch', 'monai', 'pydantic', 'SimpleITK', 'scipy', 'omegaconf') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -101,3 +101,15 @@ def test_the_unit_of_a_scan_does_not_matter():
         normalise(scan, percentile_intensity(scan, 0.5, 99.5)),
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "int32", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 5), (1, 257, 257), (1, 256, 258)])
+def test_percentiles_are_those_of_numpy(dtype, shape):
+    values = np.random.default_rng(2).normal(60, 40, shape).clip(0 if dtype[0] == "u" else -120, 120).astype(dtype)
+    wanted = [0, 0.5, 3.3, 25, 50, 99.5, 100]
+    before = values.copy()
+    np.testing.assert_allclose(percentiles(values, wanted), np.percentile(values, wanted), rtol=1e-6)
+    np.testing.assert_array_equal(values, before)
+    flipped = values[..., ::-1]  # not in one piece
+    np.testing.assert_allclose(percentiles(flipped, wanted), np.percentile(values, wanted), rtol=1e-6)

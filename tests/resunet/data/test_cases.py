@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -8,14 +9,28 @@ import tifffile
 from PIL import Image
 
 from resunet.config import FixedNormalisation, PercentileZScore
-from resunet.data.cases import IGNORE, Case, LoadedCase, encode_labels, load_cases, source_digest, take_slice
+from resunet.data.cases import (
+    IGNORE,
+    Case,
+    LoadedCase,
+    encode_labels,
+    load_cases,
+    read_case,
+    source_digest,
+    take_slice,
+)
 from resunet.errors import InputError
+from resunet.files import files_sha256
 
 CLASSES = {0: "background", 255: "tumour"}
 
 
 def case(image: Path, mask: Path | None = None) -> Case:
-    return Case(id="id", group="group", group_hmac="hmac", group_name="group", part=None, image=image, mask=mask)
+    return Case(id="id", group="group", group_hmac="hmac", group_name="group", part=None, files=(image,), mask=mask)
+
+
+def several(*files: Path, **changes) -> Case:
+    return dataclasses.replace(case(files[0]), files=files, **changes)
 
 
 def load(image: Path, mask: Path | None = None, **arguments) -> LoadedCase:
@@ -172,7 +187,7 @@ def test_cases_come_in_their_order_and_progress_sees_each(tmp_path):
             yield item
 
     loaded = load_cases([case(path) for path in paths], "grey", PercentileZScore(), progress=progress)
-    assert [one.case.image for one in loaded] == paths and seen == list(range(12))
+    assert [one.case.files for one in loaded] == [(path,) for path in paths] and seen == list(range(12))
 
 
 def test_hashes_of_file_and_pixels(tmp_path):
@@ -207,3 +222,101 @@ def test_take_slice():
 def test_the_hash_of_the_pixels_is_of_the_file_and_not_of_the_recipe(tmp_path):
     path = png(tmp_path / "a.png", np.arange(16).reshape(4, 4))
     assert load(path, channels="grey").pixel_sha256 == load(path, channels="rgb").pixel_sha256
+
+
+def nifti(path: Path, values: np.ndarray, spacing=(3, 2, 1)) -> Path:
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing([float(s) for s in spacing[::-1]])
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def test_channels_in_files_of_their_own(tmp_path):
+    random = np.random.default_rng(0)
+    ct, pet = random.integers(-1000, 3000, (3, 4, 5)).astype(np.int16), random.random((3, 4, 5)).astype(np.float32)
+    files = nifti(tmp_path / "ct.nii", ct), nifti(tmp_path / "pet.nii", pet)
+    (loaded,) = load_cases([several(*files, file_per_channel=True)], 2, PercentileZScore())
+    np.testing.assert_array_equal(loaded.values, np.stack([ct.astype(np.float32), pet]))  # exactly
+    assert loaded.size == (3, 4, 5) and loaded.spacing == (3, 2, 1) and len(loaded.intensities) == 2
+    np.testing.assert_allclose(loaded.image_slice(1)[0], z_score(ct, 0.5, 99.5)[1], atol=1e-5)
+    np.testing.assert_allclose(loaded.image_slice(1)[1], z_score(pet, 0.5, 99.5)[1], atol=1e-5)
+    one = load(files[0])
+    joined = [read_case(several(*order, file_per_channel=True), 2).pixel_sha256 for order in (files, files[::-1])]
+    assert len({loaded.pixel_sha256, one.pixel_sha256, joined[1]}) == 3 and joined[0] == loaded.pixel_sha256
+    assert loaded.file_sha256 == files_sha256(files)
+
+
+def test_one_file_a_channel_may_be_one_file(tmp_path):
+    path = nifti(tmp_path / "a.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5))
+    one, same = read_case(case(path), 1), read_case(several(path, file_per_channel=True), 1)
+    np.testing.assert_array_equal(one.values, same.values)
+    assert one.pixel_sha256 == same.pixel_sha256
+
+
+@pytest.mark.parametrize(
+    "shape, spacing, grid",
+    [((3, 4, 6), (3, 2, 1), "3×4×6 at 3, 2, 1 mm"), ((3, 4, 5), (3, 2, 1.01), "3×4×5 at 3, 2, 1.01 mm")],
+)
+def test_channels_of_two_grids(tmp_path, shape, spacing, grid):
+    first = nifti(tmp_path / "a.nii", np.zeros((3, 4, 5), np.int16))
+    other = nifti(tmp_path / "b.nii", np.zeros(shape, np.int16), spacing)
+    with pytest.raises(InputError) as error:
+        read_case(several(first, other, file_per_channel=True), 2)
+    assert f"b.nii: {grid}; a.nii, the first channel, 3×4×5 at 3, 2, 1 mm." in str(error.value)
+
+
+def test_spacings_that_differ_by_rounding_are_one_grid(tmp_path):
+    files = [nifti(tmp_path / f"{i}.nii", np.zeros((3, 4, 5), np.int16), (3, 2, 1 + 1e-5 * i)) for i in range(2)]
+    assert read_case(several(*files, file_per_channel=True), 2).values.shape == (2, 3, 4, 5)
+
+
+def test_other_channels_than_there_are_files(tmp_path):
+    files = [png(tmp_path / f"{i}.png", np.zeros((4, 4))) for i in range(2)]
+    for channels, wanted in (("rgb", 3), ("grey", 1), (3, 3)):
+        with pytest.raises(
+            InputError, match=rf"0\.png and 1 more: 2 channels, .*={channels} wants {wanted}\. Set data\.channels=2"
+        ):
+            read_case(several(*files, file_per_channel=True), channels)
+    colour = tmp_path / "colour.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(colour)
+    with pytest.raises(InputError, match=r"colour\.png: has 3 channels; it is one channel of a case"):
+        read_case(several(files[0], colour, file_per_channel=True), 2)
+
+
+def test_a_spacing_beside_the_file_is_the_spacing(tmp_path):
+    path = nifti(tmp_path / "a.nii", np.zeros((3, 4, 5), np.int16))
+    assert read_case(several(path, spacing=(5.0, 0.5, 0.25)), 1).spacing == (5, 0.5, 0.25)
+    with pytest.raises(InputError, match=r"a\.nii: the spacing beside it is 1, 1, the scan has 3 dimensions"):
+        read_case(several(path, spacing=(1.0, 1.0)), 1)
+
+
+def test_a_series_of_slices_is_one_scan(tmp_path):
+    values = np.random.default_rng(0).integers(0, 900, (3, 8, 8)).astype(np.int16)
+    files = []
+    for z, plane in enumerate(values):
+        image = sitk.GetImageFromArray(plane[None])
+        image.SetSpacing((1, 1, 2))
+        tags = {"0020|000e": "1.2.3", "0020|0013": str(z), "0020|0032": f"0\\0\\{2 * z}", "0020|0037": "1\\0\\0\\0\\1\\0"}
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        files.append(tmp_path / f"slice{z}.dcm")
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(files[-1]))
+        writer.Execute(image)
+    (loaded,) = load_cases([several(*files)], "grey", PercentileZScore())
+    np.testing.assert_array_equal(loaded.values[0], values)
+    assert loaded.size == (3, 8, 8) and loaded.spacing[0] == 2
+
+
+def test_the_hash_of_several_files_is_of_their_hashes_in_order(tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    a, b = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
+    assert files_sha256([tmp_path / "a"]) == a
+    assert files_sha256([tmp_path / "a", tmp_path / "b"]) == hashlib.sha256((a + b).encode()).hexdigest()
+
+
+def test_where_a_case_is(tmp_path):
+    assert case(tmp_path / "a.png").where() == str(tmp_path / "a.png")
+    assert several(tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png").where() == f"{tmp_path / 'a.png'} and 2 more"

@@ -422,5 +422,5 @@ def test_nothing_is_printed_and_nothing_warns(tmp_path):
         f"for name in 'ab':\n  try: read_scan(Path({str(tmp_path)!r}) / (name + '.dcm'), None)\n"
         "  except InputError: pass\n"
     )
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -44,7 +44,7 @@ def test_the_users_salt_is_made_once_and_only_the_user_can_read_it():
         os.umask(before)
     file = default_salt_file()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert len(bytes.fromhex(file.read_text().strip())) == 32
+    assert len(bytes.fromhex(file.read_text(encoding="utf-8").strip())) == 32
     assert list(file.parent.iterdir()) == [file]
     assert load_salt(None).fingerprint == first.fingerprint == load_salt(file).fingerprint
 

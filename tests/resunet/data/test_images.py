@@ -335,7 +335,7 @@ def test_reading_imports_no_torch(tmp_path):
         f"for path in Path({str(tmp_path)!r}).iterdir(): read_scan(path, 'grey'); read_mask(path)\n"
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "False"
 
 

@@ -53,7 +53,7 @@ def test_adding_patients_changes_no_other(folder: Path, tmp_path: Path) -> None:
         a, b = (sitk.ReadImage(str(root / path.relative_to(folder))) for root in (folder, more))
         assert np.array_equal(sitk.GetArrayViewFromImage(a), sitk.GetArrayViewFromImage(b))
         assert a.GetOrigin() == b.GetOrigin()
-    splits = [json.loads((root / "splits.json").read_text()) for root in (folder, more)]
+    splits = [json.loads((root / "splits.json").read_text(encoding="utf-8")) for root in (folder, more)]
     assert all(splits[0][part] == splits[1][part] for part in ("val", "test"))
     assert set(splits[0]["pool"]) < set(splits[1]["pool"])
 
@@ -126,7 +126,7 @@ def test_another_spacing_holds_the_same_volume_of_brain() -> None:
 
 
 def test_splits_and_groups_name_every_patient_once(folder: Path) -> None:
-    splits = json.loads((folder / "splits.json").read_text())
+    splits = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
     assert {part: len(stems) for part, stems in splits.items()} == {"pool": 1, "val": 1, "test": 1}
     listed = sorted(stem for stems in splits.values() for stem in stems)
     with (folder / "groups.csv").open() as file:
@@ -135,7 +135,7 @@ def test_splits_and_groups_name_every_patient_once(folder: Path) -> None:
     assert len({row["group"] for row in rows}) == 3
     for kind in ("images", "masks"):
         assert sorted(path.name for path in (folder / kind).iterdir()) == [f"{stem}.nii.gz" for stem in listed]
-    assert "SIMULATED" in (folder / "SOURCE.txt").read_text()
+    assert "SIMULATED" in (folder / "SOURCE.txt").read_text(encoding="utf-8")
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ from PIL import Image
 
 from resunet.config import DataSettings
 from resunet.data.identity import Salt
-from resunet.data.source import assign_parts, open_source
+from resunet.data.source import assign_parts, draw_labelled, open_source
+from resunet.data.splits import draw_groups, write_splits
 from resunet.errors import InputError
 
 STEMS = ("ann_1", "ann_2", "bob_1", "cat_1", "dan_1")
+SALT = Salt(bytes(range(32)))
 
 
-def put(path: Path) -> None:
+def put(path: Path, values=0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
+    Image.fromarray(np.full((4, 4), values, np.uint8)).save(path)
 
 
 @pytest.fixture
@@ -24,20 +26,27 @@ def root(tmp_path) -> Path:
     for stem in STEMS:
         put(tmp_path / "source" / "images" / f"{stem}.png")
         put(tmp_path / "source" / "masks" / f"{stem}.bmp")
-    write_groups(tmp_path / "source")
-    write_splits(tmp_path / "source", pool=["ann_1", "ann_2", "bob_1"], val=["cat_1"], test=["dan_1"])
+    rows = "".join(f"{stem},{stem[:3]}\n" for stem in STEMS)
+    (tmp_path / "source" / "groups.csv").write_text("stem,group\n" + rows)
+    splits = {"pool": ["ann_1", "ann_2", "bob_1"], "val": ["cat_1"], "test": ["dan_1"]}
+    (tmp_path / "source" / "splits.json").write_text(json.dumps(splits))
     (tmp_path / "salt").write_text(bytes(range(32)).hex())
     return tmp_path / "source"
 
 
-def write_groups(
-    root: Path, rows: str = "".join(f"{stem},{stem[:3]}\n" for stem in STEMS), header: str = "stem,group\n"
-) -> None:
-    (root / "groups.csv").write_text(header + rows)
-
-
-def write_splits(root: Path, **parts) -> None:
-    (root / "splits.json").write_text(json.dumps(parts))
+@pytest.fixture
+def lesions(tmp_path) -> Path:
+    """40 patients of two images each, no split; in 12 patients, those of a number below 12, the second mask has a lesion."""
+    root = tmp_path / "lesions"
+    rows = ["stem,group"]
+    for number in range(40):
+        for i in range(2):
+            put(root / "images" / f"p{number:02}_{i}.png")
+            put(root / "masks" / f"p{number:02}_{i}.png", 255 if number < 12 and i else 0)
+            rows.append(f"p{number:02}_{i},p{number:02}")
+    (root / "groups.csv").write_text("\n".join(rows))
+    (tmp_path / "salt").write_text(bytes(range(32)).hex())
+    return root
 
 
 def settings(root: Path, **values) -> DataSettings:
@@ -50,18 +59,12 @@ def fault(root: Path, masks: bool = True) -> str:
     return str(error.value)
 
 
-SALT = Salt(bytes(range(32)))
+def groups(source, part: str) -> set[str]:
+    return {case.group_name for case in source.part(part)}
 
 
-def test_a_source_is_listed_by_stem_with_masks_groups_and_parts(root):
-    source = open_source(settings(root, names="keep"), masks=True)
-    assert [case.id for case in source.cases] == list(STEMS)
-    assert [case.group for case in source.cases] == [stem[:3] for stem in STEMS]
-    assert [case.part for case in source.cases] == ["pool", "pool", "pool", "val", "test"]
-    assert [case.image.name for case in source.cases] == [f"{stem}.png" for stem in STEMS]
-    assert [case.mask.name for case in source.cases] == [f"{stem}.bmp" for stem in STEMS]
-    assert [case.id for case in source.part("pool")] == ["ann_1", "ann_2", "bob_1"]
-    assert source.has_groups and source.has_splits and source.notes() == []
+def with_lesion(names: set[str]) -> int:
+    return sum(int(name[1:]) < 12 for name in names)
 
 
 def test_ids_are_hmacs_unless_names_are_kept(root):
@@ -102,128 +105,10 @@ def test_the_owners_split_is_kept(root):
     assert assign_parts(source, 3) is source
 
 
-def test_an_image_without_a_mask(root):
-    (root / "masks" / "bob_1.bmp").unlink()
-    assert "1 images without a mask: bob_1. Add the masks" in fault(root)
-    assert len(open_source(settings(root), masks=False).cases) == 5
-
-
-def test_a_mask_without_an_image(root):
-    put(root / "masks" / "eve_1.png")
-    assert "1 masks without an image: eve_1. Add the images" in fault(root)
-
-
-def test_many_images_without_a_mask_are_counted_and_some_named(root):
-    for i in range(8):
-        put(root / "images" / f"x{i}.png")
-    assert "8 images without a mask: x0, x1, x2, x3, x4, …" in fault(root)
-
-
-def test_no_masks_at_all(root):
-    for path in (root / "masks").iterdir():
-        path.unlink()
-    assert f"no mask in {root / 'masks'}" in fault(root)
-    (root / "masks").rmdir()
-    assert f"no mask in {root / 'masks'}" in fault(root)
-
-
-def test_an_image_without_a_group(root):
-    write_groups(root, "ann_1,ann\nann_2,ann\nbob_1,bob\ncat_1,cat\n")
-    assert "1 images without a row: dan_1" in fault(root)
-
-
-def test_a_row_without_a_group(root):
-    write_groups(root, "ann_1,ann\nann_2,ann\nbob_1,bob\ncat_1,\ndan_1\n")
-    assert "2 rows without a group: cat_1, dan_1" in fault(root)
-
-
-def test_groups_with_other_columns(root):
-    write_groups(root, "ann_1;ann\n", header="stem;group\n")
-    assert "groups.csv: the columns are ['stem;group']; it must have stem and group" in fault(root)
-
-
-def test_groups_as_a_spreadsheet_writes_them(root):
-    text = "note,stem,group\r\n" + "".join(f'"a, b",{stem},{stem[:3]}\r\n' for stem in STEMS)
-    (root / "groups.csv").write_bytes(text.encode("utf-8-sig"))
-    assert [case.group for case in open_source(settings(root, names="keep"), True).cases] == [stem[:3] for stem in STEMS]
-
-
-def test_a_split_with_an_unknown_stem(root):
-    write_splits(root, pool=["ann_1", "ann_2", "zoe_1"], val=["cat_1"], test=["dan_1"])
-    assert "1 stems without an image: zoe_1" in fault(root)
-
-
-def test_a_split_with_a_stem_twice(root):
-    write_splits(root, pool=["ann_1", "ann_2", "ann_1"], val=["cat_1"], test=["dan_1"])
-    assert "1 stems that are listed twice: ann_1" in fault(root)
-
-
-def test_a_patient_in_two_parts(root):
-    write_splits(root, pool=["ann_1", "bob_1"], val=["cat_1"], test=["ann_2", "dan_1"])
-    assert "for example 'ann' in pool and test" in fault(root)
-    (root / "groups.csv").unlink()
-    assert len(open_source(settings(root), True).part("test")) == 2
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"pool": [], "val": []}',
-        '{"pool": [], "val": [], "test": [], "x": []}',
-        '{"pool": 1, "val": [], "test": []}',
-    ],
-)
-def test_a_split_of_another_form(root, text):
-    (root / "splits.json").write_text(text)
-    assert str(root / "splits.json") in fault(root)
-
-
-def test_two_images_of_one_stem(root):
-    put(root / "images" / "ann_1.bmp")
-    message = fault(root, masks=False)
-    assert "ann_1.png" in message and "ann_1.bmp" in message and "the same stem" in message
-
-
-def test_an_empty_folder(tmp_path):
-    message = fault(tmp_path, masks=False)
-    assert f"no image in {tmp_path}" in message and ".nii.gz" in message
-    (tmp_path / "images").mkdir()
-    assert f"no image in {tmp_path / 'images'}" in fault(tmp_path, masks=False)
-
-
 def test_no_folder(tmp_path):
     put(tmp_path / "file.png")
     for path in (tmp_path / "none", tmp_path / "file.png"):
         assert f"data.source={path}: no such folder" in fault(path)
-
-
-def test_a_plain_folder_is_read_through_and_through(tmp_path):
-    for name in ("a.png", "x/a.png", "x/y/b.tif", ".hidden.png"):
-        put(tmp_path / "plain" / name)
-    (tmp_path / "salt").write_text("00" * 32)
-    (tmp_path / "plain" / "x" / "notes.txt").write_text("")
-    source = open_source(settings(tmp_path / "plain", names="keep"), masks=False)
-    assert [case.id for case in source.cases] == ["a", "x/a", "x/y/b"]
-
-
-def test_what_is_no_image_is_passed_over(root):
-    (root / "images" / "Thumbs.db").write_text("")
-    put(root / "images" / "._ann_1.png")
-    assert len(open_source(settings(root), True).cases) == 5
-
-
-def test_groups_in_another_encoding(root):
-    write_groups(root)
-    (root / "groups.csv").write_bytes((root / "groups.csv").read_bytes().replace(b"bob\n", "Bøb\n".encode("latin-1")))
-    assert "groups.csv" in fault(root)
-
-
-def test_a_stem_in_two_groups(root):
-    with open(root / "groups.csv", "a") as file:
-        file.write("ann_1,dan\n")
-    assert "ann_1" in fault(root)
 
 
 def test_an_assigned_split_does_not_depend_on_how_names_are_recorded(root):
@@ -234,3 +119,80 @@ def test_an_assigned_split_does_not_depend_on_how_names_are_recorded(root):
     kept = assign_parts(open_source(settings(root, names="keep"), False), 0)
     hashed = assign_parts(open_source(settings(root, names="hash"), False), 0)
     assert [case.part for case in kept.cases] == [case.part for case in hashed.cases]
+
+
+def test_a_manifest_is_told_apart(tmp_path):
+    (tmp_path / "m.parquet").write_bytes(b"")
+    assert "m.parquet: not a readable manifest" in fault(tmp_path / "m.parquet")
+
+
+def test_names_are_only_where_splits_need_them(root):
+    source = open_source(settings(root), masks=True)
+    assert [case.stem for case in source.cases] == list(STEMS)
+    assert source.stems() == {"pool": ["ann_1", "ann_2", "bob_1"], "val": ["cat_1"], "test": ["dan_1"]}
+    assert source.labelled and open_source(settings(root), masks=False).labelled
+
+
+def test_an_assigned_split_can_be_written_and_edited(lesions):
+    assigned = assign_parts(open_source(settings(lesions), True), 5)
+    write_splits(lesions / "splits.json", assigned.stems())
+    own = open_source(settings(lesions), True)
+    assert own.stems() == assigned.stems() and own.has_splits and assign_parts(own, 0) is own
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stratified_split_is_balanced_by_what_the_masks_hold(lesions, seed):
+    source = open_source(settings(lesions), masks=True)
+    assigned = assign_parts(source, seed, stratify=True)
+    sizes = {part: groups(assigned, part) for part in ("pool", "val", "test")}
+    assert {part: len(its) for part, its in sizes.items()} == {"pool": 28, "val": 4, "test": 8}
+    for part, expected in (("pool", 8.4), ("val", 1.2), ("test", 2.4)):
+        assert abs(with_lesion(sizes[part]) - expected) < 2
+    assert not sizes["pool"] & (sizes["val"] | sizes["test"]) and not sizes["val"] & sizes["test"]
+    assert assigned.stems() != assign_parts(source, seed).stems()
+
+
+def test_the_split_is_the_same_whoever_asks(lesions):
+    """What pretraining leaves out is what fine-tuning holds out, which knows classes and keeps other names."""
+    first = open_source(settings(lesions, stratify=True), masks=True)
+    second = open_source(settings(lesions, names="keep"), masks=True, classes={0: "background", 255: "lesion"}, ignore=[7])
+    for stratify in (False, True):
+        assert assign_parts(first, 1, stratify).stems() == assign_parts(second, 1, stratify).stems()
+
+
+def test_an_unreadable_mask_stops_a_stratified_split(lesions):
+    (lesions / "masks" / "p07_0.png").write_text("no image")
+    source = open_source(settings(lesions), masks=True)
+    with pytest.raises(InputError, match=r"p07_0\.png"):
+        assign_parts(source, 0, stratify=True)
+    assert assign_parts(source, 0).part("pool")
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_draws_are_nested_and_limit_val_alike(lesions, stratify):
+    source = assign_parts(open_source(settings(lesions), True), 0)
+    strata = {f"p{number:02}": str(number < 12) for number in range(40)} if stratify else None
+    assert draw_labelled(source, None, 3, stratify) is source
+    before = (set(), set())
+    for count in (1, 3, 4, 9, 28):
+        drawn = draw_labelled(source, count, 3, stratify)
+        now = groups(drawn, "pool"), groups(drawn, "val")
+        assert (len(now[0]), len(now[1])) == (count, min(count, 4))
+        assert before[0] < now[0] and before[1] <= now[1]
+        assert now[1] == set(draw_groups(groups(source, "val"), min(count, 4), 3, strata))
+        assert drawn.part("test") == source.part("test") and len(drawn.cases) == len(source.cases)
+        assert all(len([case for case in drawn.cases if case.group_name == name and case.part]) == 2 for name in now[0])
+        before = now
+    assert groups(draw_labelled(source, 0.25, 3, stratify), "pool") == groups(draw_labelled(source, 7, 3, stratify), "pool")
+    assert len({frozenset(groups(draw_labelled(source, 3, draw, stratify), "pool")) for draw in range(5)}) > 1
+
+
+def test_stratified_draws_are_balanced(lesions):
+    source = assign_parts(open_source(settings(lesions), True), 0, stratify=True)
+    share = with_lesion(groups(source, "pool")) / 28
+    for draw in range(4):
+        for count in range(1, 29):
+            drawn = groups(draw_labelled(source, count, draw, stratify=True), "pool")
+            assert abs(with_lesion(drawn) - share * count) < 1
+    plain = [with_lesion(groups(draw_labelled(source, 9, draw), "pool")) for draw in range(9)]
+    assert max(abs(count - share * 9) for count in plain) > 1  # chance alone does not do it

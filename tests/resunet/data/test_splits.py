@@ -1,9 +1,19 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from resunet.data.splits import PARTS, check_disjoint, draw_groups, shuffled, split_groups
+from resunet.data.splits import (
+    PARTS,
+    check_disjoint,
+    draw_groups,
+    ordered,
+    read_splits,
+    shuffled,
+    split_groups,
+    write_splits,
+)
 from resunet.errors import InputError
 
 GROUPS = [f"patient_{i:02d}" for i in range(20)]
@@ -71,3 +81,97 @@ def test_one_is_a_number_of_groups():
 def test_more_groups_than_there_are():
     with pytest.raises(InputError, match=r"data\.labelled=21: the pool has only 20 groups"):
         draw_groups(GROUPS, 21, 0)
+
+
+STRATA = {group: ("rare" if i < 3 else "common" if i < 8 else "most") for i, group in enumerate(GROUPS)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_stratum_is_the_same_as_none(seed):
+    same = dict.fromkeys(GROUPS, "all")
+    assert ordered(GROUPS, seed, same) == ordered(GROUPS, seed) == shuffled(GROUPS, seed)
+    assert split_groups(GROUPS, seed, same) == split_groups(GROUPS, seed)
+    assert draw_groups(GROUPS, 7, seed, same) == draw_groups(GROUPS, 7, seed)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize("seed", range(8))
+def test_of_two_strata_no_stretch_has_one_too_many(seed, share):
+    groups = [f"g{i:03}" for i in range(101)]
+    rare = set(groups[: round(share * len(groups))])
+    order = ordered(groups, seed, {group: str(group in rare) for group in groups})
+    assert sorted(order) == groups
+    before = np.concatenate([[0], np.cumsum([group in rare for group in order])])
+    ideal = np.arange(len(order) + 1) * len(rare) / len(order)
+    assert np.abs(before - ideal).max() < 1  # of every prefix
+    shuffled_before = np.concatenate([[0], np.cumsum([group in rare for group in shuffled(groups, seed)])])
+    assert np.abs(before - ideal).max() < np.abs(shuffled_before - ideal).max()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_many_strata_every_prefix_is_about_even(seed):
+    sizes = [40, 20, 11, 5, 5, 3, 2, 1, 1, 1]
+    strata = {f"{s}-{i}": str(s) for s, size in enumerate(sizes) for i in range(size)}
+    order = ordered(list(strata), seed, strata)
+    counts = np.stack([np.cumsum([strata[group] == str(s) for group in order]) for s in range(len(sizes))])
+    ideal = np.arange(1, len(order) + 1) * np.array(sizes)[:, None] / len(order)
+    # the bound of the docstring, on a scale where a stretch is measured by what stands in it: 1 + share × (strata − 2)
+    bound = 1 + np.array(sizes)[:, None] / len(order) * (len(sizes) - 2)
+    assert (np.abs(counts - ideal) < bound).all()
+
+
+def test_a_group_of_a_rare_stratum_may_be_anywhere():
+    """Its place is uniform: as often among the first tenth as a group of a large stratum is."""
+    groups = [f"g{i:02}" for i in range(20)]
+    strata = {group: group if group in ("g03", "g11") else "rest" for group in groups}
+    places = np.array([[ordered(groups, seed, strata).index(group) for group in ("g03", "g11", "g07")] for seed in range(800)])
+    for column in places.T:
+        counts = np.bincount(column // 4, minlength=5)  # fifths; 160 expected, standard deviation 11
+        assert np.abs(counts - 160).max() < 50
+
+
+@pytest.mark.parametrize("draw", [0, 1, 7])
+def test_stratified_draws_are_nested_and_depend_on_names_alone(draw):
+    draws = [draw_groups(GROUPS, n, draw, STRATA) for n in range(1, 21)]
+    for n, (smaller, larger) in enumerate(itertools.pairwise(draws), start=1):
+        assert len(set(smaller)) == n and larger[:n] == smaller
+    renamed = {group: f"stratum {stratum}" for group, stratum in STRATA.items()}
+    assert draw_groups(GROUPS[::-1] * 2, 20, draw, dict(reversed(renamed.items()))) == draws[-1]
+    assert draw_groups(GROUPS, 20, draw + 1, STRATA) != draws[-1]
+
+
+def test_every_part_of_a_stratified_split_has_its_share():
+    groups = [f"g{i:03}" for i in range(100)]
+    strata = {group: "with" if i < 30 else "without" for i, group in enumerate(groups)}
+    for seed in range(6):
+        part_of = split_groups(groups, seed, strata)
+        sizes = {part: [group for group in groups if part_of[group] == part] for part in PARTS}
+        assert {part: len(its) for part, its in sizes.items()} == {"pool": 70, "val": 10, "test": 20}
+        for part, expected in (("pool", 21), ("val", 3), ("test", 6)):
+            assert abs(sum(strata[group] == "with" for group in sizes[part]) - expected) < 2
+
+
+def test_only_the_parts_that_are_asked_for():
+    part_of = split_groups(GROUPS, 0, parts=("pool", "val"))
+    assert sorted(part_of.values()) == ["pool"] * 18 + ["val"] * 2
+    assert set(split_groups(["a", "b"], 0, parts=("pool", "val")).values()) == {"pool", "val"}
+    with pytest.raises(InputError, match="1 groups cannot be split into pool, val: at least 2 are needed"):
+        split_groups(["a"], 0, parts=("pool", "val"))
+
+
+def test_a_split_is_written_as_it_is_read(tmp_path):
+    path = tmp_path / "splits.json"
+    assert read_splits(path) is None
+    write_splits(path, {"val": ["x/ö", "b"], "pool": ["c"]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"pool": ["c"], "val": ["b", "x/ö"], "test": []}
+    assert "x/ö" in path.read_text(encoding="utf-8")  # a person reads it
+    assert read_splits(path, ["b", "c", "x/ö", "other"]) == {"c": "pool", "b": "val", "x/ö": "val"} == read_splits(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["splits.json"]
+
+
+def test_a_split_that_stands_is_not_written_over(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text("edited by hand")
+    with pytest.raises(InputError, match=r"splits\.json: exists already"):
+        write_splits(path, {"pool": ["a"]})
+    assert path.read_text(encoding="utf-8") == "edited by hand"

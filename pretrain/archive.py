@@ -1,0 +1,128 @@
+"""What a pretraining run reads: the scans of its source, prepared for random crops, and that nothing held out is among them."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from accelerate import Accelerator
+from platformdirs import user_cache_path
+
+from pretrain.ranks import in_shares, on_every_rank
+from pretrain.recipe import PretrainRecipe
+from resunet.data.cases import Case
+from resunet.data.evidence import Evidence, comparable_groups
+from resunet.data.leakage import NO_GROUP_EVIDENCE, find_leaks, refuse_leaks
+from resunet.data.manifest_source import ManifestCases
+from resunet.data.scans import Looked, Prepared, Scans, evidence_of_scans, look_at_cases, prepare_scans
+from resunet.data.source import Source, assign_parts, open_source
+from resunet.data.store import Store
+from resunet.progress import say
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The scans, and what the guard and a reader of the results have to know of them.
+
+    evidence: without thumbnails.
+    digest: sha256 over the sorted hashes of the files: which images these are, whatever they are called.
+    allowed: what the recipe let pass; complete on the main rank.
+    """
+
+    scans: Scans
+    evidence: Evidence
+    digest: str
+    notes: list[str]
+    allowed: list[str]
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.evidence.table.column("group").unique())
+
+
+def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:
+    """Check and prepare the recipe's archive; every rank reads its own share of the files.
+
+    Raises:
+        InputError: whatever is wrong with the source or a file of it.
+        CheckFailed: held-out images are in it.
+        EnvironmentFault: the store's disk.
+    """
+    # to stratify, a folder's masks are needed; a manifest knows them, and opened with masks it would be its labelled scans only
+    source = open_source(recipe.data, masks=recipe.data.stratify and recipe.data.source.suffix != ".parquet")
+    if source.labelled:  # leave out what fine-tuning will hold out
+        source = assign_parts(source, recipe.data.split_seed, recipe.data.stratify)
+    cases = source.part("pool") if len(source.part("pool", "val", "test")) else source.cases
+    store = on_every_rank(partial(_open_store, recipe.data.store), accelerator)
+    prepared = _prepare(recipe, cases, store, accelerator)
+    evidence = _evidence(source, cases, [one.looked for one in prepared if one.looked is not None])
+    allowed: list[str] = []
+    for held_out, its in _held_out(recipe, source, accelerator):
+        leaks = find_leaks(evidence, its) if accelerator.is_main_process else []
+        refuse = partial(refuse_leaks, leaks, held_out, "held-out", "the pretraining archive", "leak" in recipe.allow)
+        allowed += on_every_rank(refuse, accelerator)
+        if not comparable_groups(evidence, its):
+            allowed.append(NO_GROUP_EVIDENCE)
+    files = sorted(evidence.table.column("file_sha256").to_pylist())
+    return Archive(
+        scans=Scans(cases, prepared, recipe.data.channels, recipe.normalisation, store),
+        evidence=replace(evidence, thumbnail=None),
+        digest=sha256("".join(files).encode()).hexdigest(),
+        notes=source.notes(),
+        allowed=allowed,
+    )
+
+
+def _open_store(folder: Path | None) -> Store:
+    """The store; where it is made, nobody else may look into it: it holds patients' scans."""
+    folder = folder or user_cache_path("resunet") / "store"
+    with suppress(OSError):  # Store says what is wrong
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Store(folder)
+
+
+def _prepare(recipe: PretrainRecipe, cases: Sequence[Case], store: Store, accelerator: Accelerator) -> list[Prepared]:
+    """Of every case, in their order; each rank prepares its share, and every machine's store holds the whole."""
+
+    def prepare(chosen: Sequence[int]) -> Iterator[Prepared]:
+        return prepare_scans((cases[i] for i in chosen), recipe.data.channels, recipe.normalisation, store)
+
+    prepared = in_shares(prepare, len(cases), "read archive", accelerator)
+    stored = sum(1 for one in prepared if one.key)
+    if stored and accelerator.is_main_process:
+        decoded = sum(one.decoded for one in prepared)
+        say(f"store: {decoded:,} of {stored:,} scans decoded into {store.folder}, {stored - decoded:,} were there")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    if ranks_here < accelerator.num_processes:  # other machines' ranks may have filled stores of their own
+        share = range(accelerator.local_process_index, len(cases), ranks_here)
+        missing = [i for i in share if prepared[i].key and prepared[i].key not in store]
+        on_every_rank(lambda: list(prepare(missing)), accelerator)
+    return prepared
+
+
+def _held_out(recipe: PretrainRecipe, source: Source, accelerator: Accelerator) -> Iterator[tuple[Sequence[Case], Evidence]]:
+    """val and test of the archive's own source, and of data.held_out, of which without a split all is."""
+    held_out = [(source, source.part("val", "test"))]
+    if recipe.data.held_out is not None:
+        settings = recipe.data.model_copy(update={"source": Path(recipe.data.held_out), "splits": None})
+        other = open_source(settings, masks=False)
+        held_out.append((other, other.part("val", "test", None)))
+    for its, cases in held_out:
+        looked: list[Looked] = []
+        if not isinstance(cases, ManifestCases):
+            look = partial(_look, cases, recipe.data.channels)
+            looked = in_shares(look, len(cases), "read held-out images", accelerator)
+        yield cases, _evidence(its, cases, looked)
+
+
+def _look(cases: Sequence[Case], channels: str | int, chosen: Sequence[int]) -> Iterator[Looked]:
+    return look_at_cases((cases[i] for i in chosen), channels)
+
+
+def _evidence(source: Source, cases: Sequence[Case], looked: Sequence[Looked]) -> Evidence:
+    if isinstance(cases, ManifestCases):
+        return cases.evidence()
+    return evidence_of_scans(cases, looked, source.salt_fingerprint)

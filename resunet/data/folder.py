@@ -1,0 +1,69 @@
+"""A folder of scans, with or without masks, groups and splits.
+
+SOURCE/images/…    one file a case, in sub-folders too; or, without images/, every readable file below
+SOURCE/masks/…     the same stems (only fine-tuning and evaluation need them)
+SOURCE/groups.csv  stem,group: the patient or the physical item; without it every image is its own group
+SOURCE/splits.json {"pool": [stem, …], "val": […], "test": […]}; without it `assign_parts` makes one by group
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from resunet.data.images import READABLE, stem_of, suffix_of
+from resunet.data.listing import Entry, Listing, complain, read_groups
+from resunet.data.splits import PARTS, check_disjoint, read_splits
+from resunet.errors import InputError
+
+
+def list_folder(root: Path, masks: bool, splits: Path | None = None) -> Listing:
+    """List a folder; nothing is read but groups.csv and splits.json.
+
+    Args:
+        masks: every image must have a mask, and every mask an image.
+        splits: read instead of the folder's own splits.json.
+
+    Raises:
+        InputError: no images, an image without mask, two images of one stem, or groups.csv and splits.json that do not
+            fit the images.
+    """
+    folder = root / "images" if (root / "images").is_dir() else root
+    images = _by_stem(folder)
+    if not images:
+        raise InputError(
+            f"data.source={root}: no image in {folder}. Formats read: {', '.join(READABLE)}. DICOM has to be indexed first: "
+            f"resunet index {root} --out M.parquet, then data.source=M.parquet."
+        )
+    mask_of = _masks(root, images) if masks else {}
+    groups = read_groups(root / "groups.csv", images)
+    parts = read_splits(splits or root / "splits.json", images)
+    if parts is not None:
+        check_disjoint(parts, {stem: groups[stem] if groups else stem for stem in parts})
+    entries = {stem: Entry((image,), mask_of.get(stem), (parts or {}).get(stem)) for stem, image in sorted(images.items())}
+    return Listing(entries, groups, PARTS if parts is None else (), labelled=(root / "masks").is_dir())
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Readable files below a folder by their path in it without the ending."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or suffix_of(path) not in READABLE or path.name.startswith("."):
+            continue
+        if path.relative_to(folder).parts[0] == "masks":  # of a source without images/
+            continue
+        stem = str(path.parent.relative_to(folder) / stem_of(path))
+        if stem in found:
+            raise InputError(f"{path}: {found[stem].name} has the same stem. A case is one file: remove or rename one.")
+        found[stem] = path
+    return found
+
+
+def _masks(root: Path, images: Mapping[str, Path]) -> dict[str, Path]:
+    masks = _by_stem(root / "masks")
+    if not masks:
+        raise InputError(
+            f"data.source={root}: no mask in {root / 'masks'}. Labelled data has images/ and masks/ with the same stems."
+        )
+    bare, orphaned = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
+    complain(root / "masks", "images without a mask", bare, "Add the masks, or remove the images.")
+    complain(root / "images", "masks without an image", orphaned, "Add the images, or remove the masks.")
+    return masks
