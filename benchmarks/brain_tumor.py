@@ -24,7 +24,7 @@ from resunet.report import shown
 def ensure(out: Path, *arguments: str) -> Path:
     """A finished run in `out`: run, continued or already there."""
     record = out / "run.json"
-    if not record.exists() or json.loads(record.read_text())["status"] != "done":
+    if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["status"] != "done":
         code = resunet([*arguments, f"out={out}", "resume=true"])
         if code:
             raise SystemExit(code)

@@ -110,7 +110,7 @@ class Part:
 
 
 def load(folder: Path, parts: tuple[str, ...]) -> tuple[list[str], list[Image.Image]]:
-    splits = json.loads((folder / "splits.json").read_text())
+    splits = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
     stems = [stem for part in parts for stem in splits[part]]
     return [f"{folder.name}/{stem}" for stem in stems], [Image.open(folder / "images" / f"{stem}.png") for stem in stems]
 

@@ -27,7 +27,7 @@ def main() -> None:
     for name, labels in (("few", []), ("all", ["data.labelled=null"])):
         common = [f"data.source={source}", f"steps={options.steps}", f"precision={options.precision}", "wandb.mode=disabled"]
         run = ensure(options.out / name, "finetune", "demo", *common, *labels)
-        figure = json.loads((run / "evaluation" / "summary.json").read_text())["dice"]
+        figure = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))["dice"]
         dice[name] = figure["mean"]
         print(f"{name} labels: Dice {shown(figure)} patients")
     print(f"few / all: {dice['few'] / dice['all']:.2f}")

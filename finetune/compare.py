@@ -111,7 +111,7 @@ def compare(
         "paired_dice_difference": {f"{arms[0].name} - {name}": figure for name, figure in differences.items()},
     }
     with folder_aside(out) as aside:
-        (aside / "compare.json").write_text(json.dumps(record, indent=2) + "\n")
+        (aside / "compare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_page(aside / "report.html", title, sections)
     return out
 
@@ -123,9 +123,9 @@ def read_arm(folder: Path, name: str) -> Arm:
         InputError: it is not one, or it has no evaluation.
     """
     try:
-        recipe = FinetuneRecipe.model_validate_json((folder / "config.json").read_text())
-        record = json.loads((folder / "run.json").read_text())
-        summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+        recipe = FinetuneRecipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))
         with open(folder / "evaluation" / "cases.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         receipt = folder / "receipt.json"
@@ -137,7 +137,7 @@ def read_arm(folder: Path, name: str) -> Arm:
             summary=summary,
             scores={(row["id"], row["class"]): float(row["dice"]) for row in rows if int(row["truth_voxels"])},
             groups={row["id"]: row["group"] for row in rows},
-            receipt=Receipt.model_validate_json(receipt.read_text()) if receipt.exists() else None,
+            receipt=Receipt.model_validate_json(receipt.read_text(encoding="utf-8")) if receipt.exists() else None,
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(

@@ -1,55 +1,24 @@
-"""What a segmentation got right: voxels and lesions of one case, figures over groups of cases.
+"""What a segmentation got right: voxels, surfaces and lesions of one case.
 
-Nothing is forgiven: an empty truth with a prediction scores Dice 0, a missed class scores Dice 0, and no object is dropped
-for being small. A value that has no definition is None and leaves its mean; which values those are is written in POLICY,
-which `summarise` puts beside the figures.
+Nothing is forgiven: an empty truth with a prediction scores Dice 0, a missed class scores Dice 0 and the image's diagonal as
+HD95, and no object is dropped for being small. A value that has no definition is None and leaves its mean; which values
+those are is written in `finetune.summary.policy`, which stands beside the figures.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
-from finetune.statistics import FEWEST_GROUPS, figure
+from finetune.lesions import find_lesions, is_thin
+from finetune.surface import TOLERANCE, SurfaceMeasures, compare_surfaces, diagonal
 from resunet.data.cases import IGNORE
 from resunet.errors import InputError
 
-METRICS = ("dice", "iou", "precision", "recall")
-LESION_SIZES: tuple[tuple[str, int, float], ...] = (  # name, smallest, largest number of voxels
-    ("<10", 1, 9),
-    ("10-49", 10, 49),
-    ("50-199", 50, 199),
-    (">=200", 200, math.inf),
-)
-
-POLICY = {
-    "ignored": f"Voxels that the truth marks {IGNORE} are left out of every count: they are neither truth nor "
-    "prediction, and a lesion that they cut in two counts as two.",
-    "empty": "A class absent from truth and prediction is left out of Dice, IoU, precision and recall. A class absent "
-    "from the truth but predicted has Dice, IoU and precision 0, and no recall.",
-    "missed": "A class present in the truth and not predicted has Dice, IoU and recall 0, and no precision.",
-    "macro": "Dice, IoU, precision and recall of a case are the mean over its foreground classes where defined.",
-    "averaging": "A figure is the mean over groups of the group's mean over its cases; n counts groups with a value.",
-    "interval": "95 % Student-t interval over the groups' means, cut to [0, 1]; Clopper-Pearson where every group's "
-    f"mean is exactly 0 or 1; null below {FEWEST_GROUPS} groups.",
-    "connectivity": "Lesions are connected components of one class: 8-connected in 2D, 26-connected in 3D. No dilation, "
-    "and no smallest size.",
-    "matching": "A truth lesion is found if at least one of its voxels is predicted as its class. A predicted lesion is "
-    "false if it holds no truth voxel of its class. Matching is many-to-many: one predicted lesion may find several "
-    "truth lesions, and several predicted lesions on one truth lesion are all true.",
-    "lesions": "Of a case, all classes together: recall = found / truth lesions, precision = predicted lesions that are "
-    "not false / predicted lesions, f1 = 2PR/(P+R) of these two, 0 if only one side has lesions, left out if neither "
-    "has.",
-    "by_size": "Recall of the truth lesions of that many voxels, ignored voxels not counted; n beside it counts truth "
-    "lesions, n inside the figure counts groups.",
-    "false_alarms": "images_without_target counts the cases whose truth has no foreground and is not ignored "
-    "altogether, alarmed those of them with any predicted foreground; rate is a figure, averaged over groups as all "
-    "figures are, so it need not be their quotient.",
-}
+METRICS = ("dice", "iou", "precision", "recall", "hd95", "surface_dice")
 
 Value = Callable[["CaseMeasures"], float | None]
 
@@ -60,17 +29,20 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 @dataclass(frozen=True)
 class ClassMeasures:
-    """One foreground class of one case: its voxels and its lesions, ignored voxels left out.
+    """One foreground class of one case: its voxels, surface and lesions, ignored voxels left out.
 
     With T the truth and P the prediction: dice 2|T∩P|/(|T|+|P|), iou |T∩P|/|T∪P|, precision |T∩P|/|P|, recall |T∩P|/|T|;
-    None where the denominator is 0.
+    None where the denominator is 0. Surfaces: see `finetune.surface`.
     """
 
     true_positive: int  # voxels
     false_positive: int
     false_negative: int
+    voxel: float  # mm² of an image's pixel, mm³ of a volume's voxel
+    surface: SurfaceMeasures
     lesion_sizes: tuple[int, ...]  # voxels of each truth lesion
     lesion_found: tuple[bool, ...]  # in the order of lesion_sizes
+    lesion_widths: tuple[float, ...]  # in that order, pixels; of an image only
     lesions_predicted: int
     lesions_false: int  # of lesions_predicted
 
@@ -98,6 +70,31 @@ class ClassMeasures:
     def recall(self) -> float | None:
         return _ratio(self.true_positive, self.truth_voxels)
 
+    @property
+    def hd95(self) -> float | None:
+        return self.surface.hd95
+
+    @property
+    def surface_dice(self) -> float | None:
+        return self.surface.surface_dice
+
+    @property
+    def volume_bias(self) -> float | None:
+        """Predicted less true, in mm² or mm³; None if both are empty."""
+        if not self.truth_voxels and not self.predicted_voxels:
+            return None
+        return (self.predicted_voxels - self.truth_voxels) * self.voxel
+
+    @property
+    def volume_error(self) -> float | None:
+        """The same without its sign."""
+        return None if self.volume_bias is None else abs(self.volume_bias)
+
+    @property
+    def relative_volume_error(self) -> float | None:
+        """|P − T| / T; None without truth."""
+        return _ratio(abs(self.predicted_voxels - self.truth_voxels), self.truth_voxels)
+
 
 @dataclass(frozen=True)
 class CaseMeasures:
@@ -105,11 +102,16 @@ class CaseMeasures:
 
     classes: tuple[ClassMeasures, ...]
     spacing: tuple[float, ...]  # mm, in the order of the array's axes
+    diagonal: float  # mm, of the whole image
+    tolerance: float  # mm, of surface Dice
     evaluated_voxels: int  # not ignored
 
+    @property
+    def is_volume(self) -> bool:
+        return len(self.spacing) == 3
+
     def macro(self, metric: str) -> float | None:
-        """The mean of one of METRICS over the foreground classes where it is defined; None where it is nowhere."""
-        assert metric in METRICS, metric
+        """The mean of a property of ClassMeasures over the foreground classes where it is defined; None where it is nowhere."""
         defined = [value for measures in self.classes if (value := getattr(measures, metric)) is not None]
         return _ratio(math.fsum(defined), len(defined))
 
@@ -142,27 +144,55 @@ class CaseMeasures:
 
     def lesions_found(self, smallest: float = 1, largest: float = math.inf) -> list[bool]:
         """Found or not, for the truth lesions of all classes with smallest <= voxels <= largest."""
-        sizes = [size for measures in self.classes for size in measures.lesion_sizes]
-        found = [one for measures in self.classes for one in measures.lesion_found]
-        return [one for size, one in zip(sizes, found, strict=True) if smallest <= size <= largest]
+        return [found for _, size, found in self._lesions() if smallest <= size <= largest]
 
-    def lesion_recall(self, smallest: float = 1, largest: float = math.inf) -> float | None:
-        """The share of those lesions that are found; None if there are none."""
-        lesions = self.lesions_found(smallest, largest)
-        return _ratio(sum(lesions), len(lesions))
+    def lesions_found_by_volume(self, start: float, stop: float) -> list[bool]:
+        """The same for start <= volume < stop in mm³, of an image area in mm²."""
+        return [found for measures, size, found in self._lesions() if start <= size * measures.voxel < stop]
+
+    def thin_found_by_width(self, start: float, stop: float) -> list[bool]:
+        """The same for the thin objects of an image with start <= width < stop in pixels; none of a volume."""
+        if self.is_volume:
+            return []
+        return [
+            found
+            for measures in self.classes
+            for size, width, found in zip(measures.lesion_sizes, measures.lesion_widths, measures.lesion_found, strict=True)
+            if is_thin(size, width) and start <= width < stop
+        ]
+
+    def lesion_recall(self) -> float | None:
+        """The share of the truth lesions that are found; None if there are none."""
+        return share(self.lesions_found())
+
+    def _lesions(self) -> list[tuple[ClassMeasures, int, bool]]:
+        return [
+            (measures, size, found)
+            for measures in self.classes
+            for size, found in zip(measures.lesion_sizes, measures.lesion_found, strict=True)
+        ]
 
 
 Case = tuple[str, str, CaseMeasures]  # id, group, measures
 
 
+def share(found: Sequence[bool]) -> float | None:
+    """How many of them are True; None of none."""
+    return _ratio(sum(found), len(found))
+
+
 def measure_case(
-    truth: NDArray[np.integer], prediction: NDArray[np.integer], num_classes: int, spacing: Sequence[float]
+    truth: NDArray[np.integer],
+    prediction: NDArray[np.integer],
+    num_classes: int,
+    spacing: Sequence[float],
+    tolerance: float = TOLERANCE,
 ) -> CaseMeasures:
-    """Count voxels and lesions of every foreground class.
+    """Count voxels and lesions of every foreground class, and compare its surfaces.
 
     truth, prediction: class indices of equal shape, (y, x) or (z, y, x): 0 background, 1..num_classes-1, and in the truth
-    IGNORE; what the prediction says there does not matter. spacing: mm, one for each axis. Raises InputError for unequal
-    shapes and for values that are no class.
+    IGNORE; what the prediction says there does not matter. spacing: mm, one for each axis. tolerance: mm, of surface Dice.
+    Raises InputError for unequal shapes and for values that are no class.
     """
     if truth.shape != prediction.shape:
         raise InputError(
@@ -188,39 +218,56 @@ def measure_case(
     pairs = truth[somewhere].astype(np.intp) * num_classes + prediction[somewhere]
     confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)  # truth, prediction
 
-    truth_class, truth_size, truth_hit = _components(truth, prediction)
-    predicted_class, _, predicted_hit = _components(prediction, truth)
+    in_truth = find_lesions(truth, prediction, with_widths=truth.ndim == 2)
+    in_prediction = find_lesions(prediction, truth, with_widths=False)
+    surfaces = _surfaces(truth, prediction, evaluated, num_classes, spacing, tolerance)
     classes = []
     for index in range(1, num_classes):
         true_positive = int(confusion[index, index])
-        in_truth, in_prediction = truth_class == index, predicted_class == index
+        its, predicted = in_truth.kind == index, in_prediction.kind == index
         classes.append(
             ClassMeasures(
                 true_positive=true_positive,
                 false_positive=int(confusion[:, index].sum()) - true_positive,
                 false_negative=int(confusion[index].sum()) - true_positive,
-                lesion_sizes=tuple(truth_size[in_truth].tolist()),
-                lesion_found=tuple(truth_hit[in_truth].tolist()),
-                lesions_predicted=int(in_prediction.sum()),
-                lesions_false=int((in_prediction & ~predicted_hit).sum()),
+                voxel=math.prod(spacing),
+                surface=surfaces[index - 1],
+                lesion_sizes=tuple(in_truth.size[its].tolist()),
+                lesion_found=tuple(in_truth.hit[its].tolist()),
+                lesion_widths=tuple(in_truth.width[its].tolist()) if truth.ndim == 2 else (),
+                lesions_predicted=int(predicted.sum()),
+                lesions_false=int((predicted & ~in_prediction.hit).sum()),
             )
         )
-    return CaseMeasures(tuple(classes), tuple(float(step) for step in spacing), int(evaluated.sum()))
+    steps = tuple(float(step) for step in spacing)
+    return CaseMeasures(tuple(classes), steps, diagonal(truth.shape, spacing), tolerance, int(evaluated.sum()))
 
 
-def _components(
-    labels: NDArray[np.integer], other: NDArray[np.integer]
-) -> tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.bool_]]:
-    """Class, size and "shares a voxel of its class with `other`" of every connected component of one class in `labels`."""
-    foreground = labels > 0
-    # of a label map with several values cc3d gives the components of each value
-    component = cc3d.connected_components(labels, connectivity=8 if labels.ndim == 2 else 26)[foreground]
-    value = labels[foreground]
-    size = np.bincount(component)
-    kind = np.zeros(size.shape, dtype=labels.dtype)
-    kind[component] = value
-    hit = np.bincount(component[other[foreground] == value], minlength=len(size)) > 0
-    return kind[1:], size[1:], hit[1:]  # component 0 is the background
+def _surfaces(
+    truth: NDArray[np.integer],
+    prediction: NDArray[np.integer],
+    evaluated: NDArray[np.bool_],
+    num_classes: int,
+    spacing: Sequence[float],
+    tolerance: float,
+) -> list[SurfaceMeasures]:
+    """Of classes 1 … num_classes − 1, each within the box that holds it and a voxel more."""
+    boxes = [ndimage.find_objects(labels, max_label=num_classes - 1) for labels in (truth, prediction)]
+    complete = bool(evaluated.all())
+    missed = diagonal(truth.shape, spacing)
+    measured = []
+    for index, pair in enumerate(zip(*boxes, strict=True), start=1):
+        held = [box for box in pair if box is not None]
+        if not held:
+            measured.append(SurfaceMeasures(None, None))
+            continue
+        box = tuple(
+            slice(max(0, min(one.start for one in axis) - 1), max(one.stop for one in axis) + 1)
+            for axis in zip(*held, strict=True)
+        )
+        known = None if complete else evaluated[box]
+        measured.append(compare_surfaces(truth[box] == index, prediction[box] == index, known, spacing, tolerance, missed))
+    return measured
 
 
 def values_by_group(cases: Sequence[Case], value: Value) -> dict[str, list[float]]:
@@ -231,72 +278,3 @@ def values_by_group(cases: Sequence[Case], value: Value) -> dict[str, list[float
         if (one := value(measures)) is not None:
             of_group.append(one)
     return values
-
-
-def summarise(cases: Sequence[Case], class_names: Sequence[str]) -> dict[str, Any]:
-    """summary.json's figures of voxels, classes, lesions and false alarms, and the policy behind them.
-
-    class_names: one for every class index, the background first.
-    """
-    _check_names(cases, class_names)
-
-    def over_groups(value: Value) -> dict[str, Any]:
-        return figure(values_by_group(cases, value), bounded=True)
-
-    def macro(metric: str) -> dict[str, Any]:
-        return over_groups(lambda case: case.macro(metric))
-
-    def of_class(index: int, metric: str) -> dict[str, Any]:
-        return over_groups(lambda case: getattr(case.classes[index], metric))
-
-    def of_size(name: str, smallest: float, largest: float) -> dict[str, Any]:
-        lesions = sum(len(measures.lesions_found(smallest, largest)) for _, _, measures in cases)
-        return {"range": name, "recall": over_groups(lambda case: case.lesion_recall(smallest, largest)), "n": lesions}
-
-    clean = [case for case in cases if case[2].without_target]
-    return {
-        **{metric: macro(metric) for metric in METRICS},
-        "classes": {
-            name: {metric: of_class(index, metric) for metric in METRICS} for index, name in enumerate(class_names[1:])
-        },
-        "lesions": {
-            "precision": over_groups(lambda case: case.lesion_precision),
-            "recall": over_groups(lambda case: case.lesion_recall()),
-            "f1": over_groups(lambda case: case.lesion_f1),
-            "by_size": [of_size(*sizes) for sizes in LESION_SIZES],
-        },
-        "false_alarms": {
-            "images_without_target": len(clean),
-            "alarmed": sum(measures.false_alarm for _, _, measures in clean),
-            "rate": over_groups(lambda case: float(case.false_alarm) if case.without_target else None),
-        },
-        "policy": dict(POLICY),
-    }
-
-
-def case_rows(cases: Sequence[Case], class_names: Sequence[str]) -> list[dict[str, str | int | float]]:
-    """cases.csv: a row for every case and foreground class; what is undefined is an empty string."""
-    _check_names(cases, class_names)
-    rows: list[dict[str, str | int | float]] = []
-    for case_id, group, case in cases:
-        for name, measures in zip(class_names[1:], case.classes, strict=True):
-            metrics = {metric: getattr(measures, metric) for metric in METRICS}
-            rows.append(
-                {
-                    "id": case_id,
-                    "group": group,
-                    "class": name,
-                    **{metric: "" if value is None else value for metric, value in metrics.items()},
-                    "truth_voxels": measures.truth_voxels,
-                    "predicted_voxels": measures.predicted_voxels,
-                    "lesions": len(measures.lesion_sizes),
-                    "lesions_found": sum(measures.lesion_found),
-                    "lesions_false": measures.lesions_false,
-                }
-            )
-    return rows
-
-
-def _check_names(cases: Sequence[Case], class_names: Sequence[str]) -> None:
-    assert len(set(class_names)) == len(class_names), class_names
-    assert all(len(case.classes) == len(class_names) - 1 for _, _, case in cases), "a name for every class, background first"

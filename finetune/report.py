@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.evaluate import Measured, overlay_name, telling_cases
+from finetune.gradients import gradients_section
 from finetune.labelled import LabelledData
 from finetune.overlay import LEGEND
 from finetune.recipe import FinetuneRecipe
@@ -48,6 +49,8 @@ def write_report(
             ],
         )
     )
+    gradients = gradients_section(recipe.out)
+    sections += [gradients] if gradients is not None else []
     if summary is not None:
         overlays = recipe.out / "evaluation" / "overlays"
         pictures = [
@@ -65,8 +68,12 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The figures of one or several summaries, a column each."""
     first = next(iter(summaries.values()))
     rows = [["", *(name or "mean [95 % interval], groups" for name in summaries)]]
-    for key, label in (("dice", "Dice"), ("iou", "IoU"), ("precision", "Precision"), ("recall", "Recall")):
+    labels = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall", "hd95": "HD95, mm"}
+    for key, label in (labels | {"surface_dice": f"Surface Dice within {first['surface_tolerance_mm']:g} mm"}).items():
         rows.append([label, *(shown(summary[key]) for summary in summaries.values())])
+    unit = first["volume_error"]["unit"]
+    for key, label in (("absolute", f"Volume error, {unit}"), ("relative", "Volume error, share of the truth's volume")):
+        rows.append([label, *(_without_interval(summary["volume_error"][key]) for summary in summaries.values())])
     if len(first["classes"]) > 1:
         for name in first["classes"]:
             rows.append([f"Dice, {name}", *(shown(s["classes"][name]["dice"]) for s in summaries.values())])
@@ -75,10 +82,22 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     for index, size in enumerate(first["lesions"]["by_size"]):
         label = f"Found of {size['n']} objects of {size['range']} voxels"
         rows.append([label, *(shown(summary["lesions"]["by_size"][index]["recall"]) for summary in summaries.values())])
+    for index, width in enumerate(first["lesions"]["by_width"] or ()):
+        if width["n"]:
+            label = f"Found of {width['n']} thin objects {width['range']} pixels wide"
+            rows.append([label, *(shown(summary["lesions"]["by_width"][index]["recall"]) for summary in summaries.values())])
     alarms = [summary["false_alarms"] for summary in summaries.values()]
     label = f"False alarms in {alarms[0]['images_without_target']} cases without target"
     rows.append([label, *(f"{alarm['alarmed']}" for alarm in alarms)])
+    calibrations = [summary["calibration"] for summary in summaries.values()]
+    if all(calibrations):
+        rows.append(["Calibration error (ECE)", *(shown(one["ece"]) for one in calibrations)])
+        rows.append(["ECE from probability 0.05 on", *(shown(one["ece_foreground"]) for one in calibrations)])
     return rows
+
+
+def _without_interval(figure: dict[str, Any]) -> str:
+    return "undefined" if figure["mean"] is None else f"{figure['mean']:.3f}, n = {figure['n']}"
 
 
 def _overlay(path: Path, caption: str) -> Picture:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -12,11 +13,14 @@ from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import ModelConfig
 from resunet.config import FixedNormalisation, validate
-from resunet.data.leakage import ARCHIVE, Archive, write_archive
+from resunet.data.evidence import SCHEMA, Evidence
+from resunet.data.leakage import ARCHIVE, write_archive
+from resunet.data.perceptual import HASH_BYTES
 from resunet.encoder import ResidualEncoder
 from resunet.transfer import fingerprint
 
 SIZE = 24
+NOBODY = ("group", "file", "pixels", b"\xff" * HASH_BYTES)  # what no scan looks like
 PARTS = {"pool": range(5), "val": range(5, 8), "test": range(8, 14)}  # groups; each has one case, group 0 has two
 
 
@@ -47,6 +51,12 @@ def write_labelled(root: Path) -> Path:
     (root / "splits.json").write_text(json.dumps(splits))
     (root.parent / "salt").write_text("cd" * 32)
     return root
+
+
+def write_record(folder: Path, rows: list[tuple[str, str, str, bytes]], salt: str) -> None:
+    """The archive.parquet of an encoder that saw these: group, file_sha256, pixel_sha256, perceptual."""
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
+    write_archive(folder / ARCHIVE, Evidence(pa.table(columns, schema=SCHEMA), salt))
 
 
 def make_recipe(source: Path, out: Path, **changes: object) -> FinetuneRecipe:
@@ -108,5 +118,11 @@ def encoder(tmp_path: Path) -> Path:
     )
     folder = tmp_path / "encoder"
     network.save_pretrained(folder)
-    write_archive(folder / ARCHIVE, Archive(frozenset({("group", "file", "pixels")}), "another salt"))
+    write_record(folder, [NOBODY], "another salt")
     return folder
+
+
+@pytest.fixture
+def archive_of(encoder: Path) -> Callable[..., None]:
+    """Writes another record beside `encoder`."""
+    return lambda rows, salt: write_record(encoder, rows, salt)

@@ -26,7 +26,7 @@ def compared(runs, tmp_path_factory):
 
 
 def record_of(folder) -> dict:
-    return json.loads((folder / "compare.json").read_text())
+    return json.loads((folder / "compare.json").read_text(encoding="utf-8"))
 
 
 def copy_of(run, folder):
@@ -35,7 +35,7 @@ def copy_of(run, folder):
 
 def change_cases(run, change) -> None:
     path = run / "evaluation" / "cases.csv"
-    path.write_text(change(path.read_text()))
+    path.write_text(change(path.read_text(encoding="utf-8")))
 
 
 def test_the_record_holds_to_the_contract(runs, compared):
@@ -43,7 +43,7 @@ def test_the_record_holds_to_the_contract(runs, compared):
     assert set(record) == {"schema_version", "runs", "dice", "paired_dice_difference"}
     assert (record["schema_version"], record["runs"]) == (1, ["first", "second"])
     for run in runs:
-        assert record["dice"][run.name] == json.loads((run / "evaluation" / "summary.json").read_text())["dice"]
+        assert record["dice"][run.name] == json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))["dice"]
     (difference,) = record["paired_dice_difference"].values()
     assert list(record["paired_dice_difference"]) == ["first - second"] and difference["n"] == 6
     # every test case has a target and a group of its own, so that the paired difference is that of the means
@@ -53,7 +53,7 @@ def test_the_record_holds_to_the_contract(runs, compared):
 
 
 def test_the_report_holds_what_it_should(compared):
-    page = (compared / "report.html").read_text()
+    page = (compared / "report.html").read_text(encoding="utf-8")
     for words in (
         "A note of the caller",
         "Paired by group",
@@ -69,7 +69,7 @@ def test_identical_runs_do_not_differ(runs, tmp_path):
     out = compare([runs[0], copy_of(runs[0], tmp_path / "copy")], tmp_path / "out")
     (difference,) = record_of(out)["paired_dice_difference"].values()
     assert difference == {"mean": 0, "ci95": [0, 0], "n": 6, "wins": 0}
-    assert "No difference shown between first and copy" in (out / "report.html").read_text()
+    assert "No difference shown between first and copy" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_first_is_measured_against_each_of_the_others(runs, tmp_path):
@@ -119,10 +119,10 @@ def test_two_runs_and_a_new_folder_are_needed(runs, tmp_path):
 
 def test_without_the_images_the_pictures_are_left_out(runs, tmp_path):
     gone = copy_of(runs[0], tmp_path / "gone")
-    config = json.loads((gone / "config.json").read_text())
+    config = json.loads((gone / "config.json").read_text(encoding="utf-8"))
     config["data"]["source"] = str(tmp_path / "nowhere")
     (gone / "config.json").write_text(json.dumps(config))
-    page = (compare([gone, runs[1]], tmp_path / "out") / "report.html").read_text()
+    page = (compare([gone, runs[1]], tmp_path / "out") / "report.html").read_text(encoding="utf-8")
     assert "Pictures are left out" in page and "<img" not in page
 
 
@@ -177,7 +177,7 @@ def test_every_run_is_pictured_with_its_own_normalisation(recipe, tmp_path, plac
     first = finetune(recipe(name="first", steps=1))
     second = finetune(recipe(name="second", steps=8, normalisation=fixed))
     arms = [first, second] if place else [second, first]
-    page = (compare(arms, tmp_path / "out") / "report.html").read_text()
+    page = (compare(arms, tmp_path / "out") / "report.html").read_text(encoding="utf-8")
     ours = read_arm(second, "second").recipe
     cases = load_cases(open_source(ours.data, masks=True).cases, "grey", ours.normalisation, ours.data.classes)
     by_id = {case.case.id: case for case in cases}

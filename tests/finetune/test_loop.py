@@ -9,11 +9,14 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from finetune.evaluate import EvaluateRequest, evaluate
-from finetune.loop import _optimizer, _start_step, finetune
+from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
+from finetune.step import make_optimizer, start_step
 from resunet.checkpoint import read_config, read_weights
+from resunet.data.evidence import COLUMNS
 from resunet.data.identity import load_salt
-from resunet.data.leakage import ARCHIVE, Archive, read_archive, write_archive
+from resunet.data.leakage import read_archive
+from resunet.data.perceptual import HASH_BYTES
 from resunet.errors import CheckFailed, InputError, Stopped
 from resunet.model import ResUNet, UNet, load_model
 from resunet.report import read_metrics
@@ -41,7 +44,7 @@ def sigterm_after():
 
 
 def record_of(folder) -> dict:
-    return json.loads((folder / "run.json").read_text())
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
@@ -54,9 +57,9 @@ def state_of(folder, name: str) -> dict:
 
 def test_a_run_writes_its_directory(runs):
     out = runs[0]
-    names = {"config.json", "run.json", "metrics.jsonl", "checkpoints", "model", "evaluation", "report.html"}
+    names = {"config.json", "run.json", "metrics.jsonl", "checkpoints", "model", "evaluation", "report.html", "gradients.json"}
     assert {path.name for path in out.iterdir()} == names  # from scratch: no receipt
-    recipe = FinetuneRecipe.model_validate_json((out / "config.json").read_text())
+    recipe = FinetuneRecipe.model_validate_json((out / "config.json").read_text(encoding="utf-8"))
     record = record_of(out)
     assert (record["status"], record["stage"], record["step"]) == ("done", "finetune", 8)
     config = read_config(out / "model")
@@ -64,7 +67,7 @@ def test_a_run_writes_its_directory(runs):
     assert {"train", "val", "test"} <= record["inputs"].keys() and len(set(record["inputs"].values())) == len(record["inputs"])
     assert config.provenance.data_sha256 and config.provenance.recipe_sha256 == recipe.sha256()
     assert config.provenance.parent_sha256 is None and config.spacing == (1, 1)
-    assert len(read_archive(out / "model").rows) == 6  # the training cases, not val and test
+    assert len(read_archive(out / "model")) == 6  # the training cases, not val and test
     metrics = read_metrics(out)
     assert metrics["loss"][0] == list(range(1, 9)) and metrics["val_dice"][0] == list(range(1, 9))
     assert metrics["loss"][1] == pytest.approx(np.add(metrics["focal"][1], metrics["dice"][1]))
@@ -86,12 +89,12 @@ def test_the_best_step_on_val_is_kept(runs):
 
 
 def test_the_val_score_is_that_of_evaluation(runs, tmp_path):
-    recipe = FinetuneRecipe.model_validate_json((runs[0] / "config.json").read_text())
+    recipe = FinetuneRecipe.model_validate_json((runs[0] / "config.json").read_text(encoding="utf-8"))
     request = EvaluateRequest.model_validate(
         recipe.data.model_dump(include={"source", "salt_file", "names"}) | {"split": "val"}
     )
     out = evaluate(runs[0], request, tmp_path / "val")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["dice"]["mean"] == pytest.approx(record_of(runs[0])["best_val_dice"], abs=1e-9)
 
 
@@ -103,7 +106,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after)
         finetune(stopped)
     assert record_of(stopped.out)["status"] == "stopped" and not (stopped.out / "model").exists()
     finetune(stopped.model_copy(update={"resume": True}))
-    assert (stopped.out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (stopped.out / "metrics.jsonl").read_text(encoding="utf-8") == (whole / "metrics.jsonl").read_text(encoding="utf-8")
     for name in ("model/config.json", "model/model.safetensors", "evaluation/summary.json", "evaluation/cases.csv"):
         assert (stopped.out / name).read_bytes() == (whole / name).read_bytes()
     for name in ("status", "step", "best_step", "best_val_dice", "inputs"):
@@ -112,7 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after)
 
 def test_a_transfer_writes_its_receipt(recipe, encoder):
     out = finetune(recipe(encoder=str(encoder), steps=1))
-    receipt = Receipt.model_validate_json((out / "receipt.json").read_text())
+    receipt = Receipt.model_validate_json((out / "receipt.json").read_text(encoding="utf-8"))
     assert receipt.encoder_share_loaded == 1 and receipt.allowed == []
     states = {tensor.name.split(".")[0]: tensor.state for tensor in receipt.tensors}
     assert states == {"encoder": "loaded", "decoder": "fresh", "head": "fresh"}
@@ -120,10 +123,10 @@ def test_a_transfer_writes_its_receipt(recipe, encoder):
     assert {name: inputs[f"encoder/{name}"] for name in receipt.encoder_sha256} == receipt.encoder_sha256
     assert config.provenance.parent_sha256 == receipt.encoder_sha256["model.safetensors"]
     assert config.architecture.norm == "instance" and config.normalisation == read_config(encoder).normalisation
-    written = json.loads((out / "config.json").read_text())
+    written = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert (written["model"]["norm"], written["normalisation"]["mean"]) == ("instance", 60)  # what ran
     # what the segmenter has seen is what its encoder saw and what it was trained on
-    files = {row[1] for row in read_archive(out / "model").rows}
+    files = set(read_archive(out / "model").table.column("file_sha256").to_pylist())
     assert "file" in files and len(files) == 7
     assert any("group evidence unavailable" in one for one in config.allowed)
 
@@ -152,10 +155,10 @@ def test_the_encoder_stands_still_while_the_decoder_goes_first(recipe, encoder, 
 def test_the_encoder_has_its_own_learning_rate(recipe, encoder):
     ours = recipe(steps=10, optimizer={"lr": 0.5, "encoder_lr_factor": 0.1, "decoder_first": 0.25})
     model = ResUNet(1, 2, (4, 8), units=1)
-    optimizer = _optimizer(ours, model)
+    optimizer = make_optimizer(ours, model)
     for transferred, factors in ((True, [0, 0, 0, 0.1, 0.1]), (False, [1, 1, 1, 1, 1])):
         for step, factor in enumerate(factors):
-            lr = _start_step(ours, model, optimizer, step, transferred)
+            lr = start_step(ours, model, optimizer, step, transferred)
             assert model.training and model.encoder.training == (factor != 0)
             rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             assert rates == {"encoder": pytest.approx(factor * lr), "decoder": lr, "head": lr}
@@ -172,7 +175,7 @@ def test_several_classes_and_ignored_values(recipe, source):
         finetune(recipe(data={"classes": classes}))
     out = finetune(recipe(data={"classes": classes, "ignore": [7]}, steps=2))
     assert load_model(out).head.out_channels == 3 and read_config(out / "model").ignore == (7,)
-    summary = json.loads((out / "evaluation" / "summary.json").read_text())
+    summary = json.loads((out / "evaluation" / "summary.json").read_text(encoding="utf-8"))
     assert list(summary["classes"]) == ["right", "left"]
 
 
@@ -183,11 +186,11 @@ def test_the_unet_is_trained_too(recipe, source):
 
 
 def test_without_test_cases_nothing_is_evaluated(recipe, source):
-    splits = json.loads((source / "splits.json").read_text())
+    splits = json.loads((source / "splits.json").read_text(encoding="utf-8"))
     (source / "splits.json").write_text(json.dumps(splits | {"test": []}))
     out = finetune(recipe(steps=1))
     assert not (out / "evaluation").exists() and (out / "model").is_dir()
-    assert "Not evaluated: there are no test cases" in (out / "report.html").read_text()
+    assert "Not evaluated: there are no test cases" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_accumulation_is_the_mean_over_its_batches(recipe):
@@ -206,15 +209,19 @@ def test_a_leak_stops_the_run_before_it_begins(recipe, source):
     assert not recipe().out.exists()
     out = finetune(recipe(allow=["leak"], steps=1))
     (allowed,) = read_config(out / "model").allowed
-    assert allowed in (out / "report.html").read_text()
-    assert f"Allowed by the recipe: {allowed}." in json.loads((out / "evaluation" / "summary.json").read_text())["notes"]
+    assert allowed in (out / "report.html").read_text(encoding="utf-8")
+    assert (
+        f"Allowed by the recipe: {allowed}."
+        in json.loads((out / "evaluation" / "summary.json").read_text(encoding="utf-8"))["notes"]
+    )
 
 
-def test_the_model_remembers_an_archive_of_its_own_salt(recipe, encoder, source):
-    salt = load_salt(source.parent / "salt").fingerprint
-    write_archive(encoder / ARCHIVE, Archive(frozenset({("group", "file", "pixels")}), salt))
+def test_the_model_remembers_an_archive_of_its_own_salt(recipe, encoder, archive_of, source):
+    row = ("group", "file", "pixels", b"\xff" * HASH_BYTES)
+    archive_of([row], load_salt(source.parent / "salt").fingerprint)
     out = finetune(recipe(encoder=str(encoder), steps=1))
-    assert ("group", "file", "pixels") in read_archive(out / "model").rows and read_config(out / "model").allowed == []
+    assert dict(zip(COLUMNS, row, strict=True)) in read_archive(out / "model").table.to_pylist()
+    assert read_config(out / "model").allowed == []
 
 
 def test_masks_of_another_size_are_the_users_fault(recipe, source):

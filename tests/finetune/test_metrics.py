@@ -1,19 +1,15 @@
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
-from finetune.metrics import (
-    METRICS,
-    CaseMeasures,
-    case_rows,
-    measure_case,
-    summarise,
-    values_by_group,
-)
+from finetune.metrics import METRICS, CaseMeasures, measure_case, values_by_group
 from finetune.statistics import group_means
+from finetune.summary import case_rows, policy, summarise
+from finetune.surface import TOLERANCE
 from resunet.data.cases import IGNORE
 from resunet.errors import InputError
 
@@ -114,24 +110,38 @@ def test_lesions_are_those_of_a_flood_fill(shape, num_classes):
             assert measures.lesions_false == sum(not any(truth[voxel] == index for voxel in lesion) for lesion in in_prediction)
 
 
-# truth, prediction, (dice, iou, precision, recall), lesions found, predicted lesions, false ones, false alarm
+MISSED = -1  # stands for the image's diagonal
+ROOT2 = math.sqrt(2)
+
+# truth, prediction, (dice, iou, precision, recall, hd95, surface dice), lesions found, predicted lesions, false ones, false alarm
 EDGES = {
-    "empty truth, empty prediction": (["....", "...."], ["....", "...."], (None,) * 4, [], 0, 0, False),
-    "empty truth with a prediction": (["....", "...."], ["1..1", "...."], (0, 0, 0, None), [], 2, 2, True),
-    "missed": (["11..", "...."], ["....", "...."], (0, 0, None, 0), [False], 0, 0, False),
-    "beside the target": (["11..", "...."], ["...1", "...."], (0, 0, 0, 0), [False], 1, 1, False),
-    "perfect": (["11..", "1..."], ["11..", "1..."], (1, 1, 1, 1), [True], 1, 0, False),
-    "half": (["11..", "...."], [".11.", "...."], (1 / 2, 1 / 3, 1 / 2, 1 / 2), [True], 1, 0, False),
-    "every voxel is target": (["11"], ["11"], (1, 1, 1, 1), [True], 1, 0, False),
-    "ignored voxels hide a false alarm": (["##..", "...."], ["11..", "...."], (None,) * 4, [], 0, 0, False),
-    "ignored voxels hide an error": (["1.##"], ["1.11"], (1, 1, 1, 1), [True], 1, 0, False),
-    "error beside ignored voxels": (["1..#"], ["1.11"], (2 / 3, 1 / 2, 1 / 2, 1), [True], 2, 1, False),
-    "all is ignored": (["####"], ["1111"], (None,) * 4, [], 0, 0, False),
-    "diagonal voxels touch": (["1.", ".1"], ["1.", ".."], (2 / 3, 1 / 2, 1, 1 / 2), [True], 1, 0, False),
-    "one prediction on two lesions": (["1.1"], ["111"], (4 / 5, 2 / 3, 2 / 3, 1), [True, True], 1, 0, False),
-    "two predictions on one lesion": (["111"], ["1.1"], (4 / 5, 2 / 3, 1, 2 / 3), [True], 2, 0, False),
-    "lesion cut by ignored voxels": (["1#1"], ["1.."], (2 / 3, 1 / 2, 1, 1 / 2), [True, False], 1, 0, False),
-    "prediction cut by ignored voxels": (["1#."], ["111"], (2 / 3, 1 / 2, 1 / 2, 1), [True], 2, 1, False),
+    "empty truth, empty prediction": (["....", "...."], ["....", "...."], (None,) * 6, [], 0, 0, False),
+    "empty truth with a prediction": (["....", "...."], ["1..1", "...."], (0, 0, 0, None, MISSED, 0), [], 2, 2, True),
+    "missed": (["11..", "...."], ["....", "...."], (0, 0, None, 0, MISSED, 0), [False], 0, 0, False),
+    "beside the target": (["11..", "...."], ["...1", "...."], (0, 0, 0, 0, 2.95, 0), [False], 1, 1, False),
+    "perfect": (["11..", "1..."], ["11..", "1..."], (1, 1, 1, 1, 0, 1), [True], 1, 0, False),
+    "half": (["11..", "...."], [".11.", "...."], (1 / 2, 1 / 3, 1 / 2, 1 / 2, 0.95, 1), [True], 1, 0, False),
+    "every voxel is target": (["11"], ["11"], (1, 1, 1, 1, 0, 1), [True], 1, 0, False),
+    "one voxel, beside it": (["...", ".1.", "..."], ["...", "..1", "..."], (0, 0, 0, 0, 1, 1), [False], 1, 1, False),
+    "one voxel in the corner": (["1...", "...."], ["...1", "...1"], (0, 0, 0, 0, 3.1542, 0), [False], 1, 1, False),
+    "ignored voxels hide a false alarm": (["##..", "...."], ["11..", "...."], (None,) * 6, [], 0, 0, False),
+    "ignored voxels hide an error": (["1.##"], ["1.11"], (1, 1, 1, 1, 0, 1), [True], 1, 0, False),
+    "error beside ignored voxels": (["1..#"], ["1.11"], (2 / 3, 1 / 2, 1 / 2, 1, 1.9, 2 / 3), [True], 2, 1, False),
+    "all is ignored": (["####"], ["1111"], (None,) * 6, [], 0, 0, False),
+    "diagonal voxels touch": (["1.", ".1"], ["1.", ".."], (2 / 3, 1 / 2, 1, 1 / 2, 0.95 * ROOT2, 2 / 3), [True], 1, 0, False),
+    "touching lesions are one": (
+        ["11..", "..11"],
+        ["11..", "...."],
+        (2 / 3, 1 / 2, 1, 1 / 2, 2.1128, 2 / 3),
+        [True],
+        1,
+        0,
+        False,
+    ),
+    "one prediction on two lesions": (["1.1"], ["111"], (4 / 5, 2 / 3, 2 / 3, 1, 0.9, 1), [True, True], 1, 0, False),
+    "two predictions on one lesion": (["111"], ["1.1"], (4 / 5, 2 / 3, 1, 2 / 3, 0.9, 1), [True], 2, 0, False),
+    "lesion cut by ignored voxels": (["1#1"], ["1.."], (2 / 3, 1 / 2, 1, 1 / 2, 1.9, 2 / 3), [True, False], 1, 0, False),
+    "prediction cut by ignored voxels": (["1#."], ["111"], (2 / 3, 1 / 2, 1 / 2, 1, 1.9, 2 / 3), [True], 2, 1, False),
 }
 
 
@@ -141,10 +151,103 @@ def test_edge_cases(as_volume, truth, prediction, metrics, found, predicted, fal
     pair = labels(*truth), labels(*prediction)
     case = measure(*(array[None] if as_volume else array for array in pair))
     (measures,) = case.classes
-    assert [getattr(measures, metric) for metric in METRICS] == pytest.approx(list(metrics))
+    size = (*pair[0].shape, 1) if as_volume else pair[0].shape
+    expected = [math.hypot(*size) if value == MISSED else value for value in metrics]
+    assert [getattr(measures, metric) for metric in METRICS] == pytest.approx(expected, abs=1e-4)
     assert sorted(measures.lesion_found) == sorted(found)
     assert (measures.lesions_predicted, measures.lesions_false) == (predicted, false)
     assert case.false_alarm is alarm
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning", "ignore:.*may result in nan:UserWarning")
+def test_surfaces_of_classes_are_those_of_monai_and_misses_are_not():
+    """Four classes in voxels of 3 × 1 × 0.5 mm: one absent, one missed, one everywhere. MONAI drops the missed one."""
+    import torch
+    from monai.metrics import compute_hausdorff_distance
+
+    spacing = (3.0, 1.0, 0.5)
+    truth, prediction = random_case(4, (5, 9, 8), 3)
+    truth[0, 0, :2] = 4  # class 3 is in neither
+    one_hot = [torch.from_numpy(np.stack([array == c for c in range(5)])[None]).float() for array in (prediction, truth)]
+    theirs = compute_hausdorff_distance(*one_hot, percentile=95, spacing=list(spacing))[0].tolist()
+    case = measure_case(truth, prediction, 5, spacing)
+    one, two, absent, missed = (measures.hd95 for measures in case.classes)
+    assert [one, two] == pytest.approx(theirs[:2], rel=1e-5) and one > 0
+    assert absent is None and not math.isfinite(theirs[2]) and not math.isfinite(theirs[3])
+    assert missed == case.diagonal == math.hypot(15, 9, 4)
+    assert case.macro("hd95") == pytest.approx((one + two + missed) / 3)
+    assert case.classes[3].surface_dice == 0 and case.classes[2].surface_dice is None
+
+
+def test_the_box_that_surfaces_are_compared_in_changes_nothing():
+    truth, prediction, far = np.zeros((3, 30, 30), np.uint8)
+    truth[4, 5] = prediction[20, 17] = 1
+    assert measure(truth, prediction).classes[0].hd95 == pytest.approx(math.hypot(16, 12))
+    far[28, 1] = 2
+    assert measure(truth, prediction | far, 3).classes[0] == measure(truth, prediction, 3).classes[0]
+    block = np.zeros((9, 9), np.uint8)
+    block[2:7, 2:6] = 1
+    block[2:7, 6] = IGNORE  # the voxel beside the box is what makes column 5 no surface
+    shorter = block.copy()
+    shorter[2:7, 5] = 0
+    # truth: rows 2 and 6 and column 2 but no other of column 5: 5 + 2 × 3; prediction: rows 2 and 6, columns 2 and 4: 5 + 2 + 5
+    measures = measure_case(block, shorter, 2, (1, 1), tolerance=0.5).classes[0]
+    assert measures.surface_dice == pytest.approx((9 + 9) / (11 + 12))
+    assert measure_case(block[::-1, ::-1], shorter[::-1, ::-1], 2, (1, 1), tolerance=0.5).classes[0].surface == measures.surface
+
+
+def test_volume_errors():
+    truth, prediction = np.zeros((2, 4, 5, 6), np.uint8)
+    truth[:2] = 1  # 60 voxels of 10 mm³
+    prediction[:3, :, :5] = 1  # 75
+    case = measure_case(truth, prediction, 3, (5, 2, 1))
+    one, two = case.classes
+    assert (one.voxel, one.volume_bias, one.volume_error) == (10, 150, 150) and one.relative_volume_error == 0.25
+    assert (two.volume_bias, two.volume_error, two.relative_volume_error) == (None, None, None)
+    assert measure_case(prediction, truth, 2, (5, 2, 1)).classes[0].volume_bias == -150
+    false = measure_case(np.zeros_like(truth), truth, 2, (5, 2, 1)).classes[0]
+    assert (false.volume_error, false.relative_volume_error) == (600, None)
+    summary = summarise([("a", "a", case)], ["background", "one", "two"], TOLERANCE)
+    assert {name: one if isinstance(one, str) else one["mean"] for name, one in summary["volume_error"].items()} == {
+        "relative": 0.25, "absolute": 0.15, "bias": 0.15, "unit": "ml"
+    }  # fmt: skip
+    image = measure_case(truth[0], prediction[0] * 0, 2, (2, 1)).classes[0]
+    assert (image.voxel, image.volume_bias, image.relative_volume_error) == (2, -60, 1)
+
+
+def test_volume_errors_have_no_interval_and_are_of_volumes_where_there_are_some():
+    image, volume = np.ones((5, 6), np.uint8), np.ones((2, 5, 6), np.uint8)
+    cases = [(f"v{i}", f"v{i}", measure(volume, volume * 0)) for i in range(5)]
+    cases += [(f"i{i}", f"i{i}", measure(image, image * 0)) for i in range(5)]
+    errors = summarise(cases, ["background", "lesion"], TOLERANCE)["volume_error"]
+    assert errors["relative"] == {"mean": 1, "ci95": None, "n": 10} and errors["unit"] == "ml"
+    assert errors["absolute"] == {"mean": pytest.approx(0.06), "ci95": None, "n": 5}
+    errors = summarise(cases[5:], ["background", "lesion"], TOLERANCE)["volume_error"]
+    assert errors["bias"] == {"mean": -30, "ci95": None, "n": 5} and errors["unit"] == "mm²"
+
+
+def test_lesion_recall_by_volume_and_by_width():
+    truth = np.zeros((60, 60), np.uint8)
+    truth[0, :40] = 1  # a scratch, 1 pixel wide, found
+    truth[5, :20] = 1  # another, missed
+    truth[10:13, :50] = 1  # 3 pixels wide, found
+    truth[30:40, :10] = 1  # as wide as long
+    prediction = np.zeros_like(truth)
+    prediction[0, 39] = prediction[12, 3] = prediction[35, 5] = 1
+    lesions = summarise([("a", "a", measure_case(truth, prediction, 2, (0.5, 2)))], ["background", "x"], TOLERANCE)["lesions"]
+    wide = [(row["range"], row["unit"], row["recall"]["mean"], row["n"]) for row in lesions["by_width"]]
+    assert wide == [("<2", "pixels", 0.5, 2), ("2-4", "pixels", 1, 1), ("4-8", "pixels", None, 0), (">=8", "pixels", None, 0)]
+    large = [(row["range"], row["unit"], row["recall"]["mean"], row["n"]) for row in lesions["by_volume"]]
+    assert large == [("<10", "mm²", None, 0), ("10-50", "mm²", 0.5, 2), ("50-200", "mm²", 1, 2), (">=200", "mm²", None, 0)]
+    dots = labels("11111", ".....", "1111.")  # 10 mm² and 8 mm²
+    by_volume = summarise([("a", "a", measure_case(dots, dots, 2, (2, 1)))], ["background", "x"], TOLERANCE)["lesions"][
+        "by_volume"
+    ]
+    assert [row["n"] for row in by_volume] == [1, 1, 0, 0]
+    volume = measure_case(truth[None], prediction[None], 2, (4, 0.5, 0.5))
+    lesions = summarise([("a", "a", volume)], ["background", "x"], TOLERANCE)["lesions"]
+    assert lesions["by_width"] is None
+    assert [(row["unit"], row["n"]) for row in lesions["by_volume"]] == [("mm³", n) for n in (0, 2, 2, 0)]
 
 
 def test_a_case_ignored_altogether_is_not_one_without_target():
@@ -210,7 +313,7 @@ def test_values_that_are_no_class_are_refused(truth, prediction, name):
 def test_groups_weigh_the_same_whatever_their_number_of_cases():
     hit, miss = (measure(labels("1."), labels(text)) for text in ("1.", ".."))
     cases = [(f"a{i}", "a", hit) for i in range(9)] + [("b0", "b", miss)]
-    assert summarise(cases, ["background", "lesion"])["dice"] == {"mean": 0.5, "ci95": None, "n": 2}
+    assert summarise(cases, ["background", "lesion"], TOLERANCE)["dice"] == {"mean": 0.5, "ci95": None, "n": 2}
 
 
 def made_cases() -> list[tuple[str, str, CaseMeasures]]:
@@ -227,23 +330,24 @@ def made_cases() -> list[tuple[str, str, CaseMeasures]]:
 
 def test_the_summary_holds_to_the_contract():
     cases = made_cases()
-    summary = summarise(cases, ["background", "edema", "tumour"])
+    summary = summarise(cases, ["background", "edema", "tumour"], TOLERANCE)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert list(summary) == [*METRICS, "classes", "lesions", "false_alarms", "policy"]
+    assert list(summary) == ["surface_tolerance_mm", *METRICS, "volume_error", "classes", "lesions", "false_alarms", "policy"]
     assert list(summary["classes"]) == ["edema", "tumour"]
-    assert all(list(of_class) == list(METRICS) for of_class in summary["classes"].values())
-    assert list(summary["lesions"]) == ["precision", "recall", "f1", "by_size"]
+    assert all(list(of_class) == [*METRICS, "volume_error"] for of_class in summary["classes"].values())
+    assert list(summary["lesions"]) == ["precision", "recall", "f1", "by_size", "by_volume", "by_width"]
     assert [row["range"] for row in summary["lesions"]["by_size"]] == ["<10", "10-49", "50-199", ">=200"]
-    assert all(isinstance(sentence, str) for sentence in summary["policy"].values())
+    assert summary["policy"] == policy(TOLERANCE) and all(isinstance(text, str) for text in summary["policy"].values())
     assert summary["false_alarms"]["images_without_target"] == 2 and summary["false_alarms"]["alarmed"] == 1
     assert summary["false_alarms"]["rate"] == {"mean": 0.5, "ci95": None, "n": 2}
+    assert summary["false_alarms"]["per_1000"] == {"mean": 500, "ci95": None, "n": 2}
     sizes = [size for _, _, case in cases for measures in case.classes for size in measures.lesion_sizes]
     assert sum(row["n"] for row in summary["lesions"]["by_size"]) == len(sizes)
 
 
 def test_the_summary_agrees_with_a_loop_over_the_rows():
     cases, names = made_cases(), ["background", "edema", "tumour"]
-    summary, rows = summarise(cases, names), case_rows(cases, names)
+    summary, rows = summarise(cases, names, TOLERANCE), case_rows(cases, names)
     assert len(rows) == len(cases) * 2
     for metric in METRICS:
         for wanted, figures in [({"edema", "tumour"}, summary), *(({name}, summary["classes"][name]) for name in names[1:])]:
@@ -267,7 +371,7 @@ def test_lesion_recall_by_size():
     truth[0, :9] = truth[2, :10] = truth[4:11, :7] = truth[12:22, :5] = truth[24:34, :20] = 1  # 9, 10, 49, 50, 200 voxels
     prediction = np.zeros_like(truth)
     prediction[2, 0] = prediction[24, 0] = prediction[39, 39] = 1
-    summary = summarise([("a", "a", measure(truth, prediction))], ["background", "lesion"])
+    summary = summarise([("a", "a", measure(truth, prediction))], ["background", "lesion"], TOLERANCE)
     by_size = [(row["recall"]["mean"], row["n"]) for row in summary["lesions"]["by_size"]]
     assert by_size == [(0, 1), (0.5, 2), (0, 1), (1, 1)]
     assert summary["lesions"]["recall"]["mean"] == pytest.approx(2 / 5)
@@ -286,8 +390,12 @@ def test_case_rows():
             "iou": 1 / 3,
             "precision": 1.0,
             "recall": 1 / 3,
+            "hd95": pytest.approx(1 + 0.9 * (2 * ROOT2 - 1)),
+            "surface_dice": 3 / 4,
             "truth_voxels": 3,
             "predicted_voxels": 1,
+            "truth_volume": 3.0,
+            "predicted_volume": 1.0,
             "lesions": 2,
             "lesions_found": 1,
             "lesions_false": 0,
@@ -300,8 +408,12 @@ def test_case_rows():
             "iou": "",
             "precision": "",
             "recall": "",
+            "hd95": "",
+            "surface_dice": "",
             "truth_voxels": 0,
             "predicted_voxels": 0,
+            "truth_volume": 0.0,
+            "predicted_volume": 0.0,
             "lesions": 0,
             "lesions_found": 0,
             "lesions_false": 0,
@@ -310,6 +422,7 @@ def test_case_rows():
 
 
 def test_no_cases():
-    summary = summarise([], ["background", "lesion"])
+    none = {"mean": None, "ci95": None, "n": 0}
+    summary = summarise([], ["background", "lesion"], TOLERANCE)
     assert summary["dice"] == {"mean": None, "ci95": None, "n": 0}
-    assert summary["false_alarms"] == {"images_without_target": 0, "alarmed": 0, "rate": {"mean": None, "ci95": None, "n": 0}}
+    assert summary["false_alarms"] == {"images_without_target": 0, "alarmed": 0, "rate": none, "per_1000": none}

@@ -3,6 +3,7 @@ import pytest
 
 from finetune.overlay import COLOURS, error_picture, grey_picture, label_picture, side_by_side, telling_slice
 from resunet.data.cases import IGNORE, Case, LoadedCase
+from resunet.data.perceptual import look
 from resunet.runtime import percentile_intensity
 
 
@@ -53,13 +54,14 @@ def test_the_telling_slice_has_most_foreground(axis):
 def test_greys_are_between_the_percentiles_of_the_slice():
     values = np.linspace(0, 4000, 50 * 40).astype(np.uint16).reshape(1, 50, 40)
     case = LoadedCase(
-        Case("a", "a", "a", "a", None, image=None, mask=None),
+        Case("a", "a", "a", "a", None, files=(), mask=None),
         values,
         (1, 1),
         percentile_intensity(values, 0, 100),
         None,
         "",
         "",
+        look(values),
     )
     picture = grey_picture(case, 0)
     assert picture.shape == (50, 40, 3) and picture.dtype == np.uint8

@@ -4,19 +4,21 @@ import torch
 
 from finetune.patches import PatchSampler
 from resunet.data.cases import IGNORE, Case, LoadedCase
+from resunet.data.perceptual import look
 from resunet.runtime import Intensity
 
 
 def case(name: str, values: np.ndarray, labels: np.ndarray, spacing: tuple[float, ...] | None = None) -> LoadedCase:
     """A case in memory whose normalised values are its raw ones."""
     return LoadedCase(
-        case=Case(name, name, name, name, "pool", image=None, mask=None),
+        case=Case(name, name, name, name, "pool", files=(), mask=None),
         values=values,
         spacing=spacing or (1.0,) * labels.ndim,
         intensities=[Intensity(-1e9, 1e9, 0, 1)] * values.shape[0],
         labels=labels,
         file_sha256="",
         pixel_sha256="",
+        look=look(values),
     )
 
 

@@ -1,91 +1,146 @@
+from pathlib import Path
+
+import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+from PIL import Image
 from torch import nn
 
-from finetune.predict import decide, predict_case, predict_slices
-from resunet.data.cases import Case, LoadedCase
+from finetune.predict import PredictRequest, predict, predict_case
+from finetune.window import Inference
+from resunet.checkpoint import ModelConfig
+from resunet.data.cases import Case, LoadedCase, load_cases
+from resunet.errors import InputError
 from resunet.model import ResUNet
-from resunet.runtime import normalise, percentile_intensity
 
 CPU = torch.device("cpu")
+CLASSES = {0: "background", 7: "lesion", 200: "tumour"}
+PLAIN = PredictRequest()
 
 
-def case(values: np.ndarray, spacing: tuple[float, ...]) -> LoadedCase:
-    return LoadedCase(
-        case=Case("a", "a", "a", "a", None, image=None, mask=None),
-        values=values,
-        spacing=spacing,
-        intensities=percentile_intensity(values, 0.5, 99.5),
-        labels=None,
-        file_sha256="",
-        pixel_sha256="",
+def write_model(folder: Path, channels: str | int = "grey", num_classes: int = 3, spatial_dims: int = 2) -> Path:
+    """A network with random weights whose head is large, so that all classes are predicted somewhere."""
+    torch.manual_seed(0)
+    count = {"grey": 1, "rgb": 3}.get(channels, channels)
+    network = ResUNet(count, num_classes, (4, 4, 4, 4, 8), units=1, spatial_dims=spatial_dims)
+    nn.init.normal_(network.head.weight)
+    classes = dict(list(CLASSES.items())[:num_classes])
+    network.config = ModelConfig(architecture=network.config.architecture, input_channels=channels, classes=classes)
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def volume(path: Path, *shape: int, seed: int = 0, pixdim=(1, 1, 5)) -> Path:
+    values = np.random.default_rng(seed).integers(-500, 2000, shape).astype(np.int16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([*pixdim, 1.0])), path)
+    return path
+
+
+def picture(path: Path, *shape: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, shape, np.uint8)).save(path)
+    return path
+
+
+def loaded(path: Path, channels="grey") -> LoadedCase:
+    (one,) = load_cases(
+        [Case("a", "a", "a", "a", None, (path,), None)], channels, ModelConfig.model_fields["normalisation"].default
+    )
+    return one
+
+
+def test_what_is_written_is_what_evaluation_measures(tmp_path, model):
+    """With the model's own mask values, in the file's frame."""
+    from resunet.model import load_model
+
+    path = volume(tmp_path / "scans" / "v.nii.gz", 12, 20, 3)
+    image = picture(tmp_path / "scans" / "i.png", 23, 17)
+    done = predict(model, [tmp_path / "scans"], tmp_path / "out", PLAIN)
+    assert (done.out, done.written, done.faults) == (tmp_path / "out", 2, ())
+    assert sorted(file.name for file in done.out.iterdir()) == ["i.png", "v.nii.gz"]
+    network, raw = load_model(model), np.array(list(CLASSES))
+    measured = raw[predict_case(network, loaded(path), CPU, "fp32")]
+    assert set(np.unique(measured)) == set(CLASSES)
+    scan = sitk.DICOMOrient(sitk.ReadImage(str(done.out / "v.nii.gz")), "LPS")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(scan), measured)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(done.out / "i.png")), raw[predict_case(network, loaded(image), CPU, "fp32")]
     )
 
 
-def volume(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(-500, 2000, shape).astype(np.int16)
+def test_settings_reach_the_network(tmp_path, model):
+    from resunet.model import load_model
+
+    path = volume(tmp_path / "v.nii", 12, 20, 3)
+    plain, mirrored = (
+        nibabel.load(predict(model, [path], tmp_path / name, request).out / "v.nii")
+        for name, request in (("a", PredictRequest(probabilities=True)), ("b", PredictRequest(probabilities=True, flips=True)))
+    )
+    assert plain.shape == mirrored.shape == (12, 20, 3, 3) and plain.get_data_dtype() == np.float32
+    assert np.abs(plain.get_fdata() - mirrored.get_fdata()).max() > 0.01
+    labels = predict_case(load_model(model), loaded(path), CPU, "fp32", Inference(flips=True))
+    found = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(tmp_path / "b" / "v.nii"))[:, :, :, 0], "LPS"))
+    assert ((found < 1 / 3) | (labels == 0)).mean() > 0.6  # the background's share is small where it was not chosen
+    with pytest.raises(InputError, match=r"memory=0\.3 GiB: too little for a scan of 1 × 3 × 20 × 12"):
+        predict(model, [path], tmp_path / "c", PredictRequest(memory=0.3))
 
 
-def network(num_classes: int = 3) -> ResUNet:
-    """Its head is made large, so that all classes are predicted somewhere."""
-    torch.manual_seed(0)
-    model = ResUNet(1, num_classes, (4, 8), units=1)
-    nn.init.normal_(model.head.weight)
-    return model
+def test_an_image_smaller_than_the_stride(tmp_path, model):
+    out = predict(model, [picture(tmp_path / "a.png", 3, 2)], tmp_path / "out", PLAIN).out
+    assert np.asarray(Image.open(out / "a.png")).shape == (3, 2)
 
 
-def test_decisions():
-    logits = torch.tensor([-3.0, 0.0, 1e-6, 3.0]).view(1, 1, 2, 2)
-    assert decide(logits).tolist() == [[[0, 0], [1, 1]]]
-    many = torch.tensor([[1.0, 5.0], [2.0, -1.0], [1.5, 4.0]]).view(1, 3, 1, 2)
-    assert decide(many).tolist() == [[[1, 0]]] and decide(many).dtype == decide(logits).dtype == torch.uint8
-    high = torch.zeros(1, 254, 1, 1)
-    high[0, 253] = 1
-    assert decide(high).item() == 253
+def test_good_files_are_predicted_and_bad_ones_listed(tmp_path, model, capsys):
+    picture(tmp_path / "in" / "good.png", 9, 9)
+    (tmp_path / "in" / "cut.png").write_bytes((tmp_path / "in" / "good.png").read_bytes()[:60])
+    volume(tmp_path / "in" / "zero.nii", 5, 5, 5)
+    content = bytearray((tmp_path / "in" / "zero.nii").read_bytes())
+    content[80:84] = np.float32(0).tobytes()  # pixdim[1]
+    content[252:256] = bytes(4)  # no qform, no sform
+    (tmp_path / "in" / "zero.nii").write_bytes(content)
+    sitk.WriteImage(sitk.Image([4, 4, 4], sitk.sitkVectorInt16, 4), str(tmp_path / "in" / "many.nrrd"))
+    done = predict(model, [tmp_path / "in"], tmp_path / "out", PLAIN)
+    assert done.written == 1 and [path.name for path in done.out.iterdir()] == ["good.png"]
+    said = capsys.readouterr().err
+    assert len(done.faults) == 3 and "the spacing in its header is 0 × 1 × 5 mm" in said
+    for name in ("cut.png", "zero.nii", "many.nrrd"):
+        assert sum(f"{name}: " in fault for fault in done.faults) == 1 and said.count(f"{name}: ") == 1
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_volume_is_predicted_slice_by_slice_along_its_coarsest_axis(axis):
-    values = volume(1, 11, 13, 9)
-    spacing = tuple(4.0 if i == axis else 1.0 for i in range(3))
-    model = network()
-    predicted = predict_case(model, case(values, spacing), CPU, "fp32")
-    assert predicted.shape == (11, 13, 9) and predicted.dtype == np.uint8
-    assert len(np.unique(predicted)) == 3
-    whole = normalise(values, percentile_intensity(values, 0.5, 99.5))  # of the volume, not of the slice
-    for i in range(values.shape[axis + 1]):
-        image = torch.from_numpy(whole.take(i, axis=axis + 1))[None]
-        with torch.no_grad():
-            by_hand = model.eval()(image)[0].argmax(dim=0).numpy()
-        assert (predicted.take(i, axis=axis) == by_hand).mean() > 0.999  # a tie may fall either way
+def test_another_number_of_channels(tmp_path, capsys):
+    four, rgb = write_model(tmp_path / "four", 4), write_model(tmp_path / "rgb", "rgb")
+    path = volume(tmp_path / "a.nii", 5, 5, 5)
+    with pytest.raises(InputError, match=r"a\.nii: has 1 channel, the model takes 4 \(4\)") as caught:
+        predict(four, [path], tmp_path / "out", PLAIN)
+    assert "data.channels" not in str(caught.value) and not (tmp_path / "out").exists()
+    picture(tmp_path / "grey.png", 9, 9)  # grey as three equal channels, as the recipe's 'rgb' says
+    assert predict(rgb, [tmp_path / "grey.png"], tmp_path / "out", PLAIN).written == 1
+    with pytest.raises(InputError, match="none of 2 inputs could be predicted; nothing was written"):
+        predict(four, [path, tmp_path / "grey.png"], tmp_path / "two", PLAIN)
+    assert not (tmp_path / "two").exists() and capsys.readouterr().err.count("the model takes 4") == 2
 
 
-def test_more_slices_than_a_batch_keep_their_order():
-    values = volume(1, 35, 8, 8)
-    model = network(4)
-    predicted = predict_case(model, case(values, (5, 1, 1)), CPU, "fp32")
-    alone = [predict_slices(model, case(values, (5, 1, 1)).image_slice(i)[None], CPU, "fp32")[0] for i in range(35)]
-    assert (predicted == np.stack(alone)).mean() > 0.999
-    assert len({one.tobytes() for one in predicted}) > 17
+def test_nothing_is_overwritten(tmp_path, model):
+    out = tmp_path / "out"
+    out.mkdir()
+    path = picture(tmp_path / "a.png", 9, 9)
+    assert predict(model, [path], out, PLAIN).written == 1  # an empty folder is as good as a new one
+    before = (out / "a.png").read_bytes()
+    with pytest.raises(InputError, match="exists already, and is not empty"):
+        predict(model, [picture(tmp_path / "b.png", 7, 7)], out, PLAIN)
+    with pytest.raises(InputError, match="exists already"):
+        predict(model, [path], path, PLAIN)
+    assert [(one.name, one.read_bytes()) for one in out.iterdir()] == [("a.png", before)]
 
 
-def test_an_image_of_odd_size_is_predicted_whole():
-    predicted = predict_case(network(2), case(volume(1, 17, 23), (1, 1)), CPU, "fp32")
-    assert predicted.shape == (17, 23) and set(np.unique(predicted)) == {0, 1}
-
-
-def test_bf16_decides_almost_everywhere_the_same():
-    one = case(volume(1, 32, 32), (1, 1))
-    model = network()
-    assert (predict_case(model, one, CPU, "bf16") == predict_case(model, one, CPU, "fp32")).mean() > 0.95
-
-
-def test_prediction_is_in_evaluation_mode_and_changes_nothing():
-    model, one = network(), case(volume(1, 16, 16), (1, 1))
-    model.train()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    values = one.values.copy()
-    first, second = (predict_case(model, one, CPU, "fp32") for _ in range(2))
-    assert not model.training and (first == second).all() and (one.values == values).all()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+def test_only_a_2d_model_with_classes_predicts(tmp_path):
+    with pytest.raises(InputError, match="spatial_dims=3; a 2D model"):
+        predict(write_model(tmp_path / "model", spatial_dims=3), [tmp_path], tmp_path / "out", PLAIN)

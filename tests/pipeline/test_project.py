@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert example
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
@@ -25,13 +25,13 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_table_of_networks_is_what_the_command_prints() -> None:
     from benchmarks.networks import table
 
-    assert table() in (ROOT / "README.md").read_text()
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_ci_runs_the_readme_command() -> None:
-    pattern = re.search(r"grep --max-count=1 '(.*?)'", (ROOT / ".ci" / "run").read_text())
+    pattern = re.search(r"grep --max-count=1 '(.*?)'", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
     assert pattern
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if re.search(pattern[1], line)]
+    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if re.search(pattern[1], line)]
     assert len(lines) == 1 and "'.[test]'" in lines[0]
 
 
@@ -39,7 +39,7 @@ def test_every_command_of_the_readme_exists() -> None:
     from resunet.cli import app
 
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    named = set(re.findall(r"^(?:.*/)?resunet (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^(?:.*/)?resunet (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert named and named <= verbs
 
 
@@ -61,9 +61,9 @@ def test_the_wheel_runs_a_named_recipe_elsewhere(tmp_path: Path, write_blobs: Ca
         [
             *(sys.executable, "-P", "-m", "pretrain", "brain_tumor", f"data.source={write_blobs()}"),
             *(f"data.salt_file={salt}", "out=run", "steps=1", "batch=4", "model.channels=[4,8]", "precision=fp32"),
-            *("views.size=16", "wandb.mode=disabled"),
+            *("views.size=16", "wandb.mode=disabled", "data.workers=0"),
         ],
-        cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True,
+        cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, encoding="utf-8",
         timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

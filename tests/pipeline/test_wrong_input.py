@@ -78,7 +78,7 @@ def existing_out(root: Path) -> list[str]:
 
 
 def group_in_two_parts(root: Path) -> list[str]:
-    splits = json.loads((root / "splits.json").read_text())
+    splits = json.loads((root / "splits.json").read_text(encoding="utf-8"))
     splits["test"].append(splits["pool"].pop())
     (root / "splits.json").write_text(json.dumps(splits))
     return []

@@ -1,0 +1,133 @@
+"""Gradient norms by layer and by residual unit in a run's first steps: whether every part of the network learns.
+
+Written to gradients.json in the run directory, beside metrics.jsonl: a few records of some hundred numbers.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from resunet.blocks import ResidualUnit
+from resunet.files import write_text
+from resunet.progress import say
+from resunet.report import COLOURS, Section, svg
+
+FIRST_STEPS = 50
+LOWEST_NORM = 0.01
+FILE = "gradients.json"
+_LISTED = 4  # of the units in the warning
+
+
+def gradient_norms(model: nn.Module) -> dict[str, dict[str, float]]:
+    """{"layers": {name: norm}, "units": {name: norm}}: L2 norms of the gradients of every layer that has weights of its own, and
+    of every residual unit as a whole; what has no gradient has 0. One transfer from the device for all."""
+    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    gradients = [gradient.float() for _, gradient in named]
+    squares = torch.stack([gradient.square().sum() for gradient in gradients]).tolist() if gradients else []
+    square = {name: value for (name, _), value in zip(named, squares, strict=True)}
+
+    def norm(module_name: str, module: nn.Module, recurse: bool) -> float:
+        prefix = f"{module_name}." if module_name else ""
+        return math.sqrt(sum(square.get(prefix + name, 0.0) for name, _ in module.named_parameters(recurse=recurse)))
+
+    modules = list(model.named_modules())
+    return {
+        "layers": {name: norm(name, one, False) for name, one in modules if any(True for _ in one.parameters(recurse=False))},
+        "units": {name: norm(name, one, True) for name, one in modules if isinstance(one, ResidualUnit)},
+    }
+
+
+def quiet_units(records: Sequence[dict[str, Any]], lowest: float = LOWEST_NORM) -> list[str]:
+    """Residual units whose norm is below `lowest` in every record: one step alone says little, the head starts near 0."""
+    if not records:
+        return []
+    return [unit for unit in records[0]["units"] if all(record["units"][unit] < lowest for record in records)]
+
+
+class GradientRecord:
+    """gradients.json of a run; what a resumed run does again is written again."""
+
+    def __init__(self, folder: Path, clip: float, first: int, writes: bool) -> None:
+        """clip: of the gradient's norm; what is recorded is the norm before it. first: steps that are done."""
+        self._path, self._clip, self._writes = folder / FILE, clip, writes
+        self._records: list[dict[str, Any]] = []
+        self._told = first >= FIRST_STEPS
+        if writes and first and self._path.exists():
+            self._records = [
+                one for one in json.loads(self._path.read_text(encoding="utf-8"))["records"] if one["step"] <= first
+            ]
+
+    def take(self, step: int, model: nn.Module, total: float) -> None:
+        """Record the gradients that stand in the model after clipping; after the first steps nothing is done.
+
+        Args:
+            step: how many are done with this one.
+            total: the norm of all of them before clipping.
+        """
+        if self._told or not self._writes or not math.isfinite(total):
+            return
+        if step <= FIRST_STEPS:
+            factor = max(1.0, total / self._clip)
+            norms = gradient_norms(model)
+            scaled = {kind: {name: _round(norm * factor) for name, norm in its.items()} for kind, its in norms.items()}
+            self._records.append({"step": step, "total": _round(total), **scaled})
+            write_text(self._path, json.dumps({"lowest": LOWEST_NORM, "records": self._records}) + "\n")
+        if step >= FIRST_STEPS:
+            self._told = True
+            self._warn()
+
+    def _warn(self) -> None:
+        quiet = quiet_units(self._records)
+        if quiet:
+            more = f" and {len(quiet) - _LISTED} more" if len(quiet) > _LISTED else ""
+            say(
+                f"gradients: {len(quiet)} of {len(self._records[0]['units'])} residual units have norms below {LOWEST_NORM} in the "
+                f"first {self._records[-1]['step']} steps ({', '.join(quiet[:_LISTED])}{more}): they hardly learn. See {FILE}, "
+                "and Troubleshooting in the README."
+            )
+
+
+def gradients_section(folder: Path) -> Section | None:
+    """The report's picture of the first and the last record; None for a run without any, or without residual units."""
+    path = folder / FILE
+    records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+    if not records or not records[0]["units"]:
+        return None
+    quiet = quiet_units(records)
+    verdict = (
+        f"Below {LOWEST_NORM} in all of them: {', '.join(quiet)}."
+        if quiet
+        else f"Every unit was above {LOWEST_NORM} in some step."
+    )
+    return Section(
+        "Gradients in the first steps", text=[verdict], pictures=[svg(_drawn(records), "Gradient norm by residual unit")]
+    )
+
+
+def _drawn(records: Sequence[dict[str, Any]]) -> Figure:
+    units = list(records[0]["units"])
+    figure = Figure(figsize=(5.6, 0.9 + 0.22 * len(units)), layout="constrained")
+    axes = figure.subplots()
+    ends = [records[0], records[-1]] if len(records) > 1 else records
+    for record, colour in zip(ends, COLOURS, strict=False):
+        norms = [max(record["units"][unit], 1e-8) for unit in units]  # a log axis has no 0
+        axes.plot(norms, range(len(units)), "o", color=colour, label=f"step {record['step']}")
+    axes.axvline(LOWEST_NORM, color="#999999", linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(units)), units, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("norm of the gradient")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
