@@ -43,6 +43,12 @@ def percentiles(values: NDArray, wanted: Sequence[float]) -> list[float]:
     return [float(value) for value in _percentiles(*_distinct(values), wanted)]
 
 
+def counted_percentiles(counts: NDArray[np.int64], wanted: Sequence[float]) -> list[float]:
+    """The same of values from 0 on that are known by how often each occurs."""
+    present = np.flatnonzero(counts)
+    return [float(value) for value in _percentiles(present, counts[present], wanted)]
+
+
 def _distinct(values: NDArray) -> tuple[NDArray, NDArray[np.int64] | None]:
     """Values and how often each occurs; None for once each, where counting would not be faster than sorting."""
     flat = values.ravel()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from resunet.data.dicom import DicomHeader, read_header
 from resunet.data.formats import sniff
@@ -17,7 +18,7 @@ from resunet.data.perceptual import look
 from resunet.data.walk import FoundFile
 from resunet.errors import InputError
 from resunet.files import files_sha256
-from resunet.runtime import percentiles
+from resunet.runtime import counted_percentiles, percentiles
 
 # Which percentiles of its values a row holds: enough to draw a histogram from.
 PERCENTILES = (0.0, 0.5, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 100.0)
@@ -104,8 +105,16 @@ def describe(pixels: Pixels | DicomHeader) -> Described | DicomHeader:
         "spacing": scan.spacing,
         "orientation": scan.orientation,
         "dtype": _name_of(scan.values.dtype),
-        "percentiles": percentiles(scan.values, PERCENTILES),
+        "percentiles": _percentiles(scan.values),
         "files": len(pixels.files),
         "bytes": sum(file.size for file in pixels.files),
     }
     return Described(facts, seen.thumbnail)
+
+
+def _percentiles(values: NDArray) -> list[float]:
+    if values.dtype != np.uint8 or values.size < _SMALL // 4:
+        return percentiles(values, PERCENTILES)
+    # most images: PIL counts 8 bits in less than half the time
+    counts = Image.fromarray(values.reshape(-1, values.shape[-1])).histogram()
+    return counted_percentiles(np.array(counts), PERCENTILES)

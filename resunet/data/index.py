@@ -28,7 +28,7 @@ from resunet.data.walk import FoundFile, Tree, walk
 from resunet.errors import EnvironmentFault, InputError, Stopped
 from resunet.progress import progress, say
 
-_CHUNK_FILES, _CHUNK_BYTES = 64, 8 << 20
+_CHUNK_FILES, _CHUNK_BYTES = 128, 8 << 20
 _QUOTED = re.compile(r"""(?<!\w)(['"|`]).*?\1(?!\w)|<[^>]*>|\S*[/\\]\S*""")
 
 
