@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(2)
     sources = [write_volumes(chosen.folder / "volumes", chosen.volumes)]
     sources += [chosen.hippocampus] if chosen.hippocampus else []
-    sources += [*chosen.images, *(write_images(chosen.folder, side, 24) for side in chosen.sides)]
+    sources += [*chosen.images, *(write_images(chosen.folder, side, BATCH) for side in chosen.sides)]
     print(f"load of the machine before: {', '.join(f'{load:.1f}' for load in os.getloadavg())}; {os.cpu_count()} cores")
     recipe = recipe_of(sources[0], chosen.folder / "store")
     print(f"views made: {median(lambda: views_a_second(recipe, chosen.seconds), chosen.repeats):.0f} scans a second")
