@@ -20,13 +20,13 @@ from finetune.predict import predict_case
 from finetune.predictions import evaluate_masks
 from finetune.surface import TOLERANCE
 from finetune.window import predict_values
-from resunet.checkpoint import CONFIG, ModelConfig, model_folder, read_config
+from resunet.checkpoint import CONFIG, ModelConfig, model_folder
 from resunet.config import Precision
 from resunet.data.cases import IGNORE, Case, LoadedCase, load_cases
 from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, evidence_of_cases, find_leaks, read_archive, refuse_leaks
 from resunet.data.source import Source, open_source
 from resunet.errors import InputError
-from resunet.model import load_model
+from resunet.model import load_finetuned
 from resunet.progress import progress, say
 
 __all__ = ["EvaluateRequest", "Measured", "evaluate", "measure_cases", "overlay_name", "telling_cases", "write_evaluation"]
@@ -48,13 +48,8 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return evaluate_masks(folder, request, out)
     out = new_folder(out if out is not None else model / f"evaluation-{request.split}")
-    network = load_model(folder)
-    config = read_config(folder)
-    if config.classes is None or config.architecture.spatial_dims != 2:
-        raise InputError(
-            f"{folder}: classes={config.classes}, spatial_dims={config.architecture.spatial_dims}; a 2D model that "
-            "resunet finetune wrote, with its classes, can be evaluated."
-        )
+    network, config = load_finetuned(folder)
+    assert config.classes is not None
     if request.ignore:
         raise InputError(
             f"--ignore {list(request.ignore)}: is for masks of another program; this model ignores {config.ignore}."

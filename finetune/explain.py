@@ -32,14 +32,14 @@ from finetune.inputs import list_inputs
 from finetune.overlay import grey_picture
 from finetune.window import Footprint, Inference, footprint, plan_slices, predict_values
 from finetune.wrong import Kind, WrongLesion, wrong_lesions
-from resunet.checkpoint import ModelConfig, model_folder, read_config
+from resunet.checkpoint import ModelConfig, model_folder
 from resunet.config import Frozen
 from resunet.data.cases import Case, LoadedCase, load_cases, take_slice
 from resunet.data.identity import load_salt
 from resunet.data.images import READABLE, stem_of, suffix_of
 from resunet.errors import InputError
 from resunet.files import folder_aside
-from resunet.model import Segmenter, load_model
+from resunet.model import Segmenter, load_finetuned
 from resunet.progress import progress, say
 
 SCHEMA_VERSION = 1
@@ -185,12 +185,7 @@ def open_explainer(model: Path, request: ExplainRequest) -> Explainer:
         InputError: no 2D segmenter with classes, or no such layer.
     """
     folder = model_folder(model)
-    network, config = load_model(folder), read_config(folder)
-    if config.classes is None or config.architecture.spatial_dims != 2:
-        raise InputError(
-            f"{folder}: classes={config.classes}, spatial_dims={config.architecture.spatial_dims}; a 2D model that "
-            "resunet finetune wrote, with its classes, can be explained."
-        )
+    network, config = load_finetuned(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device).requires_grad_(False)
     layers = layers_of(network, config.architecture.in_channels)

@@ -20,14 +20,14 @@ from torch import nn
 from finetune.inputs import Input, list_inputs
 from finetune.masks import Prediction, write_prediction
 from finetune.window import Inference, predict_values
-from resunet.checkpoint import WEIGHTS, ModelConfig, model_folder, read_config
+from resunet.checkpoint import WEIGHTS, ModelConfig, model_folder
 from resunet.config import Precision
 from resunet.data.cases import Case, LoadedCase, intensities_of, read_case
 from resunet.data.formats import named
 from resunet.data.images import Scan, channel_count, read_scan
 from resunet.errors import EnvironmentFault, InputError
 from resunet.files import sha256
-from resunet.model import load_model
+from resunet.model import load_finetuned
 from resunet.progress import progress, say
 from resunet.runtime import slice_axis
 
@@ -76,12 +76,7 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
     if request.precision == "fp16" and not torch.cuda.is_available():
         raise EnvironmentFault("--precision fp16: needs a GPU, and none is visible. On a CPU use bf16 or fp32.")
     folder = model_folder(model)
-    network, config = load_model(folder), read_config(folder)
-    if config.classes is None or config.architecture.spatial_dims != 2:
-        raise InputError(
-            f"{folder}: classes={config.classes}, spatial_dims={config.architecture.spatial_dims}; a 2D model that "
-            "resunet finetune wrote, with its classes, can predict."
-        )
+    network, config = load_finetuned(folder)
     found = list_inputs(inputs, config.input_channels)
     # without a GPU Accelerate joins ranks only where it is told to use the CPU
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)

@@ -161,6 +161,21 @@ def load_model(path: str | Path) -> Segmenter:
     return model
 
 
+def load_finetuned(folder: Path) -> tuple[Segmenter, ModelConfig]:
+    """A segmenter that can be used on scans, and its config, which names classes.
+
+    Raises:
+        InputError: as `load_model`; or a segmenter without classes, or of volumes.
+    """
+    model, config = load_model(folder), read_config(folder)
+    if config.classes is None or config.architecture.spatial_dims != 2:
+        raise InputError(
+            f"{folder}: classes={config.classes}, spatial_dims={config.architecture.spatial_dims}; a 2D model that "
+            "resunet finetune wrote, with its classes, is needed."
+        )
+    return model, config
+
+
 NETWORKS: dict[str, type[ResidualEncoder] | type[ResUNet] | type[UNet]] = {
     network.kind: network for network in (ResidualEncoder, ResUNet, UNet)
 }
