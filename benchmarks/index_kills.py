@@ -66,13 +66,13 @@ def outliving(session: int) -> int:
     """Processes of a session that are there two seconds after it should have ended."""
     deadline = time.monotonic() + 2
     while True:
-        alive = sum(1 for pid in psutil.pids() if _session_of(pid) == session)
+        alive = sum(1 for pid in psutil.pids() if session_of(pid) == session)
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(0.02)
 
 
-def _session_of(pid: int) -> int | None:
+def session_of(pid: int) -> int | None:
     try:
         return os.getsid(pid)
     except ProcessLookupError:

@@ -19,10 +19,11 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from resunet.data.check import check
-from resunet.data.describe import PERCENTILES, Described
+from resunet.data.describe import DESCRIBED, PERCENTILES
 from resunet.data.evidence import evidence_of, find_pairs
 from resunet.data.identity import Salt
 from resunet.data.images import IMAGES, read_scan
@@ -37,6 +38,7 @@ from resunet.data.summary import write_summary
 from resunet.data.walk import FoundFile, Tree
 
 GROUP = 20  # scans of a patient
+BATCH = 1000  # rows handed over at a time, as a worker of an index would
 COPIES = 100  # of the held-out scans are in the archive
 
 
@@ -64,18 +66,21 @@ def write(out: Path, rows: int, first: int, source: Path | None) -> None:
     salt = Salt(bytes(32))
     ownership = Ownership([root], Tree(files), None, salt)
     with open_ledger(out, salt.fingerprint, Limits()) as ledger:
-        for file in files:
-            ledger.add_scan((file,), described(file.mtime_ns, hashes, thumbnails))
+        for start in range(0, len(files), BATCH):
+            some = files[start : start + BATCH]
+            rows_of_some = [described(file.mtime_ns, hashes, thumbnails) for file in some]
+            ledger.add_scans([(file,) for file in some], pa.RecordBatch.from_pylist(rows_of_some, schema=DESCRIBED))
         ledger.flush()
         merge(out, ledger, [(file,) for file in files], [], ownership)
 
 
-def described(number: int, hashes: NDArray[np.uint8], thumbnails: NDArray[np.uint8]) -> Described:
+def described(number: int, hashes: NDArray[np.uint8], thumbnails: NDArray[np.uint8]) -> dict[str, object]:
     rng = np.random.default_rng(number)
     source = int(rng.integers(len(hashes)))
     noise = rng.integers(-12, 13, hashes.shape[1])
     digest = hashlib.sha256(str(number).encode()).hexdigest()
-    facts = {
+    own = thumbnails[source] if rng.random() < 0.5 else rng.integers(0, 255, (1, SIDE, SIDE), np.uint8)
+    return {
         "file_sha256": digest,
         "pixel_sha256": digest[::-1],
         "perceptual": (hashes[source] + noise).clip(0, 255).astype(np.uint8).tobytes(),
@@ -89,8 +94,8 @@ def described(number: int, hashes: NDArray[np.uint8], thumbnails: NDArray[np.uin
         "percentiles": np.sort(rng.random(len(PERCENTILES)) * 255).tolist(),
         "files": 1,
         "bytes": 10_000 + number % 1000,
+        "thumbnail": own.tobytes(),
     }
-    return Described(facts, thumbnails[source] if rng.random() < 0.5 else rng.integers(0, 255, (1, SIDE, SIDE), np.uint8))
 
 
 def measured(what: str, function: Callable[..., object], *arguments: object) -> None:

@@ -26,7 +26,7 @@ class Salt:
 
     def identify(self, kind: str, name: str) -> str:
         """The HMAC-SHA256 of a name of some kind ('file', 'group'), as 32 hex digits."""
-        return hmac.new(self._key, f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:32]
+        return hmac.digest(self._key, f"{kind}\0{name}".encode(), "sha256").hex()[:32]
 
 
 def own_group(path: str | Path, salt: Salt) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import imagecodecs
@@ -20,6 +20,7 @@ from resunet.data.dicom_pixels import read_series
 from resunet.data.formats import HEAD, MAX_EXPANSION, Content, Format, guarded, refuse_bomb, sniff, sniff_head
 from resunet.data.volumes import read_volume, refuse_non_finite
 from resunet.errors import InputError
+from resunet.files import sha256
 
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 TIFFS = (".tif", ".tiff")
@@ -85,12 +86,27 @@ def read_scan(files: Path | Sequence[Path], channels: str | int | None) -> Scan:
             the first file.
     """
     if isinstance(files, Path):
-        path, (content, format) = files, _read(files, indices=False)
+        path, (content, format, _) = files, _read(files, indices=False)
     else:
         path, content, format = files[0], read_series(files), "dicom"
+    scan = _scan(content, format, path)
+    return scan if channels is None else replace(scan, values=_with_channels(scan.values, channels, path))
+
+
+def read_hashed(path: Path) -> tuple[Scan, str]:
+    """A file's scan with its own channels, and the sha256 of the file: read once where it is one compressed piece.
+
+    Raises:
+        InputError: as `read_scan`.
+    """
+    content, format, data = _read(path, indices=False)
+    scan = _scan(content, format, path)
+    return scan, sha256(path) if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _scan(content: Content, format: Format, path: Path) -> Scan:
     refuse_non_finite(content.values, path)
-    values = content.values if channels is None else _with_channels(content.values, channels, path)
-    return Scan(values, content.spacing, _hash(content.values), format, content.orientation, content.modality)
+    return Scan(content.values, content.spacing, _hash(content.values), format, content.orientation, content.modality)
 
 
 def read_mask(path: Path) -> Scan:
@@ -101,7 +117,7 @@ def read_mask(path: Path) -> Scan:
     Raises:
         InputError: unreadable, values that are not whole numbers, or a colour image.
     """
-    content, format = _read(path, indices=True)
+    content, format, _ = _read(path, indices=True)
     values = content.values
     if values.shape[0] > 1 and not (values == values[:1]).all():
         raise InputError(
@@ -122,27 +138,29 @@ def _hash(values: NDArray) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, indices: bool) -> tuple[Content, Format]:
-    """`indices`: a palette image gives its indices, not the colours they stand for."""
+def _read(path: Path, indices: bool) -> tuple[Content, Format, bytes | None]:
+    """What is in a file; its bytes, too, where they were read in one piece.
+
+    indices: a palette image gives its indices, not the colours they stand for.
+    """
     return guarded(path, lambda: _dispatch(path, indices))
 
 
-def _dispatch(path: Path, indices: bool) -> tuple[Content, Format]:
+def _dispatch(path: Path, indices: bool) -> tuple[Content, Format, bytes | None]:
     with open(path, "rb", buffering=0) as file:
         head = file.read(HEAD)
         format = sniff_head(head, path)
         if format in ("png", "jpeg", "bmp"):  # one compressed piece: a second opening costs more than a small image
             data = head + file.read() if len(head) == HEAD else head
     if format in ("nifti", "nrrd", "metaimage"):
-        return read_volume(path, format, head), format
+        return read_volume(path, format, head), format, None
     if format == "dicom":
-        return read_series([path]), format
+        return read_series([path]), format, None
     if format == "tiff":
-        return _read_tiff(path, indices), format
-    if format == "png":
-        return Content(_read_png(path, data, indices), (1.0, 1.0)), format
+        return _read_tiff(path, indices), format, None
     if format is not None:
-        return Content(_read_image(path, data, indices), (1.0, 1.0)), format
+        values = _read_png(path, data, indices) if format == "png" else _read_image(path, data, indices)
+        return Content(values, (1.0, 1.0)), format, data
     suffix = suffix_of(path)
     if suffix in READABLE:
         raise InputError(f"{path}: cannot be read: what is in it is no {suffix[1:]}, nor another format that is read.")

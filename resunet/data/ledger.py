@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from resunet.data.describe import Described
+from resunet.data.describe import DESCRIBED
 from resunet.data.dicom import DicomHeader
 from resunet.data.manifest import FACTS, Manifest, beside, open_manifest, path_from, path_text, private_aside
+from resunet.data.perceptual import SIDE
 from resunet.data.pool import Fault, Limits
 from resunet.data.walk import FoundFile
 from resunet.errors import InputError
@@ -34,7 +36,7 @@ from resunet.progress import say
 _FLUSH_SECONDS, _FLUSH_SHARE, _FLUSH_ROWS = (1.0, 30.0), 0.05, 20_000  # a kill costs about a twentieth of what was done
 _BATCH = 50_000  # rows that are Python objects at a time
 _STAMP = [("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
-_SCANS = pa.schema([*FACTS, ("stamps", pa.list_(pa.struct(_STAMP))), ("thumbnail", pa.binary())])
+_SCANS = pa.schema([*DESCRIBED, ("stamps", pa.list_(pa.struct(_STAMP)))])
 # a file's header, as `header_text` writes it, or the reason why it is rejected
 _FILES = pa.schema([*_STAMP, ("header", pa.string()), ("reason", pa.string()), ("under", pa.string())])
 _SALT = b"resunet.salt_fingerprint"
@@ -60,7 +62,8 @@ class Ledger:
         self._thumbnails: list[tuple[int, Path | Manifest]] = []  # from which row on they are where
         self._rows = 0
         self._row: dict[bytes, int] = {}  # key of a scan → row of the tables, one after the other
-        self._new_scans: list[tuple[Scan, Described]] = []
+        self._new_scans: list[Scan] = []
+        self._described: list[pa.RecordBatch] = []  # of the new scans, in their order
         self._new_files: list[dict[str, Any]] = []
         self._shared: dict[Any, Any] = {}  # one object for each value that many headers have
         self._opened = self._flushed = time.monotonic()
@@ -70,12 +73,19 @@ class Ledger:
             self._restore_part(path)
         self._next = 1 + max((_number(path) for path in parts), default=-1)
 
+    @property
+    def knows_something(self) -> bool:
+        """Whether anything was found before."""
+        return bool(self._row or self.headers or self.hidden or self.rejects)
+
     def __contains__(self, scan: Scan) -> bool:
         return _key(scan) in self._row
 
-    def add_scan(self, scan: Scan, described: Described) -> None:
-        """A scan was read."""
-        self._new_scans.append((scan, described))
+    def add_scans(self, scans: Sequence[Scan], described: pa.RecordBatch) -> None:
+        """Scans were read. described: a row of DESCRIBED each."""
+        assert len(scans) == described.num_rows
+        self._new_scans += scans
+        self._described.append(described)
         self._flush_if_due()
 
     def add_header(self, file: FoundFile, header: DicomHeader) -> None:
@@ -93,51 +103,48 @@ class Ledger:
     def flush(self) -> None:
         """Write what is new."""
         if self._new_scans:
-            records = [
-                one.facts | {"stamps": [_stamp(file) for file in scan], "thumbnail": one.thumbnail.tobytes()}
-                for scan, one in self._new_scans
-            ]
-            path, table = self._write("scans", records, _SCANS)
-            self._adopt(table.select(FACTS.names), [_key(scan) for scan, _ in self._new_scans], path)
-            self._new_scans.clear()
+            table = pa.Table.from_batches(self._described, DESCRIBED).combine_chunks()
+            path = self._write("scans", table.append_column("stamps", _stamps(self._new_scans)).cast(_SCANS))
+            self._adopt(table.select(FACTS.names), [_key(scan) for scan in self._new_scans], path)
+            self._new_scans, self._described = [], []
         if self._new_files:
-            self._write("files", self._new_files, _FILES)
-            self._new_files.clear()
+            self._write("files", pa.Table.from_pylist(self._new_files, schema=_FILES))
+            self._new_files = []
         self._flushed = time.monotonic()
 
-    def facts_of(self, scans: Sequence[Scan]) -> pa.Table:
-        """The facts of known scans, in their order."""
-        everything = pa.concat_tables(self._facts) if self._facts else FACTS.empty_table()
-        return everything.take(pa.array(self._rows_of(scans)))
+    def rows_of(self, scans: Sequence[Scan]) -> NDArray[np.int64]:
+        """Where the ledger has what is known of each scan; −1 where nothing is."""
+        return np.array([self._row.get(_key(scan), -1) for scan in scans], np.int64)
 
-    def thumbnails_of(self, scans: Sequence[Scan]) -> Iterator[tuple[int, bytes]]:
-        """(position in `scans`, bytes of the planes), a part at a time: memory stays flat."""
-        rows = self._rows_of(scans)
-        order = np.argsort(rows)
+    def facts_at(self, rows: NDArray[np.int64]) -> pa.Table:
+        """The facts of known scans, in the order of `rows`."""
+        everything = pa.concat_tables(self._facts) if self._facts else FACTS.empty_table()
+        return everything.take(pa.array(rows))
+
+    def thumbnails_at(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """(positions in `rows`, their planes one after the other), a part at a time: memory stays flat."""
+        order = np.argsort(rows, kind="stable")
         starts = [start for start, _ in self._thumbnails]
         for (start, source), its in zip(
             self._thumbnails, np.split(order, np.searchsorted(rows[order], starts[1:])), strict=True
         ):
-            if isinstance(source, Manifest):
-                yield from ((int(i), source.thumbnail(int(rows[i]) - start).tobytes()) for i in its)
-            elif len(its):
-                column = pq.read_table(source, columns=["thumbnail"]).column(0)
-                yield from ((int(i), column[int(rows[i]) - start].as_py()) for i in its)
+            if not len(its):
+                continue
+            known = source if isinstance(source, Manifest) else pq.read_table(source, columns=["thumbnail"]).column(0)
+            for first in range(0, len(its), _BATCH):
+                some = its[first : first + _BATCH]
+                yield some, _planes(known, rows[some] - start)
 
     def close(self) -> None:
         """The manifest stands: the parts are no longer needed."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _write(self, name: str, records: list[dict[str, Any]], schema: pa.Schema) -> tuple[Path, pa.Table]:
+    def _write(self, name: str, table: pa.Table) -> Path:
         path = self._folder / f"{name}-{self._next:06d}.parquet"
-        table = pa.Table.from_pylist(records, schema=schema.with_metadata(self._metadata))
-        with private_aside(path) as aside:
-            pq.write_table(table, aside, compression="zstd")
+        with private_aside(path) as aside:  # hashes and thumbnails do not repeat
+            pq.write_table(table.replace_schema_metadata(self._metadata), aside, compression="zstd", use_dictionary=False)
         self._next += 1
-        return path, table
-
-    def _rows_of(self, scans: Sequence[Scan]) -> NDArray[np.int64]:
-        return np.array([self._row[_key(scan)] for scan in scans], np.int64)
+        return path
 
     def _flush_if_due(self) -> None:
         now = time.monotonic()
@@ -157,8 +164,10 @@ class Ledger:
             schema = pq.read_schema(path)
             if schema.equals(_SCANS):
                 table = pq.read_table(path, columns=[*FACTS.names, "stamps"])
-                scans = (tuple(_found(stamp) for stamp in stamps) for stamps in table.column("stamps").to_pylist())
-                self._adopt(table.select(FACTS.names), [_key(scan) for scan in scans], path)
+                stamps = table.column("stamps").combine_chunks()
+                files = _found(pa.Table.from_struct_array(stamps.flatten()))
+                lengths = pc.list_value_length(stamps).to_pylist()
+                self._adopt(table.select(FACTS.names), [_key(tuple(islice(files, length))) for length in lengths], path)
             elif schema.equals(_FILES):
                 self._restore_files(pq.read_table(path), (schema.metadata or {}).get(_SALT))
         except (pa.ArrowException, OSError):  # of another version, or damaged: found again
@@ -167,13 +176,13 @@ class Ledger:
     def _restore_files(self, table: pa.Table, salt_fingerprint: bytes | None) -> None:
         """Headers, unless another salt hid their names; and rejects, unless other limits made them."""
         same_salt = salt_fingerprint == self._metadata[_SALT]
-        for record in _records(table):
-            file = _found(record)
-            if record["reason"] is not None:
-                if record["under"] in (None, str(self._limits)):
-                    self.rejects[file] = Fault(record["reason"], record["under"])
+        columns = (table.column(name).to_pylist() for name in ("header", "reason", "under"))
+        for file, header, reason, under in zip(_found(table), *columns, strict=True):
+            if reason is not None:
+                if under in (None, str(self._limits)):
+                    self.rejects[file] = Fault(reason, under)
             elif same_salt:
-                self.headers[file] = self._slim(header_from(record["header"]))
+                self.headers[file] = self._slim(header_from(header))
             else:
                 self.hidden.add(file)
 
@@ -197,8 +206,8 @@ class Ledger:
             say(f"{out}: is not used, everything is read again: {error}")
             return
         stamps: dict[str, list[FoundFile]] = {}
-        for record in _records(files.select(["id", "order", "path", "size", "mtime_ns"])):  # sorted by id and order
-            stamps.setdefault(record["id"], []).append(_found(record))
+        for key, file in zip(files.column("id").to_pylist(), _found(files), strict=True):  # sorted by id and order
+            stamps.setdefault(key, []).append(file)
         self._adopt(facts.select(FACTS.names), [_key(tuple(stamps.get(key, ()))) for key in ids], manifest)
 
     def _slim(self, header: DicomHeader) -> DicomHeader:
@@ -282,8 +291,8 @@ def header_from(text: str) -> DicomHeader:
 
 def _key(scan: Scan) -> bytes:
     """What stands for a scan's files as they are: 16 bytes, where a million tuples would fill the memory."""
-    stamps = [(file.path, file.size, file.mtime_ns) for file in scan]
-    return blake2b(repr(stamps).encode(errors="surrogateescape"), digest_size=16).digest()
+    stamps = "\0".join(f"{path}\0{size}\0{mtime_ns}" for path, size, mtime_ns in scan)  # no path holds a NUL
+    return blake2b(stamps.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 def _number(path: Path) -> int:
@@ -296,10 +305,34 @@ def _stamp(file: FoundFile) -> dict[str, Any]:
     return {"path": path_text(file.path), "size": file.size, "mtime_ns": file.mtime_ns}
 
 
-def _found(stamp: dict[str, Any]) -> FoundFile:
-    return FoundFile(path_from(stamp["path"]), stamp["size"], stamp["mtime_ns"])
+def _stamps(scans: Sequence[Scan]) -> pa.ListArray:
+    """The files of each scan, as `_SCANS` keeps them."""
+    files = [file for scan in scans for file in scan]
+    columns = ([path_text(file.path) for file in files], [file.size for file in files], [file.mtime_ns for file in files])
+    arrays = [pa.array(its, kind) for its, (_, kind) in zip(columns, _STAMP, strict=True)]
+    ends = np.cumsum([0, *map(len, scans)]).astype(np.int32)
+    return pa.ListArray.from_arrays(ends, pa.StructArray.from_arrays(arrays, [name for name, _ in _STAMP]))
 
 
-def _records(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=_BATCH):
-        yield from batch.to_pylist()
+def _found(table: pa.Table) -> Iterator[FoundFile]:
+    """The files of rows that have the columns of _STAMP."""
+    for batch in table.select([name for name, _ in _STAMP]).to_batches(max_chunksize=_BATCH):
+        for path, size, mtime_ns in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield FoundFile(path_from(path), size, mtime_ns)
+
+
+def _planes(source: pa.ChunkedArray | Manifest, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The planes of some rows' thumbnails, one after the other."""
+    if isinstance(source, Manifest):
+        offsets, planes = source.all_thumbnails
+        return np.asarray(planes[spans(offsets[rows], offsets[rows + 1])])
+    data = b"".join(source.take(pa.array(rows)).to_pylist())
+    return np.frombuffer(data, np.uint8).reshape(-1, SIDE, SIDE)
+
+
+def spans(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The indices of several spans, one after the other."""
+    lengths = ends - starts
+    before = np.cumsum(lengths) - lengths
+    found: NDArray[np.int64] = np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+    return found

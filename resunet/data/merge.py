@@ -1,17 +1,19 @@
 """From what an index found to the manifest's files, written aside and put in place: M.parquet last."""
 
 import hashlib
+import heapq
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from resunet.data.ledger import Ledger, Scan, header_text
+from resunet.data.ledger import Ledger, Scan, header_text, spans
 from resunet.data.manifest import (
     FACTS,
     PATHS,
@@ -47,12 +49,13 @@ def merge(
     """
     owned = [ownership.of([file.path for file in scan], ledger.headers.get(scan[0])) for scan in scans]
     refuse_torn_groups((scan[0].path, one) for scan, one in zip(scans, owned, strict=True))
-    order = sorted(range(len(scans)), key=lambda i: owned[i].id)
+    order = sorted(range(len(scans)), key=[one.id for one in owned].__getitem__)
     scans, owned = [scans[i] for i in order], [owned[i] for i in order]
-    facts = ledger.facts_of(scans)
-    thumbnails = _write_thumbnails(out, ledger, scans, facts)
+    rows = ledger.rows_of(scans)
+    facts = ledger.facts_at(rows)
+    thumbnails = _write_thumbnails(out, ledger, rows, facts)
     _write_private(beside(out, "paths.parquet"), _paths(ledger, scans, owned, ownership), PATHS)
-    _write_private(beside(out, "rejects.parquet"), map(_rejected, rejects), REJECTS)
+    _write_private(beside(out, "rejects.parquet"), _rejected(rejects), REJECTS)
     metadata = manifest_metadata(ownership.salt.fingerprint, all(one.grouped for one in owned), thumbnails.name)
     table = _rows(facts, owned, ownership).cast(ROWS).replace_schema_metadata(metadata)
     with file_aside(out) as aside:
@@ -65,62 +68,52 @@ def merge(
 
 
 def _rows(facts: pa.Table, owned: Sequence[Owned], ownership: Ownership) -> pa.Table:
-    columns = {
-        "id": (one.id for one in owned),
-        "group": (one.group for one in owned),
-        "study": (one.study for one in owned),
-        "series": (one.series for one in owned),
-        "mask": (ownership.mask_id(one.mask) if one.mask is not None else None for one in owned),
-        "split": (one.split for one in owned),
-    }
-    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
-    for name in FACTS.names:
-        table = table.append_column(FACTS.field(name), facts.column(name))
-    return table.select(ROWS.names)
+    columns = dict(zip(Owned._fields, zip(*owned, strict=True), strict=True))
+    columns["mask"] = tuple(None if mask is None else ownership.mask_id(mask) for mask in columns["mask"])
+    return pa.table(
+        [facts.column(name) if name in FACTS.names else pa.array(columns[name], pa.string()) for name in ROWS.names],
+        names=ROWS.names,
+    )
 
 
-def _paths(ledger: Ledger, scans: Sequence[Scan], owned: Sequence[Owned], ownership: Ownership) -> Iterator[dict[str, Any]]:
+def _paths(ledger: Ledger, scans: Sequence[Scan], owned: Sequence[Owned], ownership: Ownership) -> Iterator[pa.Table]:
     """Rows of M.paths.parquet, sorted by id and order: the scans' files, and the masks with order −1."""
     masks = {ownership.mask_id(mask): mask for mask in {one.mask for one in owned if one.mask is not None}}
-    ahead = sorted(masks, reverse=True)
-    for scan, one in zip(scans, owned, strict=True):
-        while ahead and ahead[-1] < one.id:
-            yield _mask(ahead[-1], masks[ahead.pop()])
-        for order, file in enumerate(scan):
-            yield {
-                "id": one.id,
-                "order": order,
+    known = ledger.headers
+    entries = (
+        (one.id, order, path_text(file.path), file.size, file.mtime_ns, header_text(known.get(file)) if known else None)
+        for scan, one in zip(scans, owned, strict=True)
+        for order, file in enumerate(scan)
+    )
+    beside_them = ((key, -1, path_text(masks[key]), None, None, None) for key in sorted(masks))
+    both = heapq.merge(entries, beside_them, key=itemgetter(0)) if masks else entries
+    while some := list(islice(both, _BATCH)):
+        columns = zip(*some, strict=True)
+        yield pa.table([pa.array(its, field.type) for its, field in zip(columns, PATHS, strict=True)], schema=PATHS)
+
+
+def _rejected(rejects: Sequence[tuple[FoundFile, Fault]]) -> Iterator[pa.Table]:
+    for start in range(0, len(rejects), _BATCH):
+        records = [
+            {
                 "path": path_text(file.path),
+                "reason": fault.reason,
                 "size": file.size,
                 "mtime_ns": file.mtime_ns,
-                "header": header_text(ledger.headers.get(file)),
+                "under": fault.under,
             }
-    yield from (_mask(key, masks[key]) for key in reversed(ahead))
+            for file, fault in rejects[start : start + _BATCH]
+        ]
+        yield pa.Table.from_pylist(records, schema=REJECTS)
 
 
-def _mask(key: str, path: str) -> dict[str, Any]:
-    return {"id": key, "order": -1, "path": path_text(path)}
-
-
-def _rejected(one: tuple[FoundFile, Fault]) -> dict[str, Any]:
-    file, fault = one
-    return {
-        "path": path_text(file.path),
-        "reason": fault.reason,
-        "size": file.size,
-        "mtime_ns": file.mtime_ns,
-        "under": fault.under,
-    }
-
-
-def _write_private(path: Path, records: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
-    left = iter(records)
+def _write_private(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     with private_aside(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-        while batch := list(islice(left, _BATCH)):
-            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+        for table in tables:
+            writer.write_table(table)
 
 
-def _write_thumbnails(out: Path, ledger: Ledger, scans: Sequence[Scan], facts: pa.Table) -> Path:
+def _write_thumbnails(out: Path, ledger: Ledger, rows: NDArray[np.int64], facts: pa.Table) -> Path:
     """All planes in the order of the rows, scattered into a mapped file; its name says which rows it belongs to."""
     offsets = thumbnail_offsets(facts.column("shape"))
     digest = hashlib.sha256()
@@ -132,9 +125,8 @@ def _write_thumbnails(out: Path, ledger: Ledger, scans: Sequence[Scan], facts: p
         if hasattr(os, "posix_fallocate"):  # a mapped file that finds the disk full kills the process
             with open(aside, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
-        for position, data in ledger.thumbnails_of(scans):
-            own = np.frombuffer(data, np.uint8).reshape(-1, SIDE, SIDE)
-            planes[offsets[position] : offsets[position + 1]] = own
+        for positions, own in ledger.thumbnails_at(rows):
+            planes[spans(offsets[positions], offsets[positions + 1])] = own
         planes.flush()
         del planes
     return path

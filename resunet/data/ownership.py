@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from resunet.data.dicom import DicomHeader
 from resunet.data.identity import Salt
@@ -20,8 +21,7 @@ _CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
 _ENDINGS = frozenset((*READABLE, ".dcm", ".ima", ".dicom", ".dic"))
 
 
-@dataclass(frozen=True, slots=True)
-class Owned:
+class Owned(NamedTuple):
     """What a row says of a scan beside its facts. grouped: somebody said whose it is; mask: its file, or None."""
 
     id: str
@@ -41,6 +41,11 @@ class _Root:
     groups: Mapping[str, str]
     splits: Mapping[str, str]
     masks: Mapping[str, str]
+
+    @property
+    def says_something(self) -> bool:
+        """Whether anything of its files depends on it."""
+        return bool(self.groups or self.splits or self.masks) or self.images.endswith("imagesTr")
 
     def stems(self, path: str) -> tuple[str, ...]:
         """What side files may call a file: its path below the folder, without a format's ending or with it."""
@@ -66,10 +71,12 @@ class Ownership:
         self.salt = salt
         folders = {source if source.is_dir() else source.parent: None for source in sources}
         self._base = os.path.commonpath(list(folders))
+        self._below = self._base.rstrip(os.sep) + os.sep
         given = _masks_by_stem(masks) if masks is not None else None
         if masks is not None and not given:
             raise InputError(f"--masks {masks}: no masks there. Formats read: {', '.join(READABLE)}.")
         self._roots: dict[str, list[_Root]] = {}  # by the folder of the images
+        self._links = tree.links
         self._folders: dict[str, str] = {}  # folder → the same without links
         self._above: dict[str, tuple[_Root, ...]] = {}  # folder → roots that its files are below, the innermost first
         for folder in folders:
@@ -118,22 +125,22 @@ class Ownership:
     def _real(self, path: str) -> str:
         """The path without links: of a folder's files, all but the links in one go."""
         folder, _, name = path.rpartition(os.sep)
-        if os.path.islink(path):  # noqa: PTH114 (of a million files)
+        if path in self._links:
             return os.path.realpath(path)
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder or os.sep)
-        return os.path.join(self._folders[folder], name)  # noqa: PTH118
+        return f"{self._folders[folder].rstrip(os.sep)}{os.sep}{name}"
 
     def _roots_of(self, path: str) -> tuple[_Root, ...]:
         folder = path.rpartition(os.sep)[0]
         if folder not in self._above:
-            own = self._roots.get(folder, [])
+            own = (root for root in self._roots.get(folder, []) if root.says_something)
             self._above[folder] = (*own, *(self._roots_of(folder) if folder else ()))
         return self._above[folder]
 
     def _below_base(self, path: str) -> str:
-        start = self._base.rstrip(os.sep) + os.sep
-        return path_text(path[len(start) :] if path.startswith(start) else os.path.relpath(path, self._base))
+        inside = path.startswith(self._below)
+        return path_text(path[len(self._below) :] if inside else os.path.relpath(path, self._base))
 
 
 def pseudonymous(header: DicomHeader, salt: Salt) -> DicomHeader:

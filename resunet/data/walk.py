@@ -5,6 +5,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from resunet.errors import InputError
 
@@ -15,8 +16,7 @@ _OF_SETS = frozenset({"groups.csv", "splits.json"})
 _SIDE_FILES = frozenset({"groups.csv", "splits.json", "dataset.json", "DICOMDIR", "Thumbs.db"})
 
 
-@dataclass(frozen=True, slots=True)
-class FoundFile:
+class FoundFile(NamedTuple):
     """A file by its absolute path, and what tells whether it has changed since."""
 
     path: str
@@ -28,11 +28,13 @@ class FoundFile:
 class Tree:
     """What is below some roots, sorted by path.
 
+    links: those of the files that are links.
     sets: folders with groups, splits or labels of their own.
     unreachable: what is there and cannot be reached, with the reason: folders that may not be listed, links to nowhere.
     """
 
     files: list[FoundFile] = field(default_factory=list)
+    links: set[str] = field(default_factory=set)
     sets: list[Path] = field(default_factory=list)
     unreachable: list[tuple[FoundFile, str]] = field(default_factory=list)
 
@@ -53,7 +55,10 @@ def walk(roots: Sequence[Path], leave_out: Callable[[str], bool] = lambda path: 
         path = os.path.abspath(root)  # noqa: PTH100 (links keep their names)
         try:
             status = Path(path).stat()
-            files = _below(path, visited, leave_out, tree) if stat.S_ISDIR(status.st_mode) else [_stamped(path, status)]
+            folder = stat.S_ISDIR(status.st_mode)
+            files = list(_below(path, visited, leave_out, tree)) if folder else [_stamped(path, status)]
+            if not folder and Path(path).is_symlink():
+                tree.links.add(path)
         except FileNotFoundError as error:
             raise InputError(f"SOURCE {root}: no such file or folder.") from error
         except OSError as error:
@@ -86,6 +91,8 @@ def _below(folder: str, visited: set[tuple[int, int]], leave_out: Callable[[str]
                 if _LABEL_FOLDERS.get(entry.name) not in names:
                     yield from _below(entry.path, visited, leave_out, tree)
             elif entry.is_file():
+                if entry.is_symlink():
+                    tree.links.add(entry.path)
                 yield _stamped(entry.path, entry.stat())
             elif entry.is_symlink() and not Path(entry.path).exists():
                 tree.unreachable.append((FoundFile(entry.path, 0, 0), "a link to nowhere"))

@@ -37,11 +37,11 @@ def make_manifest(tmp_path: Path) -> MakeManifest:
             (root / "groups.csv").write_text("stem,group\n" + "".join(f"{stem},{group}\n" for stem, group in groups.items()))
         tree = walk([root])
         with open_ledger(out, salt.fingerprint, Limits()) as ledger:
-            for file in tree.files:
-                ledger.add_scan((file,), describe(open_scan((file,))))
+            scans = [(file,) for file in tree.files]
+            ledger.add_scans(scans, describe(map(open_scan, scans)).scans)
             ledger.flush()
             faults = [(file, Fault(reason)) for file, reason in zip(tree.files, rejects, strict=False)]
-            merge(out, ledger, [(file,) for file in tree.files], faults, Ownership([root], tree, None, salt))
+            merge(out, ledger, scans, faults, Ownership([root], tree, None, salt))
         return open_manifest(out)
 
     return make

@@ -1,3 +1,4 @@
+import gzip
 import math
 import struct
 import subprocess
@@ -375,3 +376,41 @@ def test_a_palette_scan_gives_its_colours(tmp_path):
     image.putpalette([200, 200, 200, 50, 50, 50])
     image.save(tmp_path / "a.png")
     np.testing.assert_allclose(read_scan(tmp_path / "a.png", "grey").values, [[[200, 50]]], atol=1)
+
+
+def zero_spacing(path: Path, axis: int) -> Path:
+    """A NIfTI volume whose header says 0 mm along one of its axes x, y, z."""
+    content = bytearray(path.read_bytes())
+    content[80 + 4 * axis : 84 + 4 * axis] = np.float32(0).tobytes()
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_a_nifti_spacing_of_zero_is_refused_and_not_made_up(tmp_path, axis):
+    path = zero_spacing(write_volume(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), (0.5, 2.0, 3.0)), axis)
+    shown = " × ".join("0" if i == axis else f"{mm:g}" for i, mm in enumerate((0.5, 2.0, 3.0)))
+    for read in (lambda: read_scan(path, "grey"), lambda: read_mask(path)):
+        with pytest.raises(InputError, match=rf"a\.nii: the spacing in its header is {shown} mm"):
+            read()
+    packed = tmp_path / "b.nii.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(InputError, match=f"the spacing in its header is {shown} mm"):
+        read_scan(packed, "grey")
+
+
+def test_a_single_slice_needs_no_thickness(tmp_path):
+    path = zero_spacing(write_volume(tmp_path / "a.nii", np.zeros((1, 5, 6), np.int16), (0.5, 2.0, 3.0)), 2)
+    assert read_scan(path, "grey").spacing == (2.0, 0.5)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("a.mha", b"ElementSpacing = 1 1 1", b"ElementSpacing = 0 1 1"),
+    ("a.nrrd", b"space directions: (1,0,0)", b"space directions: (0,0,0)"),
+])  # fmt: skip
+def test_a_spacing_of_zero_elsewhere(tmp_path, name, old, new):
+    path = write_volume(tmp_path / name, np.zeros((4, 5, 6), np.int16))
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(InputError, match="a spacing in its header is 0 mm"):
+        read_scan(path, "grey")

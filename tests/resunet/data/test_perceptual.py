@@ -19,6 +19,7 @@ from resunet.data.perceptual import (
     find_candidates,
     is_copy,
     look,
+    looks,
 )
 
 
@@ -60,6 +61,26 @@ def as_jpeg(image: np.ndarray, quality: int = 75) -> np.ndarray:
 def resized(image: np.ndarray, share: float = 0.8) -> np.ndarray:
     size = (round(image.shape[2] * share), round(image.shape[1] * share))
     return np.asarray(Image.fromarray(image[0]).resize(size, Image.Resampling.BICUBIC))[None]
+
+
+def test_looks_together_are_those_of_each_alone():
+    """To the byte: a manifest does not depend on which files came together."""
+    shapes = [(96, 128), (64, 64), (40, 30), (512, 33), (20, 64, 96), (1, 64, 70)]
+    scans = [texture(seed, shape) for seed, shape in enumerate(shapes)]
+    scans += [scans[i].astype(np.uint16) * 200 for i in (0, 2)] + [scans[i] / np.float32(7) for i in (1, 2, 4)]
+    scans += [np.concatenate([scans[0], scans[0][:, ::-1], 255 - scans[0]]), np.full((1, 64, 64), 7, np.int16)]
+    together = looks(scans)
+    for scan, one in zip(scans, together, strict=True):
+        alone = look(scan)
+        assert one.hash == alone.hash and np.array_equal(one.thumbnail, alone.thumbnail)
+    assert [one.hash for one in looks(scans[::-1])][::-1] == [one.hash for one in together]
+
+
+@pytest.mark.parametrize("rows", [32, 64, 512, 544])
+def test_parts_of_rows_are_added_exactly(rows):
+    image = np.full((1, rows, 32), 255, np.uint8)
+    image[0, :, 0] = 0  # not flat; the largest sums that there are beside it
+    assert look(image).thumbnail.tolist() == look(image.astype(np.float64)).thumbnail.tolist()
 
 
 def test_look_has_a_fixed_form():

@@ -10,9 +10,14 @@ from resunet.data.manifest import open_manifest
 from resunet.data.pool import Fault, Limits, guarded_map
 
 
-def outcomes(function, chunks, **limits):
-    found = [one for chunk in guarded_map([function], chunks, 2, Limits(**limits)) for one in chunk]
-    return {repr(one.item): (one.result, one.fault) for one in found}
+def outcomes(function, chunks, gather=list, **limits):
+    """repr(item) → what the function gave, or the fault."""
+    found = {}
+    for one in guarded_map(function, gather, chunks, 2, Limits(**limits)):
+        results = [] if one.result is None else one.result
+        found |= {repr(item): (result, None) for item, result in zip(one.items, results, strict=True)}
+        found |= {repr(item): (None, fault) for item, fault in one.faults}
+    return found
 
 
 def test_every_item_has_its_result():
@@ -20,10 +25,15 @@ def test_every_item_has_its_result():
     assert outcomes(abs, []) == {}
 
 
-def test_steps_follow_each_other_and_a_fault_ends_them():
-    found = [one for chunk in guarded_map([int, hex], [["10", "x", *map(str, range(9))]], 1, Limits()) for one in chunk]
-    assert [one.result for one in found] == ["0xa", None, *map(hex, range(9))]
-    assert [one.item for one in found if one.fault] == ["x"]
+def test_what_passed_is_gathered_a_chunk_at_a_time():
+    (found,) = guarded_map(int, sum, [["10", "x", "3"]], 1, Limits())
+    assert (found.items, found.result) == (["10", "3"], 13)
+    assert found.faults == [("x", Fault("reading it failed unexpectedly: ValueError"))]
+
+
+def test_where_gathering_fails_the_item_at_fault_alone_is_lost():
+    found = outcomes(abs, [[1, -2, 3]], gather=refuse_two)
+    assert found == {"1": (1, None), "-2": (None, Fault("reading it failed unexpectedly: ZeroDivisionError")), "3": (3, None)}
 
 
 def test_what_hangs_costs_itself_only():
@@ -68,6 +78,11 @@ def test_an_error_is_a_reason_and_ours_speaks_for_itself(tmp_path):
 def test_a_worker_is_a_core():
     ((threads, blas),) = (result for result, _ in outcomes(threads_of, [[0]]).values())
     assert threads == 1 and set(blas) == {1}
+
+
+def refuse_two(numbers):
+    """Gathers, unless 2 is there."""
+    return [number for number in numbers if number != 2 or 1 // 0]
 
 
 def stop_once(path):

@@ -1,10 +1,12 @@
 import re
 from collections import Counter
+from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
 from resunet.data.describe import PERCENTILES
-from resunet.data.summary import pooled_histogram, rejected, summary_lines, write_summary
+from resunet.data.summary import pooled_histogram, rejected, stairs, summary_lines, ticks, write_summary
 
 
 def images():
@@ -50,3 +52,26 @@ def test_pooled_histogram_is_the_mean_of_the_densities():
 def test_a_constant_archive_has_a_histogram():
     edges, density = pooled_histogram(np.full((3, len(PERCENTILES)), 7.0))
     assert np.isfinite(edges).all() and np.isfinite(density).all() and (np.diff(edges) > 0).all()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (0, 1), (-1024, 3071), (0.013, 0.0131), (3, 4e9), (-7e-9, -1e-9), (-2, 0)])
+def test_ticks_are_few_round_and_inside(low, high):
+    marks = ticks(low, high)
+    assert 3 <= len(marks) <= 7 and low - 1e-9 * abs(low) <= marks[0] and marks[-1] <= high + 1e-9 * abs(high)
+    step = marks[1] - marks[0]
+    assert f"{step:.6e}"[0] in "125" and np.allclose(np.diff(marks), step)
+    assert np.allclose(np.array(marks) / step, np.rint(np.array(marks) / step))
+
+
+def test_a_histogram_has_a_stair_for_each_bin():
+    drawn = ElementTree.fromstring(stairs(np.array([0.0, 1.0, 2.0]), np.array([0.25, 0.75]), "#123456", "a < b").markup)
+    assert drawn.get("aria-label") == "a < b"
+    outline = [tuple(map(float, point.split())) for point in re.split("[ML]", drawn[0].get("d").rstrip("Z"))[1:]]
+    base, third = outline[0][1], (outline[0][1] - outline[3][1]) / 3
+    assert [round((base - y) / third, 1) for _, y in outline] == [0, 1, 1, 3, 3, 0]
+    assert [text.text for text in drawn.iter("text")] == ["0", "0.5", "1", "1.5", "2", "value in the file"]
+
+
+def test_the_page_in_a_browser(make_manifest, look_at):
+    seen = look_at(write_summary(make_manifest("m", images(), rejects=["broken"])))
+    assert seen.pictures and "broken" in seen.text

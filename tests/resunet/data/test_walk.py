@@ -54,6 +54,7 @@ def test_links_to_files_are_followed_and_loops_are_not(tmp_path):
     tree = walk([tmp_path / "real"])
     assert names(tree, tmp_path) == ["real/a", "real/b", "real/up/elsewhere/c"]
     assert tree.files[0].size == tree.files[1].size == len("real/a")
+    assert tree.links == {str(tmp_path / "real/b")} and walk([tmp_path / "real/b"]).links == tree.links
     assert [(Path(file.path).name, reason.split(":")[0]) for file, reason in tree.unreachable] == [
         ("gone", "a link to nowhere"),
         ("self", "cannot be reached"),
