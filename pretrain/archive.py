@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from pretrain.ranks import in_shares, on_every_rank
@@ -41,6 +43,13 @@ class Archive:
     @property
     def num_groups(self) -> int:
         return len(self.evidence.table.column("group").unique())
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """A number for each scan's patient or item, the same on every rank."""
+        column = self.evidence.table.column("group").combine_chunks().dictionary_encode()
+        numbers: NDArray[np.int64] = column.indices.to_numpy().astype(np.int64)
+        return numbers
 
 
 def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:

@@ -1,10 +1,11 @@
-"""Contrastive sets, read ahead by worker processes: what each holds is a pure function of (seed, index, rank)."""
+"""Contrastive sets, read ahead by worker processes: what each holds is a pure function of (seed, index), whoever reads it."""
 
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +25,28 @@ _DIED = (
     "data.workers (0: the rank reads for itself), a smaller batch or a smaller views.window."
 )
 
-ContrastiveSet = tuple[Tensor, Tensor, Tensor]
+
+class ContrastiveSet(NamedTuple):
+    """A rank's share of a set, or all of it.
+
+    windows: (N, C, Y, X), padded at the end.
+    sizes: (N, 2), of each window without the padding.
+    anchors: (N, 2, 2), a place (y, x) with content for each view.
+    scan: (N,) int64, which of the archive's scans each is from.
+    axis: (N,) int64, of the volume it is a slice along; -1 for an image.
+    position: (N,) float32, in [0, 1] along that axis; NaN where it is not known.
+    """
+
+    windows: Tensor
+    sizes: Tensor
+    anchors: Tensor
+    scan: Tensor
+    axis: Tensor
+    position: Tensor
 
 
 class ContrastiveSets(Dataset[ContrastiveSet | Exception]):
-    """This rank's share of every set: windows (N, C, Y, X) padded at the end, sizes (N, 2), anchors (N, 2, 2)."""
+    """This rank's share of every set; put together, the shares are the set that one rank would read."""
 
     def __init__(self, scans: Scans, recipe: PretrainRecipe, rank: int) -> None:
         self._scans, self._recipe, self._rank = scans, recipe, rank
@@ -42,11 +60,20 @@ class ContrastiveSets(Dataset[ContrastiveSet | Exception]):
         """
         recipe, rank = self._recipe, self._rank
         share = recipe.batch // recipe.processes
-        chosen = batch_order(self._scans.num_slices, recipe.batch, recipe.seed, index)[rank * share : (rank + 1) * share]
-        rng = np.random.default_rng([recipe.seed, _WINDOWS, index, rank])
-        windows = [self._scans.window(int(item), recipe.views.window, rng) for item in chosen]
-        scans, sizes = stack_scans([window.values for window in windows])
-        return scans, sizes, torch.from_numpy(np.stack([window.anchors for window in windows]))
+        items = batch_order(self._scans.num_slices, recipe.batch, recipe.seed, index)
+        windows = []
+        for place in range(rank * share, (rank + 1) * share):
+            rng = np.random.default_rng([recipe.seed, _WINDOWS, index, place])
+            windows.append(self._scans.window(int(items[place]), recipe.views.window, rng))
+        values, sizes = stack_scans([window.values for window in windows])
+        return ContrastiveSet(
+            windows=values,
+            sizes=sizes,
+            anchors=torch.from_numpy(np.stack([window.anchors for window in windows])),
+            scan=torch.tensor([window.scan for window in windows]),
+            axis=torch.tensor([-1 if window.axis is None else window.axis for window in windows]),
+            position=torch.tensor([window.position for window in windows]),
+        )
 
     def __getitem__(self, index: int) -> ContrastiveSet | Exception:
         """The set, or why there is none: raised in a worker, its message would come back as a traceback."""

@@ -1,15 +1,18 @@
 """SimCLR: two views of a scan attract, all others in the set repel (Chen et al. 2020, arXiv 2002.05709, section 2).
 
-Projection head and NT-Xent are lightly's. Embedding: global average pool of the encoder's last level; both views go
-through the encoder in one forward pass, so that they share their batch statistics.
+Projection head and losses are lightly's, but for the one that knows groups and positions. Embedding: global average pool of the
+encoder's last level; both views go through the encoder in one forward pass, so that they share their batch statistics.
 """
 
-from lightly.loss import NTXentLoss
+from collections.abc import Mapping
+
+from lightly.loss import DCLLoss, NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
-from pretrain.recipe import HeadSettings
+from pretrain.losses import Items, ScanAwareNTXent, of_all_ranks
+from pretrain.recipe import HeadSettings, ObjectiveSettings
 from resunet.encoder import ResidualEncoder
 
 
@@ -19,7 +22,7 @@ class SimCLR(nn.Module):
     def __init__(self, encoder: ResidualEncoder, head: HeadSettings) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output)
+        self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output, batch_norm=head.batch_norm)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         embedding = self.encoder.embed(views)
@@ -31,19 +34,64 @@ def nt_xent(temperature: float) -> NTXentLoss:
     return NTXentLoss(temperature=temperature, gather_distributed=True)
 
 
-def contrast(embedding: Tensor, projection: Tensor, criterion: NTXentLoss) -> dict[str, Tensor]:
+def build_loss(settings: ObjectiveSettings, temperature: float, output: int) -> nn.Module:
+    """The loss of a recipe, over all ranks.
+
+    A memory bank begins with random directions (torch's global generator) and holds the second views' projections of the
+    latest sets, those of all ranks in their order, so that it is the same on every rank if it began so.
+
+    Args:
+        output: numbers in a projection.
+    """
+    if settings.knows_scans:
+        return ScanAwareNTXent(temperature, settings.same_group == "ignore", settings.position_threshold)
+    if settings.loss == "decoupled":
+        decoupled: nn.Module = DCLLoss(temperature=temperature, gather_distributed=True)
+        return decoupled
+    if settings.memory_bank is not None:
+        size = (settings.memory_bank, output)
+        with_bank: nn.Module = NTXentLoss(temperature=temperature, memory_bank_size=size, gather_distributed=True)
+        return with_bank
+    plain: nn.Module = nt_xent(temperature)
+    return plain
+
+
+def loss_state(criterion: nn.Module) -> dict[str, Tensor]:
+    """What a loss remembers of earlier sets, copied: the memory bank, which lightly leaves out of its state_dict."""
+    return {name: buffer.clone() for name, buffer in criterion.named_buffers()} if _has_bank(criterion) else {}
+
+
+def restore_loss(criterion: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `loss_state` gave."""
+    buffers = dict(criterion.named_buffers()) if _has_bank(criterion) else {}
+    assert buffers.keys() == state.keys(), (buffers.keys(), state.keys())
+    for name, buffer in buffers.items():
+        buffer.copy_(state[name])
+
+
+def _has_bank(criterion: nn.Module) -> bool:
+    # without one its buffers are there all the same, and hold whatever the memory held
+    return isinstance(criterion, NTXentLoss) and criterion.memory_bank.size[0] > 0
+
+
+def contrast(embedding: Tensor, projection: Tensor, criterion: nn.Module, items: Items | None = None) -> dict[str, Tensor]:
     """The loss of one contrastive set in float32, and two signs of collapse.
 
     Args:
         embedding, projection: (2N, …), the first views and then the second.
+        items: of the N scans, for a loss that asks for them.
 
     Returns:
         loss; std of the l2-normalised projections and of the embeddings. A healthy value is about 1/√d; 0 is collapse,
-        where the loss is ln(2N − 1).
+        where the loss of plain NT-Xent is ln(2N − 1). What the loss itself tells, beside.
     """
     first, second = projection.float().chunk(2)
-    return {
-        "loss": criterion(first, second),
-        "projection_std": std_of_l2_normalized(projection.detach().float()),
-        "embedding_std": std_of_l2_normalized(embedding.detach().float()),
+    if isinstance(criterion, ScanAwareNTXent):
+        assert items is not None
+        terms: dict[str, Tensor] = criterion(first, second, items)
+    else:
+        terms = {"loss": criterion(first, second)}
+    return terms | {
+        "projection_std": std_of_l2_normalized(of_all_ranks(projection.detach().float())),
+        "embedding_std": std_of_l2_normalized(of_all_ranks(embedding.detach().float())),
     }

@@ -1,5 +1,6 @@
 """The pretraining recipe: every key, its range and its default."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,11 +73,57 @@ class HeadSettings(Frozen):
 
     hidden: int = Field(512, ge=1)
     output: int = Field(128, ge=1)
+    batch_norm: bool = Field(True, description="between the layers; its statistics are those of what goes through together")
+
+
+class ObjectiveSettings(Frozen):
+    """What is contrasted with what; see `pretrain.objective` and `pretrain.losses`."""
+
+    loss: Literal["nt_xent", "decoupled"] = Field(
+        "nt_xent", description="decoupled: positives are not in the denominator (lightly's DCL)"
+    )
+    memory_bank: int | None = Field(
+        None,
+        ge=1,
+        description="projections of earlier sets that are the negatives, in place of the set's own; a multiple of batch",
+    )
+    same_group: Literal["negative", "ignore"] = Field(
+        "negative", description="ignore: other scans and slices of a group (a patient) are no negatives"
+    )
+    position_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="slices of other groups whose places in their volumes (0 to 1) differ by less are positives",
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> "ObjectiveSettings":
+        if self.loss == "decoupled" and self.memory_bank is not None:
+            raise ValueError("loss=decoupled has no memory bank: set memory_bank=null or loss=nt_xent")
+        if self.knows_scans and (self.loss == "decoupled" or self.memory_bank is not None):
+            raise ValueError(
+                "same_group=ignore and position_threshold are for loss=nt_xent without a memory bank, which keeps no groups"
+            )
+        if self.position_threshold is not None and self.same_group == "negative":
+            raise ValueError(
+                "position_threshold with same_group=negative would attract slices of other patients and repel the neighbours of "
+                "the same one: set same_group=ignore"
+            )
+        return self
+
+    @property
+    def knows_scans(self) -> bool:
+        """Groups or positions decide what is contrasted."""
+        return self.same_group == "ignore" or self.position_threshold is not None
 
 
 class OptimizerSettings(Frozen):
     name: Literal["adamw", "lars"] = "adamw"
-    lr: float = Field(1e-3, gt=0, description="at the end of the warm-up")
+    lr: float = Field(1e-3, gt=0, description="at the end of the warm-up; see lr_scaling")
+    lr_scaling: Literal["none", "sqrt_batch"] = Field(
+        "none", description="sqrt_batch: the rate is lr · √batch (SimCLR with LARS: lr 0.075)"
+    )
     weight_decay: float = Field(1e-4, ge=0, description="not on norms and biases")
 
 
@@ -88,8 +135,34 @@ class PretrainRecipe(Recipe):
     model: EncoderSettings = EncoderSettings()
     batch: int = Field(64, ge=2, description="scans in one contrastive set, over all ranks")
     accumulate: int = Field(1, ge=1, description="contrastive sets an optimiser step; adds no negatives")
+    cache_chunk: int | None = Field(
+        None, ge=1, description="views a forward pass on each rank, with the gradients of the whole set (GradCache); null: all"
+    )
     views: ViewSettings = ViewSettings()
     head: HeadSettings = HeadSettings()
-    temperature: float = Field(0.2, gt=0)
+    temperature: float = Field(0.2, ge=0.001)
+    objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    on_non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="of a loss or gradient: skip leaves the step out and says which scans were in it"
+    )
     allow: tuple[Literal["leak"], ...] = ()
+
+    @model_validator(mode="after")
+    def _whole_sets(self) -> "PretrainRecipe":
+        bank = self.objective.memory_bank
+        if bank is not None and bank % self.batch:
+            raise ValueError(
+                f"objective.memory_bank={bank} must be a multiple of batch={self.batch}: what overflows at the bank's end is lost"
+            )
+        if self.cache_chunk is not None and (self.model.norm == "batch" or self.head.batch_norm):
+            raise ValueError(
+                f"cache_chunk={self.cache_chunk}: batch norm would have each chunk's statistics, and the gradients would not be "
+                "those of the set: set model.norm=group and head.batch_norm=false"
+            )
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.optimizer.lr * (math.sqrt(self.batch) if self.optimizer.lr_scaling == "sqrt_batch" else 1.0)

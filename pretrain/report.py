@@ -1,27 +1,22 @@
 """The report of a pretraining run: did the loss fall, did the features collapse, what did the network see?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.archive import Archive
+from pretrain.non_finite import FILE as SKIPPED
+from pretrain.non_finite import skipped_steps
 from pretrain.recipe import PretrainRecipe
+from resunet.gradients import gradients_section
 from resunet.report import Section, curves, image, read_metrics, write_page
 
 
 def write_report(recipe: PretrainRecipe, archive: Archive, examples: Sequence[NDArray[np.float32]]) -> None:
     """report.html of a finished run; `examples` are rows of scan, first view, second view in [0, 1]."""
-    metrics = read_metrics(recipe.out)
-    chance = math.log(2 * recipe.batch - 1)
-    final = metrics["loss"][1][-1]
-    std = metrics["projection_std"][1][-1]
-    healthy = 1 / math.sqrt(recipe.head.output)
-    spread = {
-        "projections": metrics["projection_std"],
-        "healthy": (metrics["projection_std"][0], [healthy] * len(metrics["projection_std"][0])),
-    }
+    metrics, gradients = read_metrics(recipe.out), gradients_section(recipe.out)
     sections = [
         Section(
             lead=[
@@ -29,14 +24,10 @@ def write_report(recipe: PretrainRecipe, archive: Archive, examples: Sequence[ND
                 f"({archive.num_groups:,} groups): "
                 f"{recipe.steps} steps of {recipe.batch} scans."
             ],
-            notes=archive.notes + archive.allowed,
-            text=[
-                f"Last loss {final:.3f}; a network that tells nothing apart has ln(2N − 1) = {chance:.3f}.",
-                f"Spread of the projections {std:.4f}; healthy is about 1/√d = {healthy:.4f}, collapsed is 0.",
-            ],
+            notes=archive.notes + archive.allowed + _skipped(recipe),
         ),
-        Section("Loss", pictures=[curves({"NT-Xent": metrics["loss"]}, "Contrastive loss by step", "step", "NT-Xent")]),
-        Section("Collapse", pictures=[curves(spread, "Spread of the normalised projections by step", "step", "std", True)]),
+        *(_training(recipe, metrics) if "loss" in metrics else []),
+        *([gradients] if gradients is not None else []),
         Section(
             "What the network saw",
             text=["Each row: the scan, its first view, its second view."],
@@ -47,3 +38,45 @@ def write_report(recipe: PretrainRecipe, archive: Archive, examples: Sequence[ND
         ),
     ]
     write_page(recipe.out / "report.html", "Pretraining", sections)
+
+
+def _skipped(recipe: PretrainRecipe) -> list[str]:
+    count = skipped_steps(recipe.out)
+    return (
+        [f"{count} of {recipe.steps} steps were left out: see {SKIPPED} for why and which scans were in them."] if count else []
+    )
+
+
+def _training(recipe: PretrainRecipe, metrics: Mapping[str, tuple[list[float], list[float]]]) -> list[Section]:
+    formula, chance = _chance(recipe, metrics)
+    final, std = metrics["loss"][1][-1], metrics["projection_std"][1][-1]
+    healthy = 1 / math.sqrt(recipe.head.output)
+    spread = {
+        "projections": metrics["projection_std"],
+        "healthy": (metrics["projection_std"][0], [healthy] * len(metrics["projection_std"][0])),
+    }
+    name = "Decoupled loss" if recipe.objective.loss == "decoupled" else "NT-Xent"
+    told = f"Last loss {final:.3f}; a network that tells nothing apart has {formula} = {chance:.3f}."
+    if recipe.objective.knows_scans:
+        told += f" A view has {metrics['positives'][1][-1]:.2f} positives on average."
+    collapse = f"Spread of the projections {std:.4f}; healthy is about 1/√d = {healthy:.4f}, collapsed is 0."
+    return [
+        Section("Loss", text=[told], pictures=[curves({name: metrics["loss"]}, "Contrastive loss by step", "step", name)]),
+        Section(
+            "Collapse",
+            text=[collapse],
+            pictures=[curves(spread, "Spread of the normalised projections by step", "step", "std", True)],
+        ),
+    ]
+
+
+def _chance(recipe: PretrainRecipe, metrics: Mapping[str, tuple[list[float], list[float]]]) -> tuple[str, float]:
+    """The loss where all projections are the same: as a formula of N scans in a set, and its value."""
+    objective = recipe.objective
+    if objective.knows_scans:
+        return "ln(number of views that it is contrasted with)", metrics["chance"][1][-1]
+    if objective.memory_bank is not None:
+        return "ln(memory bank + 1)", math.log(objective.memory_bank + 1)
+    if objective.loss == "decoupled":
+        return "ln(2N − 2)", math.log(2 * recipe.batch - 2)
+    return "ln(2N − 1)", math.log(2 * recipe.batch - 1)

@@ -2,10 +2,11 @@
 
 A view is one interpolation: crop, flip and rotation make a grid, and the scan is read once through it, from the level
 of an averaging pyramid that matches the crop's size, so that large crops do not alias. Every random number comes from
-the generator that is handed in.
+the generator that is handed in, and is the same for a scan of a set whether one rank makes all views of the set or many do.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,42 +29,75 @@ def stack_scans(scans: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
     return padded, sizes
 
 
-def make_views(scans: Tensor, sizes: Tensor, anchors: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for the scans at some places of a set, drawn for all `total` of it: nobody's depend on who is asked."""
+
+    generator: torch.Generator
+    places: range
+    total: int
+
+    def uniform(self, limits: Range, *shape: int) -> Tensor:
+        """(N, *shape), N the number of places."""
+        low, high = limits
+        return self._here(torch.rand(self.total, *shape, generator=self.generator, device=self.device)) * (high - low) + low
+
+    def normal(self, *shape: int) -> Tensor:
+        """(N, *shape)."""
+        return self._here(torch.randn(self.total, *shape, generator=self.generator, device=self.device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.device
+
+    def _here(self, drawn: Tensor) -> Tensor:
+        return drawn[self.places.start : self.places.stop]
+
+
+def make_views(
+    scans: Tensor,
+    sizes: Tensor,
+    anchors: Tensor,
+    settings: ViewSettings,
+    generator: torch.Generator,
+    first: int = 0,
+    total: int | None = None,
+) -> Tensor:
     """Two independent views of every scan.
 
     Args:
         scans: (N, C, Y, X), normalised.
         sizes: (N, 2), each scan's own height and width within the padding.
         anchors: (N, 2, 2), for each view a pixel (y, x) that its crop holds, so that no crop is of background only.
+        first, total: these are the scans from place `first` on of a set of `total`; without them, the whole set.
 
     Returns:
         (2N, C, size, size) float32: the first views of all scans, then the second.
     """
-    return torch.cat([_one_view(scans, sizes, anchors[:, view], settings, generator) for view in range(2)])
+    count = scans.shape[0]
+    draws = Draws(generator, range(first, first + count), count if total is None else total)
+    return torch.cat([_one_view(scans, sizes, anchors[:, view], settings, draws) for view in range(2)])
 
 
-def _one_view(scans: Tensor, sizes: Tensor, anchors: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
-    view = crop(scans, *_crop_grid(sizes, anchors, settings, generator))
-    return _change_intensity(view, settings, generator)
+def _one_view(scans: Tensor, sizes: Tensor, anchors: Tensor, settings: ViewSettings, draws: Draws) -> Tensor:
+    view = crop(scans, *_crop_grid(sizes, anchors, settings, draws))
+    return _change_intensity(view, settings, draws)
 
 
-def _crop_grid(
-    sizes: Tensor, anchors: Tensor, settings: ViewSettings, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def _crop_grid(sizes: Tensor, anchors: Tensor, settings: ViewSettings, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
     """Where every pixel of every view is in its scan: (N, S, S, 2) as (x, y) pixels, sizes, and pixels a view pixel."""
-    count = sizes.shape[0]
-    height, width = sizes.float().to(generator.device).unbind(dim=1)
-    area = _uniform(settings.scale, count, generator) * height * width
-    ratio = _uniform((np.log(settings.ratio[0]), np.log(settings.ratio[1])), count, generator).exp()
+    height, width = sizes.float().to(draws.device).unbind(dim=1)
+    area = draws.uniform(settings.scale) * height * width
+    ratio = draws.uniform((np.log(settings.ratio[0]), np.log(settings.ratio[1]))).exp()
     crop_height = torch.minimum((area / ratio).sqrt(), height)
     crop_width = torch.minimum((area * ratio).sqrt(), width)
-    anchor_y, anchor_x = (anchors.float().to(generator.device) + 0.5).unbind(dim=1)
-    top = _start(anchor_y, crop_height, height, generator)
-    left = _start(anchor_x, crop_width, width, generator)
-    flips = torch.where(_uniform((0, 1), (count, 2), generator) < settings.flip, -1.0, 1.0)
-    angle = torch.deg2rad(_uniform((-settings.rotation, settings.rotation), count, generator))
+    anchor_y, anchor_x = (anchors.float().to(draws.device) + 0.5).unbind(dim=1)
+    top = _start(anchor_y, crop_height, height, draws)
+    left = _start(anchor_x, crop_width, width, draws)
+    flips = torch.where(draws.uniform((0, 1), 2) < settings.flip, -1.0, 1.0)
+    angle = torch.deg2rad(draws.uniform((-settings.rotation, settings.rotation)))
     # view coordinates in [-1, 1], at pixel centres
-    line = (torch.arange(settings.size, device=generator.device) + 0.5) * 2 / settings.size - 1
+    line = (torch.arange(settings.size, device=draws.device) + 0.5) * 2 / settings.size - 1
     v, u = torch.meshgrid(line, line, indexing="ij")  # (S, S) each
     dx = (crop_width / 2 * flips[:, 0])[:, None, None] * u
     dy = (crop_height / 2 * flips[:, 1])[:, None, None] * v
@@ -74,11 +108,11 @@ def _crop_grid(
     return torch.stack([x, y], dim=-1), torch.stack([width, height], dim=-1), zoom
 
 
-def _start(anchor: Tensor, length: Tensor, extent: Tensor, generator: torch.Generator) -> Tensor:
+def _start(anchor: Tensor, length: Tensor, extent: Tensor, draws: Draws) -> Tensor:
     """(N,): where a crop begins, uniform over the places in [0, extent − length] that put the anchor into it."""
     low = (anchor - length).clamp_min(0)
     high = torch.minimum(anchor, extent - length)
-    return low + _uniform((0, 1), len(anchor), generator) * (high - low)
+    return low + draws.uniform((0, 1)) * (high - low)
 
 
 def crop(scans: Tensor, grid: Tensor, extent: Tensor, zoom: Tensor) -> Tensor:
@@ -116,15 +150,13 @@ def _mirror(positions: Tensor, extent: Tensor) -> Tensor:
     return torch.minimum(torch.minimum(folded, 2 * last - folded).clamp_min(0), last)
 
 
-def _change_intensity(view: Tensor, settings: ViewSettings, generator: torch.Generator) -> Tensor:
-    count = view.shape[0]
-
+def _change_intensity(view: Tensor, settings: ViewSettings, draws: Draws) -> Tensor:
     def sometimes(probability: float, changed: Tensor, unchanged: Tensor) -> Tensor:
-        chosen = _uniform((0, 1), count, generator) < probability
+        chosen = draws.uniform((0, 1)) < probability
         return torch.where(chosen[:, None, None, None], changed, unchanged)
 
     def per_scan(limits: Range) -> Tensor:
-        return _uniform(limits, count, generator)[:, None, None, None]
+        return draws.uniform(limits)[:, None, None, None]
 
     curved = _gamma(view, per_scan(settings.gamma))
     changed = curved * per_scan(settings.intensity_scale) + per_scan(settings.intensity_shift)
@@ -132,7 +164,7 @@ def _change_intensity(view: Tensor, settings: ViewSettings, generator: torch.Gen
     if settings.blur:
         view = sometimes(settings.blur, _blur(view, per_scan(settings.blur_sigma).flatten()), view)
     if settings.noise:
-        noise = torch.randn(view.shape, generator=generator, device=view.device)
+        noise = draws.normal(*view.shape[1:])
         view = sometimes(settings.noise, view + noise * per_scan(settings.noise_sigma), view)
     return view
 
@@ -155,9 +187,3 @@ def _blur(view: Tensor, sigma: Tensor) -> Tensor:
     flat = F.conv2d(flat, kernel[..., None], groups=count * channels)
     flat = F.conv2d(flat, kernel[..., None, :], groups=count * channels)
     return flat.reshape(view.shape)
-
-
-def _uniform(limits: Range, shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    low, high = limits
-    size = (shape,) if isinstance(shape, int) else shape
-    return torch.rand(size, generator=generator, device=generator.device) * (high - low) + low

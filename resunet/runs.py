@@ -35,7 +35,9 @@ _KEPT_CHECKPOINTS = 2
 # Values of these keys are the user's paths: they stay in the local config.json and never reach W&B.
 _PATH_KEYS = frozenset({"out", "source", "salt_file", "held_out", "encoder", "store", "splits"})
 # Keys that may differ when a run is resumed.
-_FREE_ON_RESUME = frozenset({"resume", "out", "wandb", "log_every", "checkpoint_every", "data.workers", "data.store"})
+_FREE_ON_RESUME = frozenset(
+    {"resume", "out", "wandb", "log_every", "checkpoint_every", "data.workers", "data.store", "on_non_finite"}
+)
 
 Status = Literal["running", "done", "failed", "stopped"]
 
@@ -60,6 +62,19 @@ def check_out(recipe: Recipe) -> None:
     if differing:
         lines = "\n".join(f"  {key}: {before.get(key)} then, {now.get(key)} now" for key in differing)
         raise InputError(f"out={out}: was started with another recipe:\n{lines}\nResume with the same, or name another out.")
+
+
+def _start_folder(folder: Path, recipe: Recipe) -> None:
+    """The folder with its config.json; a new one appears with it, so that whatever stands can be resumed."""
+    text = recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n"
+    if folder.exists():
+        if not recipe.resume:
+            raise FileExistsError(f"{folder} exists already")
+        if not (folder / "config.json").exists():
+            write_text(folder / "config.json", text)
+        return
+    with folder_aside(folder) as aside:
+        write_text(aside / "config.json", text)
 
 
 def _compared(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -95,9 +110,7 @@ class Run:
         if not writes:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=recipe.resume)
-            if not (self.folder / "config.json").exists():
-                write_text(self.folder / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+            _start_folder(self.folder, recipe)
         except OSError as error:
             raise EnvironmentFault(f"out={self.folder}: cannot be written: {error}") from error
         if (self.folder / "run.json").exists():

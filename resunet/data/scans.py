@@ -5,6 +5,7 @@ of a window are read. What is held in memory is a few numbers a scan. Imports no
 """
 
 import base64
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,10 +67,20 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Window:
-    """Part of a slice. values: (C, y, x) float32, normalised. anchors: (2, 2), a place (y, x) with content for each view."""
+    """Part of a slice, and where it is from.
+
+    values: (C, y, x) float32, normalised.
+    anchors: (2, 2), a place (y, x) with content for each view.
+    scan: index of the scan among the cases.
+    axis: of the volume, in LPS, that it is sliced along; None for an image.
+    position: of the slice along that axis, from 0 for the first slice to 1 for the last; NaN where there is no such place.
+    """
 
     values: NDArray[np.float32]
     anchors: NDArray[np.int64]
+    scan: int
+    axis: int | None = None
+    position: float = math.nan
 
 
 class Scans:
@@ -108,17 +119,17 @@ class Scans:
         scan = int(np.searchsorted(self._ends, item, side="right"))
         key = self._keys[scan].decode()
         if not key:
-            return self._from_image(self.cases[scan], size, rng)
-        return self._from_store(key, item - int(self._ends[scan - 1] if scan else 0), size, rng)
+            return self._from_image(scan, size, rng)
+        return self._from_store(scan, key, item - int(self._ends[scan - 1] if scan else 0), size, rng)
 
-    def _from_image(self, case: Case, size: int, rng: np.random.Generator) -> Window:
-        values = read_case(case, self._channels).values
+    def _from_image(self, index: int, size: int, rng: np.random.Generator) -> Window:
+        values = read_case(self.cases[index], self._channels).values
         content = foreground_map(values, BLOCK)
         rows, columns = _place(content, size, rng)
         cut = normalise(values[:, rows, columns], intensities_of(values, self._normalisation))
-        return Window(cut, _anchors(content, rows, columns, rng))
+        return Window(cut, _anchors(content, rows, columns, rng), index)
 
-    def _from_store(self, key: str, place: int, size: int, rng: np.random.Generator) -> Window:
+    def _from_store(self, scan_index: int, key: str, place: int, size: int, rng: np.random.Generator) -> Window:
         """Of the `place`-th slice with content."""
         try:
             scan = self._store.open(key)
@@ -135,8 +146,11 @@ class Scans:
             raise EnvironmentFault(
                 f"{self._store.folder}: a decoded scan is missing or damaged. resume=true decodes it again and goes on."
             ) from error
-        values = cut if axis is None else cut.squeeze(1 + axis)
-        return Window(normalise(values, intensities), _anchors(content, rows, columns, rng))
+        values, anchors = normalise(cut, intensities), _anchors(content, rows, columns, rng)
+        if axis is None:
+            return Window(values, anchors, scan_index)
+        last = scan.shape[1 + axis] - 1
+        return Window(values.squeeze(1 + axis), anchors, scan_index, axis, index / last if last else math.nan)
 
 
 def prepare_scans(cases: Iterable[Case], channels: str | int, normalisation: Normalisation, store: Store) -> Iterator[Prepared]:

@@ -34,10 +34,14 @@ def test_a_run_writes_its_directory(recipe):
         "config.json",
         "run.json",
         "metrics.jsonl",
+        "gradients.json",
         "checkpoints",
         "model",
         "report.html",
     }
+    gradients = json.loads((out / "gradients.json").read_text(encoding="utf-8"))["records"]
+    assert [one["step"] for one in gradients] == [1, 2, 3]
+    assert all(any(unit.startswith("encoder.") for unit in one["units"]) and one["total"] > 0 for one in gradients)
     assert {path.name for path in (out / "model").iterdir()} >= {"config.json", "model.safetensors", "archive.parquet"}
     assert type(ours).model_validate_json((out / "config.json").read_text(encoding="utf-8")) == ours
     record = record_of(out)
@@ -95,6 +99,65 @@ def test_the_seed_decides(recipe, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_a_memory_bank_is_resumed_exactly(recipe, tmp_path, sigterm_after):
+    ours = {"steps": 4, "objective": {"memory_bank": 8}}
+    whole, stopped = (recipe(**ours, out=str(tmp_path / name)) for name in ("whole", "stopped"))
+    pretrain(whole)
+    sigterm_after(2)
+    with pytest.raises(Stopped):
+        pretrain(stopped)
+    pretrain(stopped.model_copy(update={"resume": True}))
+    assert metrics_of(stopped.out) == metrics_of(whole.out)
+    states = [
+        torch.load(out / "checkpoints" / "last" / "state.pt", weights_only=True)["loss"] for out in (stopped.out, whole.out)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("memory_bank.bank", "memory_bank.bank_ptr"))
+
+
+def test_a_large_memory_bank_is_warned_of(recipe, capsys):
+    pretrain(recipe(steps=1, objective={"memory_bank": 4}))
+    assert "memory_bank" not in capsys.readouterr().err
+    pretrain(recipe(steps=1, objective={"memory_bank": 8}, out=str(recipe().out) + "2"))
+    assert "objective.memory_bank=8: more than half of the 9 slices" in capsys.readouterr().err
+
+
+REPORTED = {
+    "decoupled": ({"objective": {"loss": "decoupled"}}, "ln(2N − 2) = 1.792."),
+    "bank": ({"objective": {"memory_bank": 8}}, "ln(memory bank + 1) = 2.197."),
+    "groups": ({"objective": {"same_group": "ignore"}}, "ln(number of views that it is contrasted with) = 1.946."),
+    "plain": ({}, "ln(2N − 1) = 1.946."),
+    "lars": ({"optimizer": {"name": "lars", "lr": 0.1, "lr_scaling": "sqrt_batch"}}, "NT-Xent"),
+    "chunks": ({"cache_chunk": 3, "model": {"norm": "group"}, "head": {"batch_norm": False}}, "ln(2N − 1) = 1.946."),
+}
+
+
+@pytest.mark.parametrize("changes, text", REPORTED.values(), ids=REPORTED.keys())
+def test_every_objective_trains_and_reports_its_chance_level(recipe, changes, text):
+    out = pretrain(recipe(steps=2, warmup=0, **changes))
+    assert text in (out / "report.html").read_text(encoding="utf-8")
+    if "optimizer" in changes:
+        assert read_metrics(out)["learning_rate"][1][0] == pytest.approx(0.2)
+
+
+def test_groups_are_of_the_patient_and_same_on_every_rank(recipe, archive):
+    from accelerate import Accelerator
+
+    from pretrain.archive import read_archive as read_sources
+
+    stems = sorted(path.stem for path in archive.glob("*.png"))
+    rows = "".join(f"{stem},{'late' if i > 5 else 'early'}\n" for i, stem in enumerate(stems))
+    (archive / "groups.csv").write_text("stem,group\n" + rows)
+    groups = read_sources(recipe(), Accelerator()).groups
+    assert len(set(groups[:6])) == len(set(groups[6:])) == 1 and groups[0] != groups[6]
+
+
+def test_one_group_leaves_nothing_to_tell_apart(recipe, archive):
+    (archive / "groups.csv").write_text("stem,group\n" + "".join(f"{path.stem},one\n" for path in archive.glob("*.png")))
+    with pytest.raises(InputError, match=r"same_group=ignore: all scans of the archive are of one group.*groups\.csv"):
+        pretrain(recipe(objective={"same_group": "ignore"}))
+    assert not recipe().out.exists()
+
+
 def test_accumulation_logs_the_mean_over_its_sets(recipe, tmp_path):
     # a learning rate so small that the network stands still: the two sets of a step are the sets of two steps
     still = {"steps": 2, "warmup": 0, "optimizer": {"lr": 1e-30, "weight_decay": 0}}
@@ -134,8 +197,8 @@ def test_the_loss_that_is_logged_is_the_objective(recipe):
     cases = load_cases(open_source(ours.data, masks=False).cases, "grey", ours.normalisation)
     chosen = batch_order(9, 4, ours.seed, 0)
     scans, sizes = stack_scans([cases[i].image_slice(0) for i in chosen])
-    _, _, anchors = ContrastiveSets(read_sources(ours, Accelerator()).scans, ours, 0).read(0)
-    views = _views(ours, (scans, sizes, anchors), 0, Accelerator())
+    read = ContrastiveSets(read_sources(ours, Accelerator()).scans, ours, 0).read(0)
+    views = _views(ours, read._replace(windows=scans, sizes=sizes), 0, Accelerator())
     assert views.shape == (8, 1, 12, 12)
     assert contrast(*network(views), nt_xent(ours.temperature))["loss"].item() == pytest.approx(logged, rel=1e-5)
 
@@ -270,3 +333,9 @@ def test_many_channels_are_read_as_they_are(recipe, archive):
     out = pretrain(recipe(steps=1, data={"channels": 5}))
     assert read_config(out / "model").architecture.in_channels == 5
     assert read_config(out / "model").input_channels == 5
+
+
+def test_the_report_in_a_browser(recipe, look_at):
+    seen = look_at(pretrain(recipe()) / "report.html")
+    assert {"Loss", "Collapse", "What the network saw"} <= set(seen.headings)
+    assert len(seen.pictures) > 3

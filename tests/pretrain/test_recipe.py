@@ -9,7 +9,7 @@ LEAST = {"out": "run", "steps": 5, "data": {"source": "scans"}}
 FAULTS = {
     "batch of one": ({"batch": 1}, r"batch=1: .*greater than or equal to 2"),
     "accumulate": ({"accumulate": 0}, r"accumulate=0: .*greater than or equal to 1"),
-    "temperature": ({"temperature": 0}, r"temperature=0: .*greater than 0"),
+    "temperature": ({"temperature": 0}, r"temperature=0: .*greater than or equal to 0\.001"),
     "no steps": ({"steps": 0}, r"steps=0: "),
     "warmup": ({"warmup": 1.5}, r"warmup=1\.5: "),
     "out": ({"out": ""}, r"out=.*: must be the path of a new folder"),
@@ -33,6 +33,29 @@ FAULTS = {
         {"normalisation": {"kind": "percentile_zscore", "low": 99, "high": 1}},
         r"low=99\.0 must be below high=1",
     ),
+    "decoupled bank": (
+        {"objective": {"loss": "decoupled", "memory_bank": 64}},
+        r"objective=.*: loss=decoupled has no memory bank",
+    ),
+    "bank that knows groups": ({"objective": {"memory_bank": 64, "same_group": "ignore"}}, r"keeps no groups"),
+    "decoupled with positions": (
+        {"objective": {"loss": "decoupled", "same_group": "ignore", "position_threshold": 0.1}},
+        r"are for loss=nt_xent without a memory bank",
+    ),
+    "positions without groups": (
+        {"objective": {"position_threshold": 0.1}},
+        r"repel the neighbours of the same one: set same_group",
+    ),
+    "threshold": ({"objective": {"position_threshold": 0}}, r"objective\.position_threshold=0: .*greater than 0"),
+    "bank of another multiple": ({"objective": {"memory_bank": 100}}, r"memory_bank=100 must be a multiple of batch=64"),
+    "chunks and batch norm": (
+        {"cache_chunk": 8, "head": {"batch_norm": False}},
+        r"cache_chunk=8: batch norm would.*model\.norm=group",
+    ),
+    "chunks and a head's batch norm": ({"cache_chunk": 8, "model": {"norm": "group"}}, r"set .*head\.batch_norm=false"),
+    "no chunk": ({"cache_chunk": 0}, r"cache_chunk=0: .*greater than or equal to 1"),
+    "what is not finite": ({"on_non_finite": "ignore"}, r"on_non_finite='ignore': .*'stop' or 'skip'"),
+    "rate": ({"optimizer": {"lr_scaling": "linear"}}, r"optimizer\.lr_scaling='linear': .*'none' or 'sqrt_batch'"),
     "no source": ({"data": {}}, r"data\.source: is required"),
 }
 
@@ -75,3 +98,16 @@ def test_the_architecture_is_that_of_the_recipe():
         "units": 3,
         "norm": "group",
     }
+
+
+def test_the_rate_may_grow_with_the_batch():
+    """SimCLR's, Chen et al. 2020, appendix B.1: 0.075 · √batch."""
+    scaled = {"batch": 256, "optimizer": {"name": "lars", "lr": 0.075, "lr_scaling": "sqrt_batch"}}
+    assert validate(PretrainRecipe, LEAST | scaled, "recipe").peak_lr == pytest.approx(1.2)
+    assert validate(PretrainRecipe, LEAST | {"batch": 256}, "recipe").peak_lr == 1e-3
+
+
+def test_what_is_contrasted_is_lightlys_unless_said():
+    recipe = validate(PretrainRecipe, LEAST, "recipe")
+    assert not recipe.objective.knows_scans and recipe.objective.memory_bank is None and recipe.cache_chunk is None
+    assert recipe.head.batch_norm and recipe.on_non_finite == "stop"

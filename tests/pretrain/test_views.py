@@ -1,10 +1,12 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 
 from pretrain.recipe import ViewSettings
-from pretrain.views import _blur, _crop_grid, _gamma, _mirror, crop, make_views, stack_scans
+from pretrain.views import Draws, _blur, _crop_grid, _gamma, _mirror, crop, make_views, stack_scans
 from resunet.runtime import normalise, percentile_intensity
 
 # one view pixel is one scan pixel where the scan is of `size`
@@ -25,6 +27,10 @@ def still(size: int, **changes: object) -> ViewSettings:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(count: int) -> Draws:
+    return Draws(generator(), range(count), count)
 
 
 def random_scans(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -95,8 +101,8 @@ def test_reading_through_a_quarter_turn(turns):
 
 
 def test_the_grid_is_turned_rigidly_about_the_centre_within_the_limits():
-    grid, _, _ = _crop_grid(torch.tensor([[13, 13]] * 200), torch.full((200, 2), 6), still(13, rotation=30), generator())
-    straight, _, _ = _crop_grid(torch.tensor([[13, 13]]), torch.tensor([[6, 6]]), still(13), generator())
+    grid, _, _ = _crop_grid(torch.tensor([[13, 13]] * 200), torch.full((200, 2), 6), still(13, rotation=30), draws(200))
+    straight, _, _ = _crop_grid(torch.tensor([[13, 13]]), torch.tensor([[6, 6]]), still(13), draws(1))
     from_centre, wanted = (torch.view_as_complex((one - 6).contiguous()) for one in (grid, straight))
     corner = from_centre[:, 0, 0] / wanted[:, 0, 0]
     torch.testing.assert_close(corner.abs(), torch.ones(200))
@@ -116,7 +122,7 @@ def test_reading_is_that_of_scipy():
 
 def test_crops_cover_the_share_of_the_scan_they_are_told_to():
     sizes = torch.tensor([[40, 60]] * 300)
-    grid, _, zoom = _crop_grid(sizes, sizes // 2, still(10, scale=(0.2, 0.5), ratio=(0.5, 2)), generator())
+    grid, _, zoom = _crop_grid(sizes, sizes // 2, still(10, scale=(0.2, 0.5), ratio=(0.5, 2)), draws(len(sizes)))
     width = (grid[:, 0, 1, 0] - grid[:, 0, 0, 0]) * 10
     height = (grid[:, 1, 0, 1] - grid[:, 0, 0, 1]) * 10
     share = width * height / (40 * 60)
@@ -251,6 +257,26 @@ def test_views_are_a_function_of_the_generator_and_differ():
     assert len({tuple(view.flatten().tolist()) for view in views}) == 6
 
 
+@pytest.mark.parametrize("bounds", [(0, 3, 6), (0, 1, 2, 6)])
+def test_a_scans_views_do_not_depend_on_who_makes_the_others(bounds):
+    """Also where the share's windows are padded less than those of the set."""
+    shapes = [(20, 31), (24, 18), (33, 20), (17, 17), (40, 35), (26, 28)]
+    scans, sizes = stack_scans([np.random.default_rng(i).random((2, *shape), np.float32) for i, shape in enumerate(shapes)])
+    anchors = centres(sizes)
+    settings = ViewSettings(size=12, noise=1)
+    wanted = make_views(scans, sizes, anchors, settings, generator())
+    shares = []
+    for first, end in pairwise(bounds):
+        height, width = sizes[first:end].amax(dim=0).tolist()
+        part = scans[first:end, :, :height, :width]
+        views = make_views(part, sizes[first:end], anchors[first:end], settings, generator(), first, len(scans))
+        shares.append(views.chunk(2))
+    views = torch.cat([torch.cat(one) for one in zip(*shares, strict=True)])
+    torch.testing.assert_close(views, wanted, atol=1e-4, rtol=0)
+    again = make_views(scans[3:], sizes[3:], anchors[3:], settings, generator(), 3, 6).chunk(2)[0]
+    assert torch.equal(again, wanted[3:6])  # the same padding: the same bits
+
+
 def test_inputs_are_not_changed():
     scans = random_scans(2, 1, 24, 24)
     sizes = torch.tensor([[24, 20], [18, 24]])
@@ -266,7 +292,7 @@ def test_every_crop_holds_its_anchor_and_stays_inside():
     anchors = torch.stack([torch.randint(n, (count,), generator=draw) for n in (height, width)], dim=1)
     anchors[:4] = torch.tensor([[0, 0], [0, width - 1], [height - 1, 0], [height - 1, width - 1]])
     sizes = torch.tensor([[height, width]] * count)
-    grid, _, _ = _crop_grid(sizes, anchors, still(10, scale=(0.02, 1), ratio=(0.5, 2)), generator())
+    grid, _, _ = _crop_grid(sizes, anchors, still(10, scale=(0.02, 1), ratio=(0.5, 2)), draws(len(sizes)))
     for axis, extent in ((0, width), (1, height)):  # of (x, y)
         line = grid[..., axis]
         first, last = line.amin(dim=(1, 2)), line.amax(dim=(1, 2))
@@ -279,7 +305,7 @@ def test_every_crop_holds_its_anchor_and_stays_inside():
 def test_crops_of_one_anchor_are_where_they_can_be():
     """Uniform over all places that hold it: at the middle of a long line from one end of the anchor to the other."""
     sizes, anchors = torch.tensor([[100, 100]] * 2000), torch.full((2000, 2), 50)
-    grid, _, _ = _crop_grid(sizes, anchors, still(8, scale=(0.04, 0.04)), generator())
+    grid, _, _ = _crop_grid(sizes, anchors, still(8, scale=(0.04, 0.04)), draws(len(sizes)))
     first = grid[:, 0, 0, 0] + 0.5 - 1.25  # half a view pixel of 2.5: the crop's left edge
     assert 30.5 <= first.min() < 31 and 50 < first.max() <= 50.5
     assert abs(first.mean() - 40.5) < 0.8 and abs(first.std() - 20 / 12**0.5) < 0.4

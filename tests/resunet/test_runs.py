@@ -137,6 +137,17 @@ def test_a_folder_that_cannot_be_made_is_the_environments_fault(tmp_path):
         Run(small_recipe(tmp_path / "file" / "run"), "pretrain", {})
 
 
+def test_a_run_that_dies_as_it_begins_leaves_no_folder_behind(tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        Run(small_recipe(tmp_path / "run"), "pretrain", {})
+    assert not (tmp_path / "run").exists()
+    check_out(small_recipe(tmp_path / "run", resume=True))
+
+
 def test_metrics_are_a_line_each_and_can_be_rewound(run):
     for step in (10, 20, 30):
         run.log(step, {"loss": 1 / step})

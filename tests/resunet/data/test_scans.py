@@ -67,6 +67,29 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def test_a_window_says_where_it_is_from(tmp_path, store):
+    """The scan, and how far along its slice axis in LPS, whatever way the file runs; slices without content count as places."""
+    values = random(6, 30, 40).astype(np.int16)
+    values[1] = 5
+    upright = volume(tmp_path / "a.nii.gz", values)
+    image = sitk.GetImageFromArray(values[::-1].copy())
+    image.SetSpacing([1, 1, 3])
+    image.SetDirection([1, 0, 0, 0, 1, 0, 0, 0, -1])
+    sitk.WriteImage(image, str(tmp_path / "b.nii.gz"))
+    sideways = volume(tmp_path / "c.mha", random(20, 3, 24), (1, 4, 1))
+    single = volume(tmp_path / "d.mha", random(20, 1, 24), (1, 4, 1))
+    scans = scans_of(store, png(tmp_path / "e.png", random(20, 20)), upright, case(tmp_path / "b.nii.gz"), sideways, single)
+    windows = [scans.window(i, 64, rng()) for i in range(scans.num_slices)]
+    places = [(window.scan, window.axis, window.position) for window in windows]
+    along = [0, 0.4, 0.6, 0.8, 1]
+    assert places[0][:2] == (0, None) and np.isnan(places[0][2])
+    assert places[1:6] == [(1, 0, one) for one in along] and places[6:11] == [(2, 0, one) for one in along]
+    assert places[11:14] == [(3, 1, 0), (3, 1, 0.5), (3, 1, 1)]
+    assert len(places) == 15 and places[14][0] == 4 and np.isnan(places[14][2])
+    for one, other in zip(windows[1:6], windows[6:11], strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+
+
 def test_a_whole_window_is_the_normalised_slice_of_the_whole_scan(tmp_path, store):
     """Images and volumes, whatever their type, size, axis and channels; constant slices are left out."""
     floats = random(6, 30, 40).astype(np.float32) * 1e3 - 5e5

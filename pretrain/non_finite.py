@@ -1,0 +1,104 @@
+"""A loss or gradient that is not finite: which scans were in the step, and whether to stop or to go on without it.
+
+Scans are named by their ids as a run may show them (HMACs, unless the recipe keeps names), never by paths.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from resunet.data.cases import Case
+from resunet.errors import CheckFailed
+from resunet.files import write_text
+from resunet.progress import say
+
+FILE = "skipped.jsonl"
+_LISTED = 8
+_MOST_IN_A_ROW = 10
+_ADVICE = (
+    "Lower the learning rate, lengthen the warm-up, or use precision=bf16 or fp32. The last checkpoint stands; resume=true "
+    "continues from it."
+)
+
+
+def suspects(scan: Tensor, views: Tensor, projection: Tensor) -> Tensor:
+    """(N, 3) int64: of every scan of a rank's share, which it is, whether its views and whether its projections are at fault.
+
+    Args:
+        scan: (N,). views, projection: (2N, …), the first views and then the second.
+    """
+
+    def bad(values: Tensor) -> Tensor:
+        return (~values.flatten(1).isfinite().all(dim=1)).reshape(2, -1).any(dim=0)
+
+    return torch.stack([scan.to(views.device), bad(views).long(), bad(projection).long()], dim=1)
+
+
+def to_blame(rows: Tensor) -> tuple[str, list[int]]:
+    """What the `suspects` of a step say: in words, and the scans. Where all are at fault, or none, it is no scan's."""
+    for column, words in ((1, "scans whose views are not finite"), (2, "scans whose projections are not finite")):
+        chosen = rows[rows[:, column] > 0]
+        if 0 < len(chosen) < len(rows):
+            return words, sorted(set(chosen[:, 0].tolist()))
+    return "the scans of the step", sorted(set(rows[:, 0].tolist()))
+
+
+class NonFinite:
+    """What is done about such steps; skipped.jsonl of the run directory holds those that were left out."""
+
+    def __init__(self, folder: Path, skip: bool, cases: Sequence[Case], writes: bool) -> None:
+        self._path, self._skip, self._cases, self._writes = folder / FILE, skip, cases, writes
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self.in_a_row = 0
+
+    def rewind(self, first: int, in_a_row: int) -> None:
+        """Go on after `first` steps, the latest `in_a_row` of which were left out; later ones are done again."""
+        self.in_a_row = in_a_row
+        if self._writes and self._path.exists():
+            lines = [line for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            write_text(self._path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first))
+
+    def before(self, *modules: nn.Module) -> None:
+        """Remember what a forward pass changes, running statistics and memory bank, in case the step is left out."""
+        if self._skip:
+            self._buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+    def passed(self) -> None:
+        """The step was finite."""
+        self.in_a_row = 0
+
+    def leave_out(self, step: int, what: str, rows: Tensor, accelerator: Accelerator) -> None:
+        """On every rank: undo what the forward passes changed, and say which scans were in the step.
+
+        Args:
+            what: such as 'the loss is not finite (nan)'.
+            rows: the `suspects` of this rank.
+
+        Raises:
+            CheckFailed: the recipe says stop, or too many steps in a row were like this.
+        """
+        words, scans = to_blame(accelerator.gather(rows) if accelerator.num_processes > 1 else rows)
+        ids = [self._cases[scan].id for scan in scans]
+        shown = ", ".join(ids[:_LISTED]) + (f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else "")
+        message = f"step {step}: {what}; {words}: {shown}."
+        if not self._skip:
+            raise CheckFailed(f"{message} on_non_finite=skip would leave the step out. {_ADVICE}")
+        self.in_a_row += 1
+        if self.in_a_row >= _MOST_IN_A_ROW:
+            raise CheckFailed(f"{message} {self.in_a_row} steps in a row were like this. {_ADVICE}")
+        for buffer, earlier in self._buffers:
+            buffer.copy_(earlier)
+        if self._writes:
+            say(f"{message} It is left out.")
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "what": what, "evidence": words, "scans": ids}) + "\n")
+
+
+def skipped_steps(folder: Path) -> int:
+    """How many steps a run left out."""
+    path = folder / FILE
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0

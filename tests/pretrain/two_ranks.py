@@ -1,0 +1,84 @@
+"""What test_ranks.py runs in one process and, started by `accelerate launch`, in two: FOLDER holds recipe.json.
+
+Every rank takes its share of the same sets; what comes out must not depend on their number.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from pretrain.backward import backward_in_chunks, backward_whole
+from pretrain.loop import pretrain
+from pretrain.losses import Items
+from pretrain.non_finite import NonFinite, suspects
+from pretrain.objective import SimCLR, build_loss, contrast, loss_state
+from pretrain.recipe import HeadSettings, ObjectiveSettings, PretrainRecipe
+from resunet.data.cases import Case
+from resunet.encoder import ResidualEncoder
+
+BATCH = 8
+AWARE = {"same_group": "ignore", "position_threshold": 0.2}
+CASES: dict[str, tuple[dict, int | None]] = {
+    "plain": ({}, None),
+    "decoupled": ({"loss": "decoupled"}, None),
+    "memory bank": ({"memory_bank": 2 * BATCH}, None),
+    "scan-aware": (AWARE, None),
+    "plain, cached": ({}, 3),
+    "memory bank, cached": ({"memory_bank": 2 * BATCH}, 3),
+    "scan-aware, cached": (AWARE, 3),
+}
+
+
+def gradients(name: str, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The loss, its figures and the gradients of a step of two accumulated sets, and what the loss remembers."""
+    settings, chunk = CASES[name]
+    torch.manual_seed(0)
+    head = HeadSettings(hidden=8, output=5, batch_norm=False)
+    network = SimCLR(ResidualEncoder(1, (4, 8), units=1, norm="group"), head)
+    criterion = build_loss(ObjectiveSettings.model_validate(settings), 0.2, head.output)
+    wrapped = accelerator.prepare(network)
+    share = BATCH // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    found: dict[str, torch.Tensor] = {}
+    backward = backward_whole if chunk is None else partial(backward_in_chunks, chunk=chunk)
+    for number in range(2):
+        draw = torch.Generator().manual_seed(number)
+        views = torch.randn(2, BATCH, 1, 12, 12, generator=draw)[:, mine].flatten(0, 1)
+        group = torch.randint(3, (BATCH,), generator=draw)
+        axis = torch.randint(2, (BATCH,), generator=draw)
+        position = torch.rand(BATCH, generator=draw)
+        position[5] = torch.nan
+        score = partial(contrast, criterion=criterion, items=Items(group[mine], axis[mine], position[mine]))
+        terms, _ = backward(wrapped, views, score=score, weight=0.5, accelerator=accelerator, synchronise=number == 1)
+        found |= {f"{key} {number}": accelerator.reduce(value, reduction="mean") for key, value in terms.items()}
+    found |= {key: parameter.grad for key, parameter in network.named_parameters() if parameter.grad is not None}
+    return found | loss_state(criterion)
+
+
+def left_out(folder: Path, accelerator: Accelerator) -> None:
+    """One scan of the last rank has a projection that is not finite; it writes skipped.jsonl."""
+    cases = [Case(f"id{i}", "", "", "", None, (), None) for i in range(BATCH)]
+    share = BATCH // accelerator.num_processes
+    scan = torch.arange(share) + accelerator.process_index * share
+    projection = torch.zeros(2 * share, 3)
+    if accelerator.process_index == accelerator.num_processes - 1:
+        projection[-1, 1] = torch.inf
+    rows = suspects(scan, torch.zeros(2 * share, 1, 2, 2), projection)
+    NonFinite(folder, True, cases, accelerator.is_main_process).leave_out(1, "the loss is not finite (nan)", rows, accelerator)
+
+
+def run(folder: Path) -> None:
+    """results-RANK.pt, skipped.jsonl and the run of recipe.json."""
+    recipe = PretrainRecipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    pretrain(recipe)  # first: it starts the ranks as the command does
+    accelerator = Accelerator(cpu=True)
+    results = {name: gradients(name, accelerator) for name in CASES}
+    torch.save(results, folder / f"results-{accelerator.process_index}.pt")
+    left_out(folder, accelerator)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
