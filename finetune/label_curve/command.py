@@ -1,0 +1,69 @@
+"""`resunet label-curve RECIPE`: all cells, by one process or by many on the same folder, then what they say."""
+
+from pathlib import Path
+
+from finetune.label_curve.cells import Point, points_of
+from finetune.label_curve.page import write_report
+from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.result import curve_text, read_curve, summarise, write_cases
+from finetune.label_curve.verdict import verdicts
+from finetune.label_curve.work import do_all, locked, work_alone
+from resunet.errors import InputError
+from resunet.files import write_text
+from resunet.progress import say
+
+# Keys that may differ when a curve is continued.
+_FREE_ON_RESUME = {"resume", "out"}
+
+
+def label_curve(recipe: LabelCurveRecipe) -> Path:
+    """Run a label curve, or this process's share of it; the folder.
+
+    Several processes share the cells: started with `resume=true` on one `out`, on one machine or on several with one file
+    system, or by a launcher. All end when everything is done; what a killed one had begun is continued by another.
+
+    Raises:
+        ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; cells that are done stay done.
+    """
+    work_alone(recipe.resume)
+    points = points_of(recipe)
+    locks = recipe.out / "locks"
+    _begin(recipe, locks)
+    do_all(points, locks)
+    report = locks / "report.lock"
+    with locked(report, wait=False) as mine:
+        if mine:
+            _write(recipe, points)
+    if not mine:  # whoever writes it began after the last cell was done
+        with locked(report, wait=True):
+            pass
+    return recipe.out
+
+
+def _begin(recipe: LabelCurveRecipe, locks: Path) -> None:
+    """The folder with its config.json: a new one, or with `resume` that of the same recipe."""
+    config = recipe.out / "config.json"
+    if recipe.out.exists() and not recipe.resume:
+        raise InputError(f"out={recipe.out}: exists already. Name another folder, continue it with resume=true, or delete it.")
+    if recipe.out.exists() and not config.is_file() and not locks.is_dir() and any(recipe.out.iterdir()):
+        raise InputError(f"out={recipe.out}: cannot be continued, it is not a label curve (no config.json).")
+    with locked(locks / "config.lock", wait=True):
+        if not config.is_file():
+            write_text(config, recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+            return
+        before = LabelCurveRecipe.model_validate_json(config.read_text(encoding="utf-8")).model_dump(exclude=_FREE_ON_RESUME)
+        now = recipe.model_dump(exclude=_FREE_ON_RESUME)
+        differing = [key for key in now if before[key] != now[key]]
+        if differing:
+            lines = "\n".join(f"  {key}: {before[key]} then, {now[key]} now" for key in differing)
+            raise InputError(f"out={recipe.out}: was started with another recipe:\n{lines}\nName another out.")
+
+
+def _write(recipe: LabelCurveRecipe, points: list[Point]) -> None:
+    curve = read_curve(recipe, points)
+    record = summarise(curve)
+    write_cases(curve, points, recipe.out / "cases.parquet")
+    write_text(recipe.out / "curve.json", curve_text(record))
+    write_report(curve, record, recipe.out)
+    for sentence in verdicts(record):
+        say(sentence)

@@ -1,0 +1,165 @@
+"""What the cells of a label curve say together: curve.json and cases.parquet."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from finetune.compare import read_arm
+from finetune.label_curve.cells import Budget, Point, count_labels
+from finetune.label_curve.cost import Cost, cost_of
+from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.statistics import LEVEL, difference, holm, labels_needed, score
+from resunet.errors import InputError
+from resunet.files import file_aside
+
+SCHEMA_VERSION = 1
+Scores = NDArray[np.float64]  # (B budgets, P groups, D draws)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A finished curve. scores: arm → Dice of the test groups; steps, val: arm → what val chose, (B, D), and its Dice there."""
+
+    recipe: LabelCurveRecipe
+    budgets: list[Budget]
+    groups: list[str]
+    scores: dict[str, Scores]
+    steps: dict[str, NDArray[np.int64]]
+    val: dict[str, Scores]
+    cost: dict[str, Cost]
+
+
+def read_curve(recipe: LabelCurveRecipe, points: Sequence[Point]) -> Curve:
+    """The chosen runs of all points, which are done.
+
+    Raises:
+        InputError: they were evaluated on different test cases.
+    """
+    budgets = count_labels(points, recipe.baseline)
+    place = {budget.train: index for index, budget in enumerate(budgets)}
+    groups: list[str] = []
+    scores: dict[str, Scores] = {}
+    shape = len(budgets), recipe.draws
+    steps = {arm: np.zeros(shape, np.int64) for arm in recipe.arms}
+    val = {arm: np.zeros(shape) for arm in recipe.arms}
+    for point in points:
+        run = point.chosen
+        dice = read_arm(run.folder, point.arm).group_dice()
+        groups = groups or sorted(dice)
+        if sorted(dice) != groups:
+            raise InputError(
+                f"{run.folder}: was evaluated on other test cases than {points[0].chosen.folder}. The source has changed while the "
+                "curve ran: restore it, or start again in another out."
+            )
+        where = place[point.labelled], point.draw
+        scores.setdefault(point.arm, np.zeros((len(budgets), len(groups), recipe.draws)))[where[0], :, where[1]] = [
+            dice[group] for group in groups
+        ]
+        steps[point.arm][where], val[point.arm][where] = run.steps, run.record["best_val_dice"]
+    cost = {arm: cost_of([point for point in points if point.arm == arm]) for arm in recipe.arms}
+    return Curve(recipe, budgets, groups, scores, steps, val, cost)
+
+
+def summarise(curve: Curve) -> dict[str, Any]:
+    """curve.json."""
+    others = curve.recipe.others()
+    differences = {arm: _differences(curve, arm) for arm in others}
+    _adjust([figure for figures in differences.values() for figure in figures])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "arms": list(curve.recipe.arms),
+        "baseline": curve.recipe.baseline,
+        "test_groups": len(curve.groups),
+        "draws": curve.recipe.draws,
+        "steps": list(curve.recipe.steps),
+        "labels": [
+            {"labels": one.labels, "train": one.train, "val": one.val, "images": list(one.images)} for one in curve.budgets
+        ],
+        "dice": {arm: _levels(curve, arm) for arm in curve.recipe.arms},
+        "differences": differences,
+        "labels_saved": {arm: _saved(curve, arm) for arm in others},
+        "cost": {arm: cost.record() for arm, cost in curve.cost.items()},
+    }
+
+
+def _levels(curve: Curve, arm: str) -> list[dict[str, Any]]:
+    """An arm's figure at every budget, with what each draw gave."""
+    return [
+        {
+            "labels": budget.labels,
+            **score(curve.scores[arm][index]),
+            "by_draw": curve.scores[arm][index].mean(axis=0).tolist(),
+            "steps": curve.steps[arm][index].tolist(),
+            "val_dice": curve.val[arm][index].tolist(),
+        }
+        for index, budget in enumerate(curve.budgets)
+    ]
+
+
+def _differences(curve: Curve, arm: str) -> list[dict[str, Any]]:
+    values = curve.scores[arm] - curve.scores[curve.recipe.baseline]
+    return [
+        {"labels": budget.labels, **difference(its), "by_draw": its.mean(axis=0).tolist()}
+        for budget, its in zip(curve.budgets, values, strict=True)
+    ]
+
+
+def _adjust(figures: Sequence[dict[str, Any]]) -> None:
+    """Holm over the whole family: every arm beside the baseline at every budget."""
+    tested = [figure for figure in figures if figure["p"] is not None]
+    for figure, adjusted in zip(tested, holm([figure["p"] for figure in tested]), strict=True):
+        figure["p_holm"] = adjusted
+    for figure in figures:
+        figure.setdefault("p_holm", None)
+        figure["verdict"] = _verdict(figure)
+
+
+def _verdict(figure: Mapping[str, Any]) -> str:
+    if figure["p_holm"] is None:
+        return "unknown"
+    if figure["p_holm"] > LEVEL:
+        return "no difference"
+    return "better" if figure["mean"] > 0 else "worse"
+
+
+def _saved(curve: Curve, arm: str) -> list[dict[str, Any]]:
+    baseline, labels = curve.scores[curve.recipe.baseline], [budget.labels for budget in curve.budgets]
+    rows = []
+    for budget, target in zip(curve.budgets, curve.scores[arm], strict=True):
+        needed = labels_needed(target, baseline, labels)
+        interval = None if needed.interval is None else [end.record() for end in needed.interval]
+        rows.append({"labels": budget.labels, "baseline_needs": needed.labels.record(), "ci95": interval})
+    return rows
+
+
+def write_cases(curve: Curve, points: Sequence[Point], path: Path) -> None:
+    """cases.parquet: a row for every point, test case and class, with the columns of cases.csv; what is undefined is null."""
+    by_train = {budget.train: budget for budget in curve.budgets}
+    columns: dict[str, list[Any]] = {}
+    for point in points:
+        budget = by_train[point.labelled]
+        with open(point.chosen.folder / "evaluation" / "cases.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                own = {"arm": point.arm, "labels": budget.labels, "train_groups": budget.train, "val_groups": budget.val}
+                own |= {"draw": point.draw, "steps": point.chosen.steps, "case": row.pop("id")}
+                names = {name: row.pop(name) for name in ("group", "class")}
+                for name, value in (own | names | {name: _number(text) for name, text in row.items()}).items():
+                    columns.setdefault(name, []).append(value)
+    with file_aside(path) as aside:
+        pq.write_table(pa.table(columns), aside)
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def curve_text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2) + "\n"

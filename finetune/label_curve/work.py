@@ -1,0 +1,137 @@
+"""Doing the cells of a label curve: one after another, or shared by as many processes as are started on one folder."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune.alarms import notes_of
+from finetune.evaluate import measure_cases, write_evaluation
+from finetune.label_curve.cells import Cell, Point
+from finetune.labelled import read_labelled
+from finetune.loop import finetune
+from finetune.recipe import FinetuneRecipe
+from resunet.checkpoint import model_folder
+from resunet.errors import EnvironmentFault, InputError
+from resunet.layout import place
+from resunet.model import load_finetuned
+from resunet.progress import say
+from resunet.runs import is_done
+
+# What a launcher tells a process of its ranks.
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Something that one process does once: `do` is called unless `done`, `ready` says whether it can be."""
+
+    name: str
+    ready: Callable[[], bool]
+    done: Callable[[], bool]
+    do: Callable[[], object]
+
+
+def do_all(points: Sequence[Point], locks: Path) -> None:
+    """Train every cell and evaluate the chosen one of every point; returns when all is done, by whomever.
+
+    What another process is at is left to it, and waited for in the end: should it be killed, its lock is free and its cell is
+    continued here.
+
+    Raises:
+        ResUNetError: what a cell raises; cells that are done stay done.
+    """
+    tasks = [task for point in points for task in _tasks_of(point)]
+    for wait in (False, True):  # first what is free, then what others were at
+        for number, task in enumerate(tasks, 1):
+            if task.done() or not (wait or task.ready()):
+                continue
+            with locked(locks / f"{task.name}.lock", wait) as mine:
+                if mine and not task.done():
+                    say(f"label-curve {number}/{len(tasks)}: {task.name}")
+                    task.do()
+
+
+def _tasks_of(point: Point) -> Iterator[_Task]:
+    def trained() -> bool:
+        return all(cell.done for cell in point.cells)
+
+    for cell in point.cells:
+        yield _Task(cell.name, lambda: True, lambda cell=cell: cell.done, lambda cell=cell: _train(cell))  # type: ignore[misc]
+    yield _Task(f"{point.name}-test", trained, lambda: point.done, lambda: evaluate_on_test(point.chosen.folder))
+
+
+def _train(cell: Cell) -> None:
+    finetune(cell.recipe)
+    # nothing is left to continue, and the optimiser's state of a hundred cells fills a disk; model/ stays
+    shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
+
+
+def evaluate_on_test(run: Path) -> None:
+    """Write evaluation/ of a finished run that did not read test: what it would have written itself.
+
+    Raises:
+        CheckFailed: test cases are among the training cases or in the encoder's archive.
+    """
+    assert is_done(run)
+    recipe = FinetuneRecipe.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
+    recipe = recipe.model_copy(update={"evaluate_test": True})
+    data = read_labelled(recipe, quiet=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network, config = load_finetuned(model_folder(run))
+    network = place(network, device)
+    classes, rules = len(recipe.data.classes), config.object_rules()
+    measured = measure_cases(network, data.test, classes, device, recipe.precision, rules=rules)
+    point = config.operating_point
+    notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
+    write_evaluation(run / "evaluation", network, measured, config, "test", notes, device, recipe.precision, point)
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process holds the lock of a file; with `wait` it does, sooner or later.
+
+    A record lock (POSIX): it holds over a shared file system, where the server has locks, and it ends with the process that
+    took it, however that ends and whatever children it leaves behind. The file stays: taking it away would let two in.
+
+    Raises:
+        EnvironmentFault: the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except (BlockingIOError, PermissionError):  # POSIX lets a system say either
+            mine = False
+        except OSError as error:
+            raise EnvironmentFault(f"{path}: cannot be locked: {error}. Put out= on a file system that has locks.") from error
+        yield mine  # closing the file gives the lock back
+
+
+def work_alone(joins: bool) -> None:
+    """Make a process that a launcher started as one rank of several a worker of its own, with a GPU of its own.
+
+    Cells are single processes: ranks share the cells, not the batches.
+
+    Args:
+        joins: the curve may be there already. Ranks do not know of each other, so that all but one find it there.
+
+    Raises:
+        InputError: several ranks that would each begin the curve.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if not joins:
+        raise InputError("resume=false: several processes share a label curve only with resume=true. Set it; out may be new.")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[local] if local < len(visible) and visible[0] else str(local)
+    for name in list(os.environ):
+        if name in _RANKS or name.startswith(("ACCELERATE_", "TORCHELASTIC_")):
+            del os.environ[name]

@@ -1,0 +1,297 @@
+"""A whole curve, tiny: its cells, its test, its figures, its continuation and its sharing among processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from finetune.label_curve.cells import numbers_of_groups, points_of
+from finetune.label_curve.command import label_curve
+from finetune.label_curve.cost import cost_of
+from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.statistics import difference, labels_needed
+from finetune.label_curve.work import locked, work_alone
+from finetune.labelled import choose_cases
+from finetune.loop import finetune
+from finetune.recipe import FinetuneRecipe
+from resunet.checkpoint import ModelConfig
+from resunet.cli import main
+from resunet.config import validate
+from resunet.data.evidence import SCHEMA, Evidence
+from resunet.data.leakage import ARCHIVE, write_archive
+from resunet.data.perceptual import HASH_BYTES
+from resunet.encoder import ResidualEncoder
+from resunet.errors import InputError
+from resunet.transfer import fingerprint
+
+ARMS, TRAIN, DRAWS, STEPS = ("scratch", "pretrained"), (1, 3), (0, 1), (2, 3)
+
+
+@pytest.fixture(scope="module")
+def values(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Of a curve on the source of the finished runs: 5 pool groups, 3 val groups, 6 test groups."""
+    torch.manual_seed(7)
+    network = ResidualEncoder(1, (4, 8), units=1)
+    network.config = ModelConfig(
+        architecture=network.config.architecture, normalisation=network.config.normalisation, feature_check=fingerprint(network)
+    )
+    encoder = tmp_path_factory.mktemp("encoder") / "encoder"
+    network.save_pretrained(encoder)
+    nobody = [pa.array([one], field.type) for one, field in zip(("g", "f", "p", b"\xff" * HASH_BYTES), SCHEMA, strict=True)]
+    write_archive(encoder / ARCHIVE, Evidence(pa.table(nobody, schema=SCHEMA), "another salt"))
+    shared = json.loads((runs[0] / "config.json").read_text(encoding="utf-8"))
+    for key in ("out", "seed", "steps", "encoder", "evaluate_test", "processes"):
+        del shared[key]
+    for key in ("labelled", "draw", "folds", "fold"):
+        del shared["data"][key]
+    own = {"optimizer": {"encoder_lr_factor": 0.5}, "postprocess": "validate"}
+    return {
+        "finetune": shared,
+        "arms": {"scratch": {}, "pretrained": {"encoder": str(encoder), **own}},
+        "budgets": [0.2, 0.6, 3],
+        "draws": len(DRAWS),
+        "steps": list(STEPS),
+    }
+
+
+@pytest.fixture
+def recipe(values: dict, tmp_path: Path) -> Callable[..., LabelCurveRecipe]:
+    return lambda **changes: validate(LabelCurveRecipe, {"out": str(tmp_path / "curve"), **values, **changes}, "recipe")
+
+
+@pytest.fixture(scope="module")
+def curve(values: dict, tmp_path_factory: pytest.TempPathFactory) -> LabelCurveRecipe:
+    """A finished curve. Not to be changed: copy what a test changes."""
+    made = validate(LabelCurveRecipe, {"out": str(tmp_path_factory.mktemp("curve") / "out"), **values}, "recipe")
+    assert label_curve(made) == made.out
+    return made
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cell(curve: LabelCurveRecipe, arm: str, train: int, draw: int, steps: int) -> Path:
+    return curve.out / "cells" / arm / str(train) / f"draw-{draw}" / f"steps-{steps}"
+
+
+def test_every_cell_is_a_finished_run_that_differs_in_what_it_should(curve):
+    cells = {(a, n, d, s): cell(curve, a, n, d, s) for a in ARMS for n in TRAIN for d in DRAWS for s in STEPS}
+    assert sorted(cells.values()) == sorted(path.parent for path in (curve.out / "cells").rglob("run.json"))
+    for (arm, train, draw, steps), folder in cells.items():
+        record, config = read(folder / "run.json"), read(folder / "config.json")
+        assert record["status"] == "done" and (folder / "model" / "model.safetensors").is_file()
+        assert not (folder / "checkpoints").exists(), "they would fill the disk"
+        assert (config["data"]["labelled"], config["data"]["draw"], config["steps"]) == (train, draw, steps)
+        assert config["seed"] == record["seed"] == draw
+        assert (config["encoder"] is not None) == (arm == "pretrained")
+        # all arms see the same cases
+        other = read(cell(curve, "scratch", train, draw, STEPS[0]) / "run.json")["inputs"]
+        assert {part: record["inputs"][part] for part in ("train", "val")} == {part: other[part] for part in ("train", "val")}
+
+
+def test_draws_are_nested(curve):
+    for point in points_of(curve):
+        _, train, val, test = choose_cases(point.cells[0].recipe)
+        small = choose_cases(curve.cell(point.arm, TRAIN[0], point.draw, 1, curve.out))
+        assert {case.id for case in small[1]} <= {case.id for case in train} and not test
+        assert len({case.group for case in val}) == len({case.group for case in train}) == point.labelled
+
+
+def test_test_is_read_for_what_val_chose_only(curve):
+    for point in points_of(curve):
+        val = {one.steps: read(one.folder / "run.json")["best_val_dice"] for one in point.cells}
+        best = min(steps for steps, dice in val.items() if dice == max(val.values()))
+        evaluated = [one.steps for one in point.cells if (one.folder / "evaluation").exists()]
+        assert evaluated == [best]
+
+
+def test_the_evaluation_is_what_the_run_itself_would_have_written(curve, tmp_path):
+    point = next(point for point in points_of(curve) if point.arm == "pretrained" and point.labelled == TRAIN[1])
+    config = FinetuneRecipe.model_validate_json((point.chosen.folder / "config.json").read_text(encoding="utf-8"))
+    run = finetune(config.model_copy(update={"evaluate_test": True, "out": tmp_path / "run"}))
+    for name in ("summary.json", "cases.csv"):
+        assert (run / "evaluation" / name).read_text() == (point.chosen.folder / "evaluation" / name).read_text()
+
+
+def test_the_record_is_what_the_cases_say(curve):
+    record = read(curve.out / "curve.json")
+    assert [(one["labels"], one["train"], one["val"]) for one in record["labels"]] == [(2, 1, 1), (6, 3, 3)]
+    rows = pq.read_table(curve.out / "cases.parquet").to_pylist()
+    assert len(rows) == len(ARMS) * len(TRAIN) * len(DRAWS) * 6
+    # every test group has one case with a target
+    dice = {(row["arm"], row["labels"], row["group"], row["draw"]): row["dice"] for row in rows}
+    groups = sorted({row["group"] for row in rows})
+    scores = {arm: np.array([[[dice[arm, n, g, d] for d in DRAWS] for g in groups] for n in (2, 6)]) for arm in ARMS}
+    for index, labels in enumerate((2, 6)):
+        for arm in ARMS:
+            figure = record["dice"][arm][index]
+            assert figure["mean"] == pytest.approx(scores[arm][index].mean()) and figure["labels"] == labels
+            assert figure["by_draw"] == pytest.approx(scores[arm][index].mean(axis=0)) and figure["n"] == 6
+        expected = difference(scores["pretrained"][index] - scores["scratch"][index])
+        found = record["differences"]["pretrained"][index]
+        assert found["mean"] == pytest.approx(expected["mean"]) and found["ci95"] == pytest.approx(expected["ci95"])
+        assert found["p"] == pytest.approx(expected["p"]) and found["p_holm"] >= found["p"]
+        needed = labels_needed(scores["pretrained"][index], scores["scratch"], [2, 6])
+        assert record["labels_saved"]["pretrained"][index]["baseline_needs"] == needed.labels.record()
+    assert record["cost"]["scratch"]["pretraining_hours"] == 0
+    assert record["cost"]["pretrained"]["pretraining_hours"] is None, "a model directory does not say what it took"
+
+
+@pytest.mark.parametrize(
+    "took, hours", [({"seconds": 7200}, 12.0), ({"seconds_per_step": 2.0, "step": 1800}, 6.0), ({"step": 1800}, None)]
+)
+def test_the_cost_of_pretraining_is_what_its_run_says(curve, tmp_path, took, hours):
+    """Hours of all threads of all processes."""
+    run = tmp_path / "run"
+    shutil.copytree(curve.arms["pretrained"]["encoder"], run / "model")
+    (run / "config.json").write_text(json.dumps({"processes": 3}))
+    (run / "run.json").write_text(json.dumps({"machine": {"gpus": [], "threads": 2}, **took}))
+    points = [point for point in points_of(curve) if point.arm == "pretrained"]
+    moved = [replace(cell, recipe=cell.recipe.model_copy(update={"encoder": run})) for cell in points[0].cells]
+    assert cost_of([replace(points[0], cells=tuple(moved)), *points[1:]]).pretraining == hours
+    assert cost_of(points).pretraining is None
+
+
+def test_the_page_and_its_pictures(curve):
+    page = (curve.out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import""", page), "opens without a network"
+    for words in ("Labels saved", "Paired differences", "What val chose", "How it was counted", "2 (1 + 1)", "6 (3 + 3)"):
+        assert words in page
+    assert page.count('<svg role="img" aria-label="') == page.count("<svg") >= 2
+    assert (curve.out / "curve.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (curve.out / "curve.svg").read_bytes()
+    assert str(curve.out) not in page and str(curve.arms["pretrained"]["encoder"]) not in page
+
+
+def test_a_finished_curve_is_not_done_again(curve, capsys):
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (curve.out / "cells").rglob("*")}
+
+    before, written = state(), (curve.out / "curve.json").read_bytes()
+    label_curve(curve.model_copy(update={"resume": True}))
+    assert state() == before and (curve.out / "curve.json").read_bytes() == written
+    with pytest.raises(InputError, match=r"exists already\. Name another folder, continue it with resume=true"):
+        label_curve(curve)
+
+
+def test_another_recipe_is_refused(curve):
+    with pytest.raises(InputError, match=r"was started with another recipe:\n  draws: 2 then, 3 now\nName another out"):
+        label_curve(curve.model_copy(update={"resume": True, "draws": 3}))
+
+
+def test_a_folder_of_something_else_is_refused(recipe, tmp_path):
+    (tmp_path / "curve").mkdir()
+    (tmp_path / "curve" / "thesis.txt").touch()
+    with pytest.raises(InputError, match=r"is not a label curve"):
+        label_curve(recipe(resume=True))
+    assert [path.name for path in (tmp_path / "curve").iterdir()] == ["thesis.txt"]
+
+
+def test_budgets_become_numbers_and_equal_ones_merge(recipe):
+    assert numbers_of_groups(recipe(budgets=["all", 0.01, 0.2, 1, 5, 0.5])) == [1, 2, 5]
+    with pytest.raises(InputError, match=r"budgets: 6 groups, but the pool has only 5"):
+        numbers_of_groups(recipe(budgets=[6]))
+
+
+def test_a_source_without_test_cases_is_refused(recipe, values, tmp_path):
+    source = shutil.copytree(values["finetune"]["data"]["source"], tmp_path / "labelled")
+    splits = read(source / "splits.json")
+    (source / "splits.json").write_text(json.dumps(splits | {"test": []}))
+    shared = values["finetune"] | {"data": values["finetune"]["data"] | {"source": str(source)}}
+    with pytest.raises(InputError, match=r"has no test cases, and a curve is of test Dice"):
+        label_curve(recipe(finetune=shared))
+    assert not (tmp_path / "curve").exists()
+
+
+def test_an_unfinished_cell_is_finished_and_all_others_are_kept(curve, tmp_path):
+    """As a kill leaves it: a cell that had begun, one that had not, a point that was not yet evaluated."""
+    out = shutil.copytree(curve.out, tmp_path / "curve")
+    copied = curve.model_copy(update={"out": out, "resume": True})
+    begun, gone = cell(copied, "scratch", 1, 0, 3), cell(copied, "pretrained", 3, 1, 2)
+    record = read(begun / "run.json")
+    (begun / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    shutil.rmtree(gone)
+    kept = cell(copied, "scratch", 3, 0, 2) / "run.json"
+    before = kept.stat().st_mtime_ns
+    for evaluation in (out / "cells" / "pretrained" / "1" / "draw-0").glob("steps-*/evaluation"):
+        shutil.rmtree(evaluation)
+    label_curve(copied)
+    assert kept.stat().st_mtime_ns == before
+    assert read(begun / "run.json")["status"] == read(gone / "run.json")["status"] == "done"
+    ours, theirs = read(out / "curve.json"), read(curve.out / "curve.json")
+    assert {key: ours[key] for key in ours if key != "cost"} == {key: theirs[key] for key in theirs if key != "cost"}
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
+    path = tmp_path / "locks" / "cell.lock"
+    code = f"""
+from pathlib import Path
+from finetune.label_curve.work import locked
+with locked(Path({str(path)!r}), wait=False) as mine:
+    print(mine, flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
+        with locked(path, wait=False) as mine:
+            assert not mine
+        os.kill(other.pid, signal.SIGKILL)
+        with locked(path, wait=True) as mine:
+            assert mine
+
+
+def test_ranks_of_a_launcher_share_the_cells(recipe, values, tmp_path):
+    """Two processes as a launcher starts them: every cell is done once, both end well, one speaks, the record is whole."""
+    out = tmp_path / "curve"
+    path = tmp_path / "curve.json"  # JSON is YAML
+    path.write_text(recipe(budgets=[1], draws=2).model_dump_json(exclude={"out", "resume"}))
+    (tmp_path / "curve.yaml").write_text(path.read_text())
+    command = [sys.executable, "-m", "resunet", "label-curve", str(tmp_path / "curve.yaml"), f"out={out}", "resume=true"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    begun = [re.findall(r"label-curve \d+/\d+: (\S+)", err) for _, err in said]
+    points = [f"{arm}-1-draw-{draw}" for arm in ARMS for draw in DRAWS]
+    tasks = [f"{point}-{what}" for point in points for what in (*(f"steps-{steps}" for steps in STEPS), "test")]
+    assert sorted(begun[0] + begun[1]) == sorted(tasks)
+    assert said[0][0].splitlines()[-1] == str(out) and said[1][0] == ""
+    assert len(read(out / "curve.json")["dice"]["scratch"]) == 1 and (out / "report.html").is_file()
+
+
+def test_ranks_without_resume_are_refused_and_workers_forget_them(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with pytest.raises(InputError, match=r"resume=false: several processes share a label curve only with resume=true"):
+        work_alone(joins=False)
+    work_alone(joins=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+    assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ)
+
+
+def test_the_command(curve, tmp_path, capsys):
+    path = tmp_path / "curve.yaml"
+    path.write_text(curve.model_dump_json(exclude={"resume"}))
+    assert main(["label-curve", str(path), "resume=true"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(curve.out)
+    assert main(["label-curve", str(path)]) == 2
+    assert "exists already" in capsys.readouterr().err
