@@ -8,12 +8,12 @@ from resunet.exits import exit_code_of, is_main_rank
 
 def main(arguments: Sequence[str]) -> None:
     """Fine-tune by a recipe; the run directory is the last line on standard output."""
-    from finetune.loop import finetune
+    from finetune.folds import train
     from finetune.recipe import FinetuneRecipe
     from resunet.config import load_recipe, split_arguments
 
     name, overrides = split_arguments("python -m finetune", arguments)
-    run = finetune(load_recipe(FinetuneRecipe, "finetune", name, overrides))
+    run = train(load_recipe(FinetuneRecipe, "finetune", name, overrides))
     if is_main_rank():
         print(run)
 

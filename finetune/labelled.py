@@ -1,16 +1,16 @@
 """What a fine-tuning run trains on, chooses by and is judged by; and that the three, and the archive, do not overlap."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.recipe import FinetuneRecipe
 from resunet.architecture import ResUNetArchitecture, UNetArchitecture
 from resunet.checkpoint import model_folder, read_config
 from resunet.config import PercentileZScore
-from resunet.data.cases import Case, LoadedCase, load_cases
+from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
 from resunet.data.evidence import Evidence
 from resunet.data.leakage import NO_GROUP_EVIDENCE, evidence_of_cases, find_leaks, read_archive, refuse_leaks
-from resunet.data.source import Source, assign_parts, draw_labelled, open_source
+from resunet.data.source import Source, assign_parts, divide, draw_labelled, hold_out, open_source
 from resunet.errors import InputError
 from resunet.progress import progress
 
@@ -27,6 +27,32 @@ class LabelledData:
     test: list[LoadedCase]
     archive: Evidence | None
     allowed: list[str]
+
+    def notes(self) -> list[str]:
+        """What a reader of the results has to know."""
+        return self.source.notes() + [f"Allowed by the recipe: {one}." for one in self.allowed]
+
+
+@dataclass(frozen=True)
+class FoldedData:
+    """Cases in memory that are divided into folds, and the test cases, which are in none.
+
+    folds: of each fold, which of `cases`. archive, allowed: as `LabelledData`.
+    """
+
+    source: Source
+    cases: list[LoadedCase]
+    folds: list[list[int]]
+    test: list[LoadedCase]
+    archive: Evidence | None
+    allowed: list[str]
+
+    def val(self, fold: int) -> list[LoadedCase]:
+        return [self.cases[i] for i in self.folds[fold]]
+
+    def train(self, fold: int) -> list[LoadedCase]:
+        left_out = set(self.folds[fold])
+        return [case for i, case in enumerate(self.cases) if i not in left_out]
 
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
@@ -61,17 +87,34 @@ def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
 def choose_cases(recipe: FinetuneRecipe) -> tuple[Source, Sequence[Case], Sequence[Case], Sequence[Case]]:
     """The source, and its cases to train on, to choose by and to be judged by; nothing is read.
 
+    Of a recipe with folds that names none, those of the first: what is said or tried before training goes by that one.
+
     Raises:
         InputError: whatever is wrong with the source, or no cases to train on or to choose by.
     """
+    source, drawn = _draw(recipe)
+    if recipe.data.folds is not None:
+        drawn = hold_out(drawn, _divide(recipe, drawn), recipe.data.fold or 0)
+    return source, drawn.part("pool"), drawn.part("val"), drawn.part("test") if recipe.evaluate_test else []
+
+
+def _draw(recipe: FinetuneRecipe) -> tuple[Source, Source]:
+    """The source with its parts, and the same with only the labelled draw in pool and val."""
     settings = recipe.data
     source = open_source(settings, masks=True, classes=settings.classes, ignore=settings.ignore)
     source = assign_parts(source, settings.split_seed, settings.stratify)
     pool, val = source.part("pool"), source.part("val")
-    if not pool or not val:
-        raise InputError(f"data.source={settings.source}: {len(pool)} pool and {len(val)} val cases; both are needed.")
-    drawn = draw_labelled(source, settings.labelled, settings.draw, settings.stratify)
-    return source, drawn.part("pool"), drawn.part("val"), drawn.part("test") if recipe.evaluate_test else []
+    if not pool or not (val or settings.folds):
+        raise InputError(
+            f"data.source={settings.source}: {len(pool)} pool and {len(val)} val cases; both are needed. With data.folds the pool "
+            "is enough."
+        )
+    return source, draw_labelled(source, settings.labelled, settings.draw, settings.stratify)
+
+
+def _divide(recipe: FinetuneRecipe, drawn: Source) -> dict[str, int]:
+    assert recipe.data.folds is not None
+    return divide(drawn, recipe.data.folds, recipe.data.split_seed, recipe.data.stratify)
 
 
 def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
@@ -92,9 +135,35 @@ def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
     return LabelledData(source, *parts, archive, _refuse_overlap(recipe, source, *parts, archive))
 
 
+def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:
+    """The folds of a cross-validation: of pool and val, after the recipe's draw; and test.
+
+    Every case is to choose by in one fold, so that an encoder may have seen none of them.
+
+    Raises:
+        InputError: whatever is wrong with the source, or fewer groups than folds.
+        CheckFailed: cases of a fold are among those of the others, test cases among any, or either in the encoder's archive.
+    """
+    assert recipe.normalisation is not None, "resolve() comes first"
+    assert recipe.data.folds is not None
+    source, drawn = _draw(recipe)
+    fold_of = _divide(recipe, drawn)
+    divided, test = drawn.part("pool", "val"), drawn.part("test") if recipe.evaluate_test else []
+    folds = [[i for i, case in enumerate(divided) if fold_of[case.group_name] == fold] for fold in range(recipe.data.folds)]
+    loaded = _load(recipe, [*divided, *test], quiet)
+    archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None
+    data = FoldedData(source, loaded[: len(divided)], folds, loaded[len(divided) :], archive, [])
+    allowed = []
+    for fold in range(len(folds)):
+        found = _refuse_overlap(recipe, source, data.train(fold), data.val(fold), [], archive)
+        allowed += [f"fold {fold}: {one}" if one != NO_GROUP_EVIDENCE else one for one in found]
+    allowed += _refuse_overlap(recipe, source, data.cases, [], data.test, archive)
+    return replace(data, allowed=list(dict.fromkeys(allowed)))
+
+
 def _load(recipe: FinetuneRecipe, cases: Sequence[Case], quiet: bool) -> list[LoadedCase]:
     assert recipe.normalisation is not None
-    return load_cases(
+    loaded = load_cases(
         cases,
         recipe.data.channels,
         recipe.normalisation,
@@ -102,6 +171,8 @@ def _load(recipe: FinetuneRecipe, cases: Sequence[Case], quiet: bool) -> list[Lo
         recipe.data.ignore,
         progress=lambda items, total: progress(items, total, "read", quiet=quiet),
     )
+    refuse_images(loaded, recipe.model.spatial_dims)
+    return loaded
 
 
 def _refuse_overlap(

@@ -46,4 +46,32 @@ class UNetArchitecture(Frozen):
 
 
 SegmenterArchitecture = Annotated[ResUNetArchitecture | UNetArchitecture, Field(discriminator="name")]
-Architecture = Annotated[EncoderArchitecture | ResUNetArchitecture | UNetArchitecture, Field(discriminator="name")]
+
+
+class EnsembleArchitecture(Frozen):
+    """`resunet.ensemble.Ensemble`: so many networks of one architecture."""
+
+    name: Literal["ensemble"] = "ensemble"
+    member: SegmenterArchitecture
+    count: int = Field(ge=2)
+
+    @property
+    def spatial_dims(self) -> Literal[2, 3]:
+        return self.member.spatial_dims
+
+    @property
+    def in_channels(self) -> int:
+        return self.member.in_channels
+
+    @property
+    def num_classes(self) -> int:
+        return self.member.num_classes
+
+    @property
+    def channels(self) -> Widths:
+        return self.member.channels
+
+
+Architecture = Annotated[
+    EncoderArchitecture | ResUNetArchitecture | UNetArchitecture | EnsembleArchitecture, Field(discriminator="name")
+]

@@ -137,7 +137,7 @@ def evaluate(
     ] = None,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="evaluate cases that were trained on")] = False,
 ) -> None:
-    """A segmenter, or another program's masks, on labelled scans → summary.json, cases.csv, overlays/."""
+    """A segmenter, or another program's masks, on labelled scans → report.html, summary.json, cases.csv, overlays/."""
     from finetune.evaluate import EvaluateRequest, evaluate
     from resunet.config import validate
 
@@ -154,6 +154,10 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(help="a new folder")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="float32 probabilities, not labels")] = False,
+    threshold: Annotated[float | None, typer.Option(help="of the probability, for models of one class; default: 0.5")] = None,
+    operating_point: Annotated[
+        bool, typer.Option("--operating-point", help="the model's threshold for its budget of false alarms")
+    ] = False,
     tta: Annotated[bool, typer.Option("--tta", help="the mean over mirror images: 4 times the work")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     memory: Annotated[float, typer.Option(help="GiB that a process may take")] = 4,
@@ -166,6 +170,7 @@ def predict(
     from resunet.exits import is_main_rank
 
     request = dict(memory=memory, window=window, overlap=overlap, flips=tta, precision=precision, probabilities=probabilities)
+    request |= dict(threshold=threshold, operating_point=operating_point)
     predicted = predict(model, inputs, out, validate(PredictRequest, request, "resunet predict"))
     if is_main_rank():
         print(predicted.out)
@@ -204,6 +209,31 @@ def explain(
 
 
 @app.command()
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="finished fine-tuning runs, or their model directories")],
+    out: Annotated[Path, typer.Option(help="a new folder")],
+) -> None:
+    """Finished runs → one model, whose probabilities are the mean of theirs."""
+    from resunet.members import make_ensemble
+
+    print(make_ensemble(runs, out))
+
+
+@app.command("label-curve")
+def label_curve(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Dice against the number of labelled groups, arm beside arm: how many labels does an encoder save?"""
+    from finetune.label_curve.command import label_curve
+    from finetune.label_curve.recipe import LabelCurveRecipe
+    from resunet.config import load_recipe
+    from resunet.exits import is_main_rank
+
+    speaks = is_main_rank()  # asked before ranks become workers of their own
+    out = label_curve(load_recipe(LabelCurveRecipe, "label_curve", recipe, overrides or ()))
+    if speaks:
+        print(out)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="finished fine-tuning runs; the first is measured against the others")],
     out: Annotated[Path, typer.Option(help="a new folder")] = Path("runs/compare"),
@@ -236,8 +266,8 @@ def _pretrain(recipe: str, overrides: Sequence[str]) -> Path:
 
 
 def _finetune(recipe: str, overrides: Sequence[str]) -> Path:
-    from finetune.loop import finetune
+    from finetune.folds import train
     from finetune.recipe import FinetuneRecipe
     from resunet.config import load_recipe
 
-    return finetune(load_recipe(FinetuneRecipe, "finetune", recipe, overrides))
+    return train(load_recipe(FinetuneRecipe, "finetune", recipe, overrides))

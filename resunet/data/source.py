@@ -15,7 +15,7 @@ from resunet.data.listing import Listing
 from resunet.data.manifest import open_manifest
 from resunet.data.manifest_source import ManifestCases, list_manifest
 from resunet.data.nnunet import channels_of, is_nnunet, list_nnunet
-from resunet.data.splits import PARTS, draw_groups, split_groups, write_splits
+from resunet.data.splits import PARTS, draw_groups, fold_groups, split_groups, write_splits
 from resunet.data.strata import read_strata
 from resunet.errors import InputError
 from resunet.progress import say
@@ -152,6 +152,30 @@ def draw_labelled(source: Source, labelled: float | None, draw: int, stratify: b
 
     def part(case: Case) -> str | None:
         return case.part if case.part == "test" or case.group_name in drawn else None
+
+    return replace(source, cases=tuple(replace(case, part=part(case)) for case in source.cases))
+
+
+def divide(source: Source, folds: int, seed: int, stratify: bool = False) -> dict[str, int]:
+    """group, as the source names it → the fold that its pool and val cases are in; test is left as it is.
+
+    After `assign_parts` and `draw_labelled`, whose arguments `seed` and `stratify` are.
+
+    Raises:
+        InputError: fewer groups than folds, or with `stratify` a mask that cannot be read.
+    """
+    cases = source.part("pool", "val")
+    strata = read_strata(cases) if stratify else None
+    return fold_groups([case.group_name for case in cases], folds, seed, strata)
+
+
+def hold_out(source: Source, fold_of: Mapping[str, int], fold: int) -> Source:
+    """The source with one fold of its pool and val as val, and the others as pool."""
+
+    def part(case: Case) -> str | None:
+        if case.part not in ("pool", "val"):
+            return case.part
+        return "val" if fold_of[case.group_name] == fold else "pool"
 
     return replace(source, cases=tuple(replace(case, part=part(case)) for case in source.cases))
 

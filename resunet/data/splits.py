@@ -41,6 +41,24 @@ def split_groups(
     return {group: taken[i] if i < len(taken) else "pool" for i, group in enumerate(order)}
 
 
+def fold_groups(groups: Iterable[str], folds: int, seed: int, strata: Mapping[str, str] | None = None) -> dict[str, int]:
+    """group → fold, from 0: every group is in one; sizes differ by one group at most.
+
+    Args:
+        strata: group → stratum; every fold then has about the same share of each.
+
+    Raises:
+        InputError: fewer groups than folds.
+    """
+    order = ordered(groups, seed, strata)
+    if len(order) < folds:
+        raise InputError(
+            f"data.folds={folds}: pool and val have only {len(order)} groups to divide. Set at most that many folds, or add groups."
+        )
+    # stretches of the order, which are what it balances; every folds-th group would not be
+    return {group: i * folds // len(order) for i, group in enumerate(order)}
+
+
 def check_disjoint(part_of: Mapping[str, str], group_of: Mapping[str, str]) -> None:
     """No group in two parts.
 

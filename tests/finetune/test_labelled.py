@@ -176,6 +176,21 @@ def test_a_stratified_split_and_draw(recipe, source):
     )
 
 
+def test_a_fold_is_of_what_the_draw_left_in_pool_and_val(recipe):
+    drawn = read_labelled(resolve(recipe(data={"labelled": 2})), quiet=True)
+    expected = set(stems(drawn.train)) | set(stems(drawn.val))
+    vals = []
+    for fold in range(4):
+        data = read_labelled(resolve(recipe(data={"labelled": 2, "folds": 4, "fold": fold})), quiet=True)
+        assert set(stems(data.train)) | set(stems(data.val)) == expected and not groups(data.train) & groups(data.val)
+        assert stems(data.test) == stems(drawn.test)
+        vals += groups(data.val)
+    assert sorted(vals) == sorted(groups(drawn.train) | groups(drawn.val))
+    before_training = read_labelled(resolve(recipe(data={"labelled": 2, "folds": 4})), quiet=True)
+    first = read_labelled(resolve(recipe(data={"labelled": 2, "folds": 4, "fold": 0})), quiet=True)
+    assert stems(before_training.val) == stems(first.val)
+
+
 def test_classes_are_compared_with_what_a_data_set_says(recipe, source):
     (source / "images").rename(source / "imagesTr")
     (source / "masks").rename(source / "labelsTr")

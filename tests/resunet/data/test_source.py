@@ -7,7 +7,7 @@ from PIL import Image
 
 from resunet.config import DataSettings
 from resunet.data.identity import Salt
-from resunet.data.source import assign_parts, draw_labelled, open_source
+from resunet.data.source import assign_parts, divide, draw_labelled, hold_out, open_source
 from resunet.data.splits import draw_groups, write_splits
 from resunet.errors import InputError
 
@@ -196,3 +196,20 @@ def test_stratified_draws_are_balanced(lesions):
             assert abs(with_lesion(drawn) - share * count) < 1
     plain = [with_lesion(groups(draw_labelled(source, 9, draw), "pool")) for draw in range(9)]
     assert max(abs(count - share * 9) for count in plain) > 1  # chance alone does not do it
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_each_fold_holds_out_others_and_test_stays(lesions, stratify):
+    source = draw_labelled(assign_parts(open_source(settings(lesions), True), 0, stratify), 10, 1, stratify)
+    labelled = groups(source, "pool") | groups(source, "val")
+    fold_of = divide(source, 3, 0, stratify)
+    assert fold_of.keys() == labelled and fold_of == divide(source, 3, 0, stratify) != divide(source, 3, 1, stratify)
+    held_out = []
+    for fold in range(3):
+        now = hold_out(source, fold_of, fold)
+        pool, val = groups(now, "pool"), groups(now, "val")
+        assert pool | val == labelled and not pool & val and val == {name for name, its in fold_of.items() if its == fold}
+        assert now.part("test") == source.part("test") and len(now.part(None)) == len(source.part(None))
+        assert {case.stem for case in now.part("pool", "val")} == {case.stem for case in source.part("pool", "val")}
+        held_out += list(val)
+    assert sorted(held_out) == sorted(labelled)

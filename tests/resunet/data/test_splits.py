@@ -8,6 +8,7 @@ from resunet.data.splits import (
     PARTS,
     check_disjoint,
     draw_groups,
+    fold_groups,
     ordered,
     read_splits,
     shuffled,
@@ -149,6 +150,39 @@ def test_every_part_of_a_stratified_split_has_its_share():
         assert {part: len(its) for part, its in sizes.items()} == {"pool": 70, "val": 10, "test": 20}
         for part, expected in (("pool", 21), ("val", 3), ("test", 6)):
             assert abs(sum(strata[group] == "with" for group in sizes[part]) - expected) < 2
+
+
+@pytest.mark.parametrize("strata", [None, STRATA])
+@pytest.mark.parametrize("folds", [2, 3, 5, 7, 20])
+def test_folds_divide_the_groups_evenly(folds, strata):
+    fold_of = fold_groups(GROUPS * 2, folds, 0, strata)
+    sizes = np.bincount(list(fold_of.values()))
+    assert set(fold_of) == set(GROUPS) and len(sizes) == folds and max(sizes) - min(sizes) <= 1
+    assert fold_groups(GROUPS[::-1], folds, 0, strata) == fold_of != fold_groups(GROUPS, folds, 1, strata)
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+@pytest.mark.parametrize("rare", [10, 30, 50])
+def test_every_stratified_fold_has_its_share(folds, rare):
+    groups = [f"g{i:03}" for i in range(100)]
+    strata = {group: str(i < rare) for i, group in enumerate(groups)}
+
+    def furthest(strata_or_none):
+        """How far a fold's number of rare groups is from its share, at most."""
+        gaps = []
+        for seed in range(20):
+            fold_of = fold_groups(groups, folds, seed, strata_or_none)
+            counts = np.bincount([fold_of[group] for group in groups[:rare]], minlength=folds)
+            gaps.append(np.abs(counts - rare / folds).max())
+        return max(gaps)
+
+    assert furthest(strata) < 2 < furthest(None)
+
+
+def test_fewer_groups_than_folds():
+    assert sorted(fold_groups(["a", "b"] * 3, 2, 0).values()) == [0, 1]
+    with pytest.raises(InputError, match=r"data\.folds=3: pool and val have only 2 groups"):
+        fold_groups(["a", "b"] * 3, 3, 0)
 
 
 def test_only_the_parts_that_are_asked_for():
