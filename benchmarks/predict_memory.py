@@ -1,6 +1,7 @@
 """Peak memory of `resunet predict`, each scan in a process of its own: what `finetune.window` plans against what it takes.
 
-    python -m benchmarks.predict_memory [--widths 8,32] [--memory 4] [--scans image,volume] [--tta] [--probabilities] FOLDER
+    python -m benchmarks.predict_memory [--widths 8,32] [--memory 4] [--scans image,volume] [--tta] [--probabilities]
+        [--spatial-dims 3] FOLDER
 
 The network has random weights: memory does not depend on them. FOLDER is for models, scans and masks (about 2 GiB).
 """
@@ -39,7 +40,11 @@ def floats(folder: Path) -> Path:
     return _nifti(folder / "floats.nii", np.float32)
 
 
-SCANS: dict[str, Callable[[Path], Path]] = {scan.__name__: scan for scan in (image, colour, volume, floats)}
+def head(folder: Path) -> Path:
+    return _nifti(folder / "head.nii.gz", np.int16, (160, 256, 256))
+
+
+SCANS: dict[str, Callable[[Path], Path]] = {scan.__name__: scan for scan in (image, colour, volume, floats, head)}
 
 
 def _tiff(path: Path, shape: tuple[int, ...], dtype: type) -> Path:
@@ -49,21 +54,21 @@ def _tiff(path: Path, shape: tuple[int, ...], dtype: type) -> Path:
     return path
 
 
-def _nifti(path: Path, dtype: type) -> Path:
-    """512 × 512 × 400 voxels of 0.8 × 0.8 × 2 mm."""
+def _nifti(path: Path, dtype: type, size: tuple[int, int, int] = (400, 512, 512)) -> Path:
+    """Voxels of 0.8 × 0.8 × 2 mm; size: z, y, x."""
     if not path.exists():
-        values = np.random.default_rng(0).integers(-500, 500, (400, 512, 512), dtype=np.int16).astype(dtype)
+        values = np.random.default_rng(0).integers(-500, 500, size, dtype=np.int16).astype(dtype)
         scan = sitk.GetImageFromArray(values)
         scan.SetSpacing((0.8, 0.8, 2.0))
         sitk.WriteImage(scan, str(path))
     return path
 
 
-def model(folder: Path, width: int, channels: int) -> Path:
+def model(folder: Path, width: int, channels: int, spatial_dims: int) -> Path:
     """A Res-UNet of five levels with random weights, as a model directory."""
-    path = folder / f"model-{width}-{channels}"
+    path = folder / f"model-{width}-{channels}-{spatial_dims}d"
     if not path.exists():
-        network = ResUNet(channels, 2, [width * 2**level for level in range(5)])
+        network = ResUNet(channels, 2, [width * 2**level for level in range(5)], spatial_dims=spatial_dims)
         network.config = ModelConfig(
             architecture=network.config.architecture,
             input_channels="rgb" if channels == 3 else "grey",
@@ -88,6 +93,7 @@ def main() -> None:
     parser.add_argument("--memory", default="4")
     parser.add_argument("--scans", default="image,volume")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--spatial-dims", type=int, default=2, choices=(2, 3), help="3: of volumes only")
     parser.add_argument("--tta", action="store_true")
     parser.add_argument("--probabilities", action="store_true")
     given = parser.parse_args()
@@ -97,7 +103,7 @@ def main() -> None:
     for width in map(int, given.widths.split(",")):
         for name in given.scans.split(","):
             scan = SCANS[name](given.folder)
-            network = model(given.folder, width, 3 if name == "colour" else 1)
+            network = model(given.folder, width, 3 if name == "colour" else 1, given.spatial_dims)
             out = given.folder / f"out-{name}-{width}-{given.memory}-{os.getpid()}"
             settings = ["--memory", given.memory, "--precision", given.precision, *switches]
             peak, seconds, code = measure([str(network), str(scan), "--out", str(out), *settings])

@@ -2,7 +2,14 @@
 
 Rotation, elastic deformation and flip make one displacement, so that the image is interpolated once. Every random
 number comes from the generator that is handed in.
+
+Patches of volumes are turned in mm, so that nothing is sheared where voxels are no cubes. Where slices are thick, a turn or a
+deformation across them would make up what was never measured: all happens within the slices, alike in each (as in nnU-Net: Isensee
+et al. 2021, doi 10.1038/s41592-020-01008-z, supplementary note 4).
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,32 +17,129 @@ from torch.nn import functional as F
 
 from finetune.recipe import AugmentSettings
 
+_THICK = 3.0  # times the finest spacing, nnU-Net's limit
+
 
 def augment(
-    images: Tensor, labels: Tensor, settings: AugmentSettings, generator: torch.Generator
+    images: Tensor, labels: Tensor, settings: AugmentSettings, generator: torch.Generator, spacing: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
     """Augment a batch.
 
     Args:
-        images: (N, C, Y, X) float.
-        labels: (N, Y, X) class indices; read at the nearest pixel, so that no new value appears.
+        images: (N, C, Y, X) or (N, C, Z, Y, X) float.
+        labels: (N, *size) class indices; read at the nearest pixel, so that no new value appears.
+        spacing: (N, 3) mm, of volumes; images are turned in pixels.
 
     Returns:
         images, labels, and the rms elastic displacement in pixels (0 where no patch was deformed).
     """
+    if images.ndim == 5:
+        assert spacing is not None
+        grid, rms = _volume_grids(images, settings, generator, spacing)
+    else:
+        grid, rms = _image_grids(images, settings, generator)
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+    over = tuple(range(2, images.ndim))
+    mean = images.mean(dim=over, keepdim=True)
+    factor = _uniform(*settings.contrast, len(images), generator).view(-1, *[1] * (images.ndim - 1))
+    return (images - mean) * factor + mean, moved[:, 0].to(labels.dtype), rms
+
+
+def _image_grids(images: Tensor, settings: AugmentSettings, generator: torch.Generator) -> tuple[Tensor, float]:
     count, _, height, width = images.shape
     displacement = elastic_displacement(count, height, width, settings.elastic.sigma, settings.elastic.alpha, generator)
     chosen = _uniform(0, 1, count, generator) < settings.elastic.probability
     displacement = displacement * chosen[:, None, None, None]
     angle = torch.deg2rad(_uniform(-settings.rotation, settings.rotation, count, generator))
     flip = torch.where(_uniform(0, 1, count, generator) < settings.flip, -1.0, 1.0)
-    grid = _grid(height, width, angle, flip, displacement)
-    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
-    mean = images.mean(dim=(2, 3), keepdim=True)
-    factor = _uniform(*settings.contrast, count, generator)[:, None, None, None]
     rms = float(displacement[chosen].square().sum(dim=1).mean().sqrt()) if bool(chosen.any()) else 0.0
-    return (images - mean) * factor + mean, moved[:, 0].to(labels.dtype), rms
+    return _grid(height, width, angle, flip, displacement), rms
+
+
+def _volume_grids(
+    images: Tensor, settings: AugmentSettings, generator: torch.Generator, spacing: Tensor
+) -> tuple[Tensor, float]:
+    """Patch by patch: which axes take part depends on the spacing of each."""
+    size, elastic = images.shape[2:], settings.elastic
+    grids, squares = [], []
+    for mm in spacing.tolist():
+        thick = thick_axis(mm)
+        angles = torch.deg2rad(_uniform(-settings.rotation, settings.rotation, 3, generator)).tolist()
+        if thick is not None:
+            angles = [angle if axis == thick else 0.0 for axis, angle in enumerate(angles)]
+        flip = bool(_uniform(0, 1, 1, generator) < settings.flip)
+        displacement = None
+        if bool(_uniform(0, 1, 1, generator) < elastic.probability):
+            displacement = volume_displacement(size, elastic.sigma, elastic.alpha, thick, generator)
+            squares.append(float(displacement.square().sum(dim=0).mean()))
+        grids.append(_volume_grid(size, mm, angles, flip, displacement, generator.device))
+    return torch.stack(grids), math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+
+
+def thick_axis(spacing: Sequence[float]) -> int | None:
+    """The axis across the slices of a volume whose voxels are more than three times as long as wide; else None."""
+    coarsest = max(range(3), key=lambda axis: spacing[axis])
+    return coarsest if spacing[coarsest] > _THICK * min(spacing) else None
+
+
+def volume_displacement(
+    size: Sequence[int], sigma: float, alpha: float, thick: int | None, generator: torch.Generator
+) -> Tensor:
+    """Simard's deformation of a volume: (3, *size) voxels along z, y, x; with `thick` the same in every slice, and none across.
+
+    Smoothed along a third axis, noise would be weaker by √(2σ√π): that is made good, so that α means the same in 2D and in 3D.
+    """
+    axes = [axis for axis in range(3) if axis != thick]
+    shape = [1 if axis == thick else n for axis, n in enumerate(size)]
+    field = _uniform(-1, 1, (len(axes), *shape), generator)
+    kernel = _gaussian(sigma, field.device)
+    for axis in axes:
+        # as a matrix: five times as fast as a convolution with a kernel that is longer than the patch
+        offset = torch.arange(size[axis], device=field.device)
+        offset = offset[:, None] - offset + len(kernel) // 2
+        inside = (offset >= 0) & (offset < len(kernel))
+        smoothing = kernel[offset.clamp(0, len(kernel) - 1)] * inside
+        field = (field.movedim(1 + axis, -1) @ smoothing).movedim(-1, 1 + axis)
+    if thick is None:
+        field = field * math.sqrt(2 * sigma * math.sqrt(math.pi))
+    moved = field.new_zeros(3, *size)
+    moved[axes] = alpha * field.expand(-1, *size)
+    return moved
+
+
+def _volume_grid(
+    size: Sequence[int],
+    spacing: Sequence[float],
+    angles: Sequence[float],
+    flip: bool,
+    displacement: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Where each voxel is read: (Z, Y, X, 3) for grid_sample. Rotation is about the centre, by an angle about each axis, in mm."""
+    axes = [torch.arange(n, device=device) - (n - 1) / 2 for n in size]
+    if flip:
+        axes[2] = -axes[2]
+    at = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (3, Z, Y, X): z, y, x in voxels
+    mm = torch.tensor(spacing, dtype=torch.float64)
+    turn = (rotation(angles) * mm / mm[:, None]).to(at)  # voxels → mm, turned, mm → voxels
+    source = torch.einsum("ij,jzyx->izyx", turn, at)
+    if displacement is not None:
+        source = source + displacement
+    scale = 2 / torch.tensor(tuple(size), device=device, dtype=at.dtype)
+    return (source * scale.view(3, 1, 1, 1)).flip(0).movedim(0, -1)  # grid_sample wants x, y, z
+
+
+def rotation(angles: Sequence[float]) -> Tensor:
+    """The product of rotations (3, 3) about z, y and x in that order, of coordinates (z, y, x); float64."""
+    made = torch.eye(3, dtype=torch.float64)
+    for axis, angle in enumerate(angles):
+        first, second = [other for other in range(3) if other != axis]
+        about = torch.eye(3, dtype=torch.float64)
+        about[first, first] = about[second, second] = math.cos(angle)
+        about[first, second], about[second, first] = -math.sin(angle), math.sin(angle)
+        made = made @ about
+    return made
 
 
 def elastic_displacement(count: int, height: int, width: int, sigma: float, alpha: float, generator: torch.Generator) -> Tensor:
@@ -45,10 +149,8 @@ def elastic_displacement(count: int, height: int, width: int, sigma: float, alph
     multiplied by α.
     """
     field = _uniform(-1, 1, (count, 2, height, width), generator)
-    radius = int(4 * sigma + 0.5)  # as scipy.ndimage.gaussian_filter truncates
-    offsets = torch.arange(-radius, radius + 1, device=field.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
+    kernel = _gaussian(sigma, field.device)
+    radius = len(kernel) // 2
     flat = field.reshape(count * 2, 1, height, width)
     flat = F.conv2d(flat, kernel.view(1, 1, -1, 1), padding=(radius, 0))
     flat = F.conv2d(flat, kernel.view(1, 1, 1, -1), padding=(0, radius))
@@ -67,6 +169,14 @@ def _grid(height: int, width: int, angle: Tensor, flip: Tensor, displacement: Te
     source_x = cos * x - sin * y + displacement[:, 0]
     source_y = sin * x + cos * y + displacement[:, 1]
     return torch.stack([source_x * 2 / width, source_y * 2 / height], dim=-1)
+
+
+def _gaussian(sigma: float, device: torch.device) -> Tensor:
+    """Weights from −4σ to 4σ, where scipy.ndimage.gaussian_filter truncates; their sum is 1."""
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, device=device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    return kernel / kernel.sum()
 
 
 def _uniform(low: float, high: float, shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
+from finetune.lesions import components_of
 from finetune.statistics import figure
 from resunet.data.cases import IGNORE
 
@@ -44,6 +46,7 @@ class Probabilities:
 
     voxels, summed, positive: (BINS,) how many voxels, the sum of their probabilities, how many of them are foreground.
     peak: the greatest probability; peak_on_target: the greatest of the truth's foreground. −1 where there is no such voxel.
+    object_peaks: the greatest of each object of the truth.
     """
 
     voxels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
@@ -51,6 +54,7 @@ class Probabilities:
     positive: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
     peak: float = -1.0
     peak_on_target: float = -1.0
+    object_peaks: tuple[float, ...] = ()
 
     def add(self, truth: NDArray[np.integer], probability: NDArray[np.float32]) -> None:
         """A case or a part of it: class indices with IGNORE, and foreground probabilities, of one shape."""
@@ -66,6 +70,13 @@ class Probabilities:
         if target.any():
             self.peak_on_target = max(self.peak_on_target, float(p[target].max()))
 
+    def add_objects(self, truth: NDArray[np.uint8], probability: NDArray[np.float32]) -> None:
+        """A whole case; its objects are those of `finetune.lesions`."""
+        known = np.where(truth == IGNORE, 0, truth)
+        components = components_of(known)
+        greatest = ndimage.maximum(probability, components, np.arange(1, int(components.max(initial=0)) + 1))
+        self.object_peaks += tuple(float(value) for value in greatest)
+
     def ece(self, first: int = 0) -> float | None:
         """The expected calibration error over the bins from `first`; None if they are empty."""
         voxels = int(self.voxels[first:].sum())
@@ -80,6 +91,7 @@ def pooled(records: Sequence[Probabilities]) -> Probabilities:
         positive=np.sum([one.positive for one in records], axis=0, dtype=np.int64),
         peak=max(one.peak for one in records),
         peak_on_target=max(one.peak_on_target for one in records),
+        object_peaks=tuple(peak for one in records for peak in one.object_peaks),
     )
 
 

@@ -17,7 +17,8 @@ _FEW_PIXELS = 10  # an object of fewer: its border is most of it
 _UNEQUAL = 3.0  # times the share of another part
 _ENOUGH_CASES = 5  # to compare shares
 _SPACING_VARIES = 1.1  # coarsest over finest
-_SMALLEST_NORM_BATCH = 4
+_SMALLEST_NORM_BATCH = {2: 4, 3: 2}  # a patch of a volume has the positions of many
+_THICK = 3.0  # times the finest spacing: where nnU-Net treats slices as slices
 
 
 def refuse_other_sizes(mismatches: Sequence[Mismatch]) -> None:
@@ -56,10 +57,11 @@ def warnings_of(recipe: FinetuneRecipe, has_groups: bool, parts: Sequence[PartFa
     found += _absent_classes(parts, names)
     found += _unequal_shares(train, [part for part in held_out if part.cases], names)
     found += _small_objects(train, names)
-    found += _lost_in_coarse_scans(parts, names)
+    found += _lost_in_coarse_scans(parts, names, whole=recipe.model.spatial_dims == 3)
+    found += _uneven_volumes(recipe, train)
     found += _clipped_by_what_is_fixed(recipe, train, names)
     share = recipe.batch // recipe.processes
-    if recipe.model.norm == "batch" and share < _SMALLEST_NORM_BATCH:
+    if recipe.model.norm == "batch" and share < _SMALLEST_NORM_BATCH[recipe.model.spatial_dims]:
         found.append(
             f"batch={recipe.batch} over {recipe.processes} ranks gives batch norm {share} patches: its statistics are noise. Use a "
             "larger batch, or model.norm=group."
@@ -109,19 +111,19 @@ def _small_objects(train: PartFacts, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _lost_in_coarse_scans(parts: Sequence[PartFacts], names: Sequence[str]) -> list[str]:
+def _lost_in_coarse_scans(parts: Sequence[PartFacts], names: Sequence[str], whole: bool) -> list[str]:
     """Nothing is resampled in this project: a network sees each scan at the file's own spacing."""
     cases = [case for part in parts for case in part.cases if case.in_mm]
     if not cases:
         return []
-    widths = [float(np.mean(case.plane_spacing)) for case in cases]
+    widths = [float(np.mean(case.spacing if whole else case.plane_spacing)) for case in cases]
     finest, coarsest = min(widths), max(widths)
     if coarsest <= _SPACING_VARIES * finest:
         return []
     found = [
-        f"In-plane spacing goes from {finest:.3g} to {coarsest:.3g} mm. Scans are not resampled: the network sees each at its "
-        f"own spacing, so that one object is up to {coarsest / finest:.1f} times as wide in pixels in one scan as in another. "
-        "Resample the scans to one spacing beforehand if that is more than the sizes of objects differ anyway."
+        f"{'Mean' if whole else 'In-plane'} spacing goes from {finest:.3g} to {coarsest:.3g} mm. Scans are not resampled: the "
+        f"network sees each at its own spacing, so that one object is up to {coarsest / finest:.1f} times as wide in pixels in "
+        "one scan as in another. Resample the scans to one spacing beforehand if that is more than objects differ anyway."
     ]
     for index, name in enumerate(names):
         smallest = min((_width(case, index) for case in cases if len(case.classes[index].objects)), default=None)
@@ -130,6 +132,29 @@ def _lost_in_coarse_scans(parts: Sequence[PartFacts], names: Sequence[str]) -> l
                 f"The smallest object of {name!r} is about {smallest:.3g} mm wide, less than a pixel of {coarsest:.3g} mm: in the "
                 "coarsest scans, and after resampling to them, objects of its size are lost."
             )
+    return found
+
+
+def _uneven_volumes(recipe: FinetuneRecipe, train: PartFacts) -> list[str]:
+    """What a 3D network makes of thick slices, and of few: it halves all axes alike at every level."""
+    if recipe.model.spatial_dims == 2 or not train.cases:
+        return []
+    assert recipe.model.channels is not None
+    stride, found = 2 ** (len(recipe.model.channels) - 1), []
+    size = np.median([case.size for case in train.cases], axis=0)
+    spacing = np.median([case.spacing for case in train.cases], axis=0)
+    if train.in_mm and spacing.max() > _THICK * spacing.min():
+        found.append(
+            f"Voxels are {spacing.max():.3g} mm across the slices and {spacing.min():.3g} mm within them. The network halves all "
+            f"axes alike: its coarsest level has positions of {' × '.join(f'{stride * mm:.3g}' for mm in spacing)} mm (z × y × x), "
+            "and the training data are turned and deformed within the slices only. Nothing is resampled. A network of slices "
+            "(model.spatial_dims=2) may do as well for less: compare them on val."
+        )
+    if size.min() < 2 * stride:
+        found.append(
+            f"The median volume has {size.min():g} voxels along its shortest axis, less than two positions of the coarsest level "
+            f"(1/{stride} of the size): much there is beyond the edge. Use fewer levels in model.channels, or model.spatial_dims=2."
+        )
     return found
 
 

@@ -13,13 +13,12 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
-from torch import Tensor
 from torch.optim import Optimizer
 
 from finetune.losses import dice_loss
-from finetune.patches import PatchSampler
+from finetune.patches import Patches, PatchSampler
 from finetune.recipe import AugmentSettings, ElasticSettings, FinetuneRecipe
-from finetune.step import Batches, forward_backward, make_optimizer
+from finetune.step import Batches, forward_backward, make_optimizer, refresh_statistics, supervise, training_mode
 from resunet.data.cases import IGNORE, LoadedCase
 from resunet.errors import InputError
 from resunet.model import Segmenter
@@ -66,8 +65,9 @@ def find_rate(
     four times its lowest.
     """
     network = copy.deepcopy(model)
-    wrapped, optimizer = accelerator.prepare(network, make_optimizer(recipe, network))
-    network.train()
+    trained = supervise(recipe, network)
+    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(recipe, trained))
+    training_mode(recipe, network)
     rates, losses = [], []
     for step in progress(range(steps), steps, "find learning rate", quiet=quiet):
         rate = RATES[0] * (RATES[1] / RATES[0]) ** (step / (steps - 1))
@@ -80,7 +80,7 @@ def find_rate(
         losses.append(loss)
         if step > steps // 10 and np.mean(losses[-3:]) > _DIVERGED * min(losses):
             break
-        accelerator.clip_grad_norm_(network.parameters(), recipe.optimizer.clip)
+        accelerator.clip_grad_norm_(trained.parameters(), recipe.optimizer.clip)
         optimizer.step()
     if len(losses) < 3:
         raise InputError(
@@ -130,18 +130,15 @@ def overfit(
     Raises:
         InputError: no training case has a pixel of any class.
     """
-    batch = _OneBatch(*PatchSampler(train, recipe.patch, 1.0).batch(recipe.batch, (recipe.seed, 0)))
-    classes = tuple(int(value) for value in batch.labels.unique() if value not in (0, IGNORE))
-    if not classes:
-        raise InputError(
-            "no training case has a pixel of any class: there is nothing to learn. Check data.classes and the masks."
-        )
+    batch = _OneBatch(PatchSampler(train, recipe.patch, 1.0).batch(recipe.batch, (recipe.seed, 0)))
+    classes = tuple(int(value) for value in batch.patches.labels.unique() if value not in (0, IGNORE))
     still = recipe.model_copy(update={"augment": _STILL, "accumulate": 1})
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(still, model))
+    trained = supervise(still, model)
+    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(still, trained))
     enough = overfit_limit(recipe)
     losses: list[float] = []
     figures: dict[str, float] = {}
-    model.train()
+    training_mode(still, model)
     for step in progress(range(steps), steps, "overfit one batch", quiet=quiet, figures=figures):
         _set_rates(still, optimizer, recipe.optimizer.lr, transferred)
         optimizer.zero_grad(set_to_none=True)
@@ -149,15 +146,16 @@ def overfit(
         figures["loss"] = losses[-1]
         if losses[-1] < enough or not math.isfinite(losses[-1]):
             break
-        accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
+        accelerator.clip_grad_norm_(trained.parameters(), recipe.optimizer.clip)
         optimizer.step()
+    refresh_statistics(still, model, model, batch, accelerator)
     return Overfit(
         passed=losses[-1] < enough,
         steps=len(losses),
         first_loss=losses[0],
         last_loss=losses[-1],
-        dice_training=_dice(model, batch, accelerator, training=True),
-        dice_evaluation=_dice(model, batch, accelerator, training=False),
+        dice_training=_dice(recipe, model, batch, accelerator, training=True),
+        dice_evaluation=_dice(recipe, model, batch, accelerator, training=False),
         classes=classes,
     )
 
@@ -168,19 +166,22 @@ def overfit_limit(recipe: FinetuneRecipe) -> float:
 
 
 class _OneBatch(Batches):
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+    def __init__(self, patches: Patches) -> None:
+        self.patches = patches
 
-    def batch(self, size: int, entropy: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.images, self.labels
+    def batch(self, size: int, entropy: Sequence[int]) -> Patches:
+        """The patch that the last number names, as `finetune.step` asks for the patches of a batch."""
+        assert size == 1
+        return Patches(*(values[entropy[-1], None] for values in self.patches))
 
 
-def _dice(model: Segmenter, batch: _OneBatch, accelerator: Accelerator, training: bool) -> float:
-    """Soft Dice of the batch, foreground classes averaged, 1 − the loss. Running statistics are left as they are."""
+def _dice(recipe: FinetuneRecipe, model: Segmenter, batch: _OneBatch, accelerator: Accelerator, training: bool) -> float:
+    """Soft Dice of the batch, foreground classes or regions averaged, 1 − the loss. Running statistics are left as they are."""
     probe = copy.deepcopy(model).train(training)
     with torch.no_grad(), accelerator.autocast():
-        logits = probe(batch.images.to(accelerator.device))
-    return 1 - float(dice_loss(logits.float(), batch.labels.to(accelerator.device)))
+        logits = probe(batch.patches.images.to(accelerator.device))
+    labels = batch.patches.labels.to(accelerator.device)
+    return 1 - float(dice_loss(logits.float(), labels, regions=recipe.data.region_members()))
 
 
 def _set_rates(recipe: FinetuneRecipe, optimizer: Optimizer, rate: float, transferred: bool) -> None:

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Literal
 
-import torch
 from accelerate import Accelerator
 
 from finetune.checks import OVERFIT_STEPS, RATES, SWEEP_STEPS, Sweep, find_rate, overfit, overfit_limit
@@ -16,6 +15,7 @@ from finetune.recipe import FinetuneRecipe
 from finetune.step import build
 from resunet.errors import CheckFailed, InputError
 from resunet.exits import is_main_rank
+from resunet.layout import place
 from resunet.model import Segmenter
 from resunet.report import Section, curves, write_page
 from resunet.training import start_ranks
@@ -121,8 +121,7 @@ def _prepare(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, LabelledData, Segm
     accelerator = start_ranks(recipe, recipe.batch, "patches")
     model, receipt = build(recipe)
     data = read_labelled(recipe, quiet=not is_main_rank())
-    placed: Segmenter = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return recipe, data, placed, receipt, accelerator
+    return recipe, data, place(model, accelerator.device), receipt, accelerator
 
 
 def _log(rates: tuple[float, ...]) -> list[float]:

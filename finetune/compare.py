@@ -14,19 +14,21 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetune.overlay import LEGEND, error_picture, grey_picture, label_picture, side_by_side, telling_slice
+from finetune.overlay import SWATCHES, error_picture, grey_picture, label_picture, side_by_side, telling_slice
 from finetune.predict import predict_case
 from finetune.recipe import FinetuneRecipe
-from finetune.report import figures_table
+from finetune.results import figures_table
 from finetune.statistics import group_means, paired_difference
+from finetune.targets import targets_of
 from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.source import open_source
 from resunet.errors import InputError
 from resunet.files import folder_aside
 from resunet.model import load_model
 from resunet.progress import say
-from resunet.report import COLOURS, Picture, Section, curves, image, read_metrics, shown, svg, write_page
+from resunet.report import COLOURS, Picture, Section, curves, drawing, image, read_metrics, shown, svg, write_page
 from resunet.runs import without_paths
+from resunet.runtime import remove_objects
 from resunet.transfer import Receipt
 
 _OVERLAYS = 6
@@ -99,7 +101,8 @@ def compare(
         Section("Learning", pictures=_learning(arms)),
         Section(
             "Where they differ most",
-            text=[f"Scan, truth, {', '.join(arm.name for arm in arms)}. {LEGEND}"],
+            text=[f"Scan, truth, {', '.join(arm.name for arm in arms)}."],
+            legend=SWATCHES,
             pictures=pictures,
         ),
         Section("What came from pretraining", text=_receipts(arms)),
@@ -202,15 +205,16 @@ def _learning(arms: Sequence[Arm]) -> list[Picture]:
 def _paired_picture(first: Arm, other: Arm, difference: Mapping[str, Any]) -> Picture:
     mine, theirs = first.group_dice(), other.group_dice()
     groups = sorted(mine)
-    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#9aa3ad", linewidth=1)
-    axes.scatter([theirs[g] for g in groups], [mine[g] for g in groups], color=COLOURS[0], alpha=0.75)
-    axes.set(xlabel=f"Dice, {other.name}", ylabel=f"Dice, {first.name}", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.grid(alpha=0.3)
-    return svg(
-        figure, f"Each point a test group; above the line {first.name} is better ({difference['wins']} of {len(groups)})"
-    )
+    with drawing():
+        figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="#9aa3ad", linewidth=1)
+        axes.scatter([theirs[g] for g in groups], [mine[g] for g in groups], color=COLOURS[0], alpha=0.75)
+        axes.set(xlabel=f"Dice, {other.name}", ylabel=f"Dice, {first.name}", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.grid(alpha=0.3)
+        return svg(
+            figure, f"Each point a test group; above the line {first.name} is better ({difference['wins']} of {len(groups)})"
+        )
 
 
 def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
@@ -231,10 +235,12 @@ def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
         assert case.labels is not None
         index = telling_slice(case.labels, case.axis)
         grey, truth = grey_picture(case, index), case.label_slice(index)
+        targets = targets_of(arms[0].recipe.data.classes, arms[0].recipe.data.regions)
         row = [grey, label_picture(grey, truth)]
         for model, mine in zip(models, own, strict=True):
             labels = predict_case(model, mine, next(model.parameters()).device, "fp32")
-            row.append(error_picture(grey, mine.label_slice(index), take_slice(labels, mine.axis, index)))
+            labels = remove_objects(labels, model.config.object_rules())
+            row.append(error_picture(grey, mine.label_slice(index), take_slice(labels, mine.axis, index), targets))
         dice = ", ".join(f"{arm.name} {arm.case_dice()[case.case.id]:.3f}" for arm in arms)
         scale = max(1, 288 // grey.shape[0])
         pictures.append(image(side_by_side(row), f"{case.case.id}, Dice: {dice}", scale))

@@ -12,24 +12,50 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import nn
 
-from finetune.alarms import OperatingPoint, choose_threshold
+from finetune.alarms import choose_threshold, is_without_target, notes_of, refuse_val_without_clean
 from finetune.calibration import Probabilities, decide_by, foreground_of
-from finetune.evaluation import EvaluateRequest, Measured, cases_of_split, new_folder, overlay_name, telling_cases, write
-from finetune.metrics import measure_case
+from finetune.evaluation import (
+    EvaluateRequest,
+    Measured,
+    Predict,
+    cases_of_split,
+    new_folder,
+    overlay_name,
+    sections_of,
+    telling_cases,
+    write,
+)
+from finetune.metrics import measure_targets
 from finetune.predict import predict_case
 from finetune.predictions import evaluate_masks
+from finetune.summary import NO_POSTPROCESSING
 from finetune.surface import TOLERANCE
+from finetune.targets import Targets, targets_of
 from finetune.window import predict_values
 from resunet.checkpoint import CONFIG, ModelConfig, model_folder
 from resunet.config import Precision
-from resunet.data.cases import IGNORE, Case, LoadedCase, load_cases
+from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
 from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, evidence_of_cases, find_leaks, read_archive, refuse_leaks
 from resunet.data.source import Source, open_source
+from resunet.decision import OperatingPoint
 from resunet.errors import InputError
-from resunet.model import load_finetuned
+from resunet.layout import place
+from resunet.model import Segmenter, load_finetuned
 from resunet.progress import progress, say
+from resunet.report import Section
+from resunet.runtime import ObjectRule, remove_objects
 
-__all__ = ["EvaluateRequest", "Measured", "evaluate", "measure_cases", "overlay_name", "telling_cases", "write_evaluation"]
+__all__ = [
+    "EvaluateRequest",
+    "Measured",
+    "case_probabilities",
+    "evaluate",
+    "evaluation_sections",
+    "measure_cases",
+    "overlay_name",
+    "telling_cases",
+    "write_evaluation",
+]
 
 
 def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, allow_leak: bool = False) -> Path:
@@ -61,8 +87,8 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     # where nobody made a split nothing claims to be unseen: the figures are given, with what they are
     load = partial(_load_unseen, folder, config, source, allowed=allow_leak or not source.has_splits)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    point = None
+    network = place(network, device)
+    point = config.operating_point
     if (budget := request.false_alarms_per_1000) is not None:
         if not source.has_splits or request.split == "val":
             raise InputError(
@@ -70,15 +96,18 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
                 "source is not evaluated apart from it. Give the source a splits.json, and evaluate test."
             )
         val, remarks = load(source.part("val"), "val")
+        refuse_val_without_clean(val, f"--false-alarms-per-1000 {budget:g}")
         point = choose_threshold(_clean_peaks(network, val, device, request.precision), budget)
-        notes += remarks + point.notes()
+        notes += remarks
+    notes += notes_of(point) if point is not None else []
     loaded, remarks = load(cases, request.split)
     notes = list(dict.fromkeys(notes + remarks))  # val and test may have one in common
     for note in notes:
         say(note)
-    classes = len(config.classes)
-    measured = measure_cases(network, loaded, classes, device, request.precision, tolerance=request.tolerance)
-    write_evaluation(out, network, measured, config, request.split, notes, device, request.precision, point)
+    targets, rules = targets_of(config.classes, config.regions), config.object_rules()
+    measured = measure_cases(network, loaded, targets, device, request.precision, tolerance=request.tolerance, rules=rules)
+    title = f"Evaluation on {request.split}"
+    write_evaluation(out, network, measured, config, request.split, notes, device, request.precision, point, title)
     return out
 
 
@@ -94,6 +123,7 @@ def _load_unseen(
         config.ignore,
         progress=lambda items, total: progress(items, total, "read"),
     )
+    refuse_images(loaded, config.architecture.spatial_dims)
     notes: list[str] = []
     if (folder / ARCHIVE).exists():
         archive = read_archive(folder)
@@ -107,18 +137,13 @@ def _load_unseen(
 def _clean_peaks(network: nn.Module, cases: Sequence[LoadedCase], device: torch.device, precision: Precision) -> list[float]:
     """The greatest foreground probability of every case without target."""
     labelled = [(case, case.labels) for case in cases if case.labels is not None]
-    clean = [(case, Probabilities(), labels) for case, labels in labelled if _is_without_target(labels)]
+    clean = [(case, Probabilities(), labels) for case, labels in labelled if is_without_target(labels)]
     for case, kept, labels in progress(clean, len(clean), "threshold"):
-        kept.add(labels, foreground_of(_probabilities(network, case, device, precision)))
+        kept.add(labels, foreground_of(case_probabilities(network, case, device, precision)))
     return [kept.peak for _, kept, _ in clean]
 
 
-def _is_without_target(labels: NDArray[np.uint8]) -> bool:
-    evaluated = labels[labels != IGNORE]
-    return bool(evaluated.size) and not evaluated.any()
-
-
-def _probabilities(network: nn.Module, case: LoadedCase, device: torch.device, precision: Precision) -> NDArray[np.float32]:
+def case_probabilities(network: nn.Module, case: LoadedCase, device: torch.device, precision: Precision) -> NDArray[np.float32]:
     """(1 or K, *size): of the foreground, or of every class."""
     found: NDArray[np.float32] = predict_values(
         network, case.values, case.axis, case.intensities, device, precision, probabilities=True
@@ -129,24 +154,31 @@ def _probabilities(network: nn.Module, case: LoadedCase, device: torch.device, p
 def measure_cases(
     model: nn.Module,
     cases: Sequence[LoadedCase],
-    num_classes: int,
+    targets: Targets,
     device: torch.device,
     precision: Precision,
     accelerator: Accelerator | None = None,
     quiet: bool = False,
     tolerance: float = TOLERANCE,
+    rules: Sequence[ObjectRule] = (),
 ) -> list[Measured]:
-    """Predict and measure every case; with an accelerator each rank takes its share and all get the whole."""
+    """Predict and measure every case; with an accelerator each rank takes its share and all get the whole.
+
+    rules: post-processing. The probabilities that are kept are as the network gives them.
+    """
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     share = range(rank, len(cases), ranks)
     found = []
     for i in progress(share, len(share), "evaluate", quiet=quiet):
         case = cases[i]
         assert case.labels is not None
-        probabilities = _probabilities(model, case, device, precision)
-        kept = Probabilities()
-        kept.add(case.labels, foreground_of(probabilities))
-        measures = measure_case(case.labels, decide_by(probabilities), num_classes, case.spacing, tolerance)
+        probabilities = case_probabilities(model, case, device, precision)
+        kept, foreground = Probabilities(), foreground_of(probabilities)
+        kept.add(case.labels, foreground)
+        for target in range(len(targets.names)):
+            kept.add_objects(targets.mask(case.labels, target), foreground)
+        predicted = remove_objects(decide_by(probabilities), rules)
+        measures = measure_targets(case.labels, predicted, targets, case.spacing, tolerance)
         found.append((i, measures, kept))
     if ranks > 1:
         found = gather_object(found)
@@ -163,10 +195,26 @@ def write_evaluation(
     device: torch.device,
     precision: Precision,
     point: OperatingPoint | None = None,
+    title: str | None = None,
 ) -> dict[str, Any]:
-    """Write summary.json, cases.csv and overlays/ into a new folder, whole or not at all; the summary."""
+    """`finetune.evaluation.write` for a segmenter, with the post-processing of its config; the summary."""
     assert config.classes is not None
-    names = list(config.classes.values())
-    return write(
-        out, measured, names, split, notes, precision, lambda case: predict_case(model, case, device, precision), point
-    )
+    done = config.postprocessing.described() if config.postprocessing is not None else NO_POSTPROCESSING
+    predict = _predicting(model, config, device, precision)
+    targets = targets_of(config.classes, config.regions)
+    return write(out, measured, targets, split, notes, precision, predict, point, done, title)
+
+
+def evaluation_sections(
+    folder: Path, model: Segmenter, measured: Sequence[Measured], summary: dict[str, Any], precision: Precision
+) -> list[Section]:
+    """What a page shows of an evaluation that was written into a folder."""
+    config = model.config
+    assert config.classes is not None
+    predict = _predicting(model, config, next(model.parameters()).device, precision)
+    return sections_of(summary, measured, targets_of(config.classes, config.regions), folder / "overlays", predict)
+
+
+def _predicting(model: nn.Module, config: ModelConfig, device: torch.device, precision: Precision) -> Predict:
+    rules = config.object_rules()
+    return lambda case: remove_objects(predict_case(model, case, device, precision), rules)

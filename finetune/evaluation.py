@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,32 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from finetune.alarms import OperatingPoint, summarise_operating_point
+from finetune.alarms import summarise_operating_point
 from finetune.calibration import Probabilities, summarise_calibration
 from finetune.metrics import CaseMeasures
-from finetune.overlay import error_picture, grey_picture, label_picture, side_by_side, telling_slice
-from finetune.summary import case_rows, summarise
+from finetune.objects import largest_wrong, wrong_objects
+from finetune.overlay import grey_picture, overlay, telling_slice
+from finetune.results import (
+    calibration_section,
+    figures_table,
+    operating_point_section,
+    policy_section,
+    size_section,
+    telling_section,
+    wrong_section,
+)
+from finetune.summary import NO_POSTPROCESSING, case_rows, summarise
 from finetune.surface import TOLERANCE
+from finetune.targets import Targets
 from resunet.config import DataSettings, Precision
 from resunet.data.cases import Case, LoadedCase, take_slice
 from resunet.data.source import Source
+from resunet.decision import OperatingPoint
 from resunet.errors import InputError
 from resunet.files import folder_aside
+from resunet.report import Section, shown, write_page
+
+Predict = Callable[[LoadedCase], NDArray[np.uint8]]
 
 SCHEMA_VERSION = 1
 _OVERLAYS = 9  # the worst, the median and the best three
@@ -76,16 +92,25 @@ def cases_of_split(source: Source, request: EvaluateRequest) -> tuple[Sequence[C
 def write(
     out: Path,
     measured: Sequence[Measured],
-    names: Sequence[str],
+    targets: Targets,
     split: str,
     notes: Sequence[str],
     precision: Precision | None,
-    predict: Callable[[LoadedCase], NDArray[np.uint8]],
+    predict: Predict,
     point: OperatingPoint | None = None,
+    postprocessing: str = NO_POSTPROCESSING,
+    title: str | None = None,
 ) -> dict[str, Any]:
-    """Write summary.json, cases.csv and overlays/ into a new folder, whole or not at all; the summary.
+    """Write summary.json, cases.csv and overlays/ into a new folder, whole or not at all; with a title report.html, too.
 
-    names: one for every class index. precision: None of another program's masks. predict: the labels of a case, for its overlay.
+    Args:
+        targets: what the cases were measured by.
+        precision: None of another program's masks.
+        predict: the labels of a case as they were measured, for its pictures.
+        postprocessing: what became of them before, in words.
+
+    Returns:
+        The summary.
     """
     rows = [one.row() for one in measured]
     summary = {
@@ -94,7 +119,7 @@ def write(
         "arithmetic": precision,
         "cases": len(rows),
         "groups": len({group for _, group, _ in rows}),
-        **summarise(rows, names, rows[0][2].tolerance),
+        **summarise(rows, targets, rows[0][2].tolerance, postprocessing),
         "calibration": summarise_calibration(_by_group(measured)),
         "notes": list(notes),
     }
@@ -103,7 +128,7 @@ def write(
         summary["false_alarms"]["operating_point"] = summarise_operating_point(point, known)
     with folder_aside(out) as aside:
         (aside / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        table = case_rows(rows, names)
+        table = case_rows(rows, targets)
         with open(aside / "cases.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(table[0]))
             writer.writeheader()
@@ -112,11 +137,40 @@ def write(
         for rank, one in telling_cases(measured):
             assert one.case.labels is not None
             index = telling_slice(one.case.labels, one.case.axis)
-            grey, truth = grey_picture(one.case, index), one.case.label_slice(index)
-            error = error_picture(grey, truth, take_slice(predict(one.case), one.case.axis, index))
-            picture = side_by_side([grey, label_picture(grey, truth), error])
+            predicted = take_slice(predict(one.case), one.case.axis, index)
+            picture = overlay(grey_picture(one.case, index), one.case.label_slice(index), predicted, targets)
             Image.fromarray(picture).save(aside / "overlays" / overlay_name(rank, one))
+        if title is not None:
+            count = f"{summary['cases']} cases of {summary['groups']} groups, split {split}."
+            head = Section(lead=[f"Dice {shown(summary['dice'])} groups."], notes=notes, text=[count])
+            sections = sections_of(summary, measured, targets, aside / "overlays", predict)
+            write_page(aside / "report.html", title, [head, *sections, policy_section(summary)])
     return summary
+
+
+def sections_of(
+    summary: dict[str, Any], measured: Sequence[Measured], targets: Targets, overlays: Path, predict: Predict
+) -> list[Section]:
+    """What a page shows of an evaluation but for its policy. overlays: the folder that holds them."""
+    cases = [one.measures for one in measured]
+    telling = [
+        (rank, one.measures.macro("dice") or 0.0, one.case.case.id, np.asarray(Image.open(overlays / overlay_name(rank, one))))
+        for rank, one in telling_cases(measured)
+    ]
+    objects = [
+        found
+        for i, wanted in sorted(largest_wrong(cases).items())
+        for found in wrong_objects(measured[i].case, predict(measured[i].case), math.prod(cases[i].spacing), wanted, targets)
+    ]
+    return [
+        Section(f"On the {summary['split']} cases", table=figures_table({"": summary})),
+        *operating_point_section(summary),
+        *telling_section(telling),
+        *size_section(cases),
+        *wrong_section("missed", objects, cases, targets),
+        *wrong_section("false", objects, cases, targets),
+        *calibration_section(summary),
+    ]
 
 
 def _by_group(measured: Sequence[Measured]) -> Mapping[str, list[Probabilities]]:

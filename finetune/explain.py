@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,17 +30,20 @@ from finetune.gradcam import (
 from finetune.heatmap import heat_picture
 from finetune.inputs import list_inputs
 from finetune.overlay import grey_picture
+from finetune.targets import targets_of
 from finetune.window import Footprint, Inference, footprint, plan_slices, predict_values
 from finetune.wrong import Kind, WrongLesion, wrong_lesions
 from resunet.checkpoint import ModelConfig, model_folder
 from resunet.config import Frozen
-from resunet.data.cases import Case, LoadedCase, load_cases, take_slice
+from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images, take_slice
 from resunet.data.identity import load_salt
 from resunet.data.images import READABLE, stem_of, suffix_of
+from resunet.ensemble import Ensemble
 from resunet.errors import InputError
 from resunet.files import folder_aside
 from resunet.model import Segmenter, load_finetuned
 from resunet.progress import progress, say
+from resunet.runtime import normalise
 
 SCHEMA_VERSION = 1
 _BACKWARD = 2.5  # times the values that are alive at the peak of a forward pass: a backward pass keeps them
@@ -78,13 +81,20 @@ class Explainer:
     inference: Inference
 
     @property
+    def whole(self) -> bool:
+        """The network sees volumes as they are; targets are the same, a class or a lesion within a slice."""
+        return self.config.architecture.spatial_dims == 3
+
+    @property
     def classes(self) -> list[str]:
         assert self.config.classes is not None
         return list(self.config.classes.values())
 
     def load(self, case: Case) -> LoadedCase:
         classes = self.config.classes if case.mask is not None else None
-        return load_cases([case], self.config.input_channels, self.config.normalisation, classes, self.config.ignore)[0]
+        loaded = load_cases([case], self.config.input_channels, self.config.normalisation, classes, self.config.ignore)
+        refuse_images(loaded, self.config.architecture.spatial_dims)
+        return loaded[0]
 
     def predict(self, case: LoadedCase) -> NDArray[np.uint8]:
         return predict_values(self.model, case.values, case.axis, case.intensities, self.device, inference=self.inference)
@@ -92,20 +102,29 @@ class Explainer:
     def tiling(self, case: LoadedCase) -> Tiling | None:
         """The windows of inference; None where a slice's backward pass fits into `inference.memory` whole."""
         forward = footprint(self.model, case.values.shape[0], self.device)
-        plane = [n for axis, n in enumerate(case.size) if axis != case.axis]
+        plane = [n for axis, n in enumerate(case.size) if self.whole or axis != case.axis]
         backward = Footprint(_BACKWARD * forward.floats, forward.logits, forward.stride)
-        plan = plan_slices(backward, case.values, plane, 4 * plane[0] * plane[1], self.inference)
+        plan = plan_slices(backward, case.values, plane, 4 * math.prod(plane), self.inference)
         return None if plan.at_once else tile(plane, plan.window, self.inference.overlap, self.device)
 
-    def padded(self, case: LoadedCase, index: int, region: Region) -> tuple[Tensor, Region]:
-        """Slice `index` and a region of it; what the coarsest level would see as one position is continued, as in prediction."""
-        image = torch.from_numpy(case.image_slice(index)).to(self.device)
-        height, width = region.shape
+    def seen(self, case: LoadedCase, index: int, region: Region) -> tuple[Tensor, Region]:
+        """What the network sees, slice `index` or the volume, and a region of the slice in it.
+
+        What the coarsest level would see as one position is continued, as in prediction.
+        """
+        if self.whole:
+            assert case.axis is not None
+            values, wanted = normalise(case.values, case.intensities), np.zeros(case.size, bool)
+            np.moveaxis(wanted, case.axis, 0)[index] = region
+        else:
+            values, wanted = case.image_slice(index), region
+        image = torch.from_numpy(values).to(self.device)
         least = footprint(self.model, len(image), self.device).stride + 1
-        if max(height, width) >= least:
-            return image, region
-        below, right = least - height, least - width
-        return F.pad(image[None], (0, right, 0, below), mode="replicate")[0], np.pad(region, ((0, below), (0, right)))
+        if max(wanted.shape) >= least:
+            return image, wanted
+        beyond = [(0, least - n) for n in wanted.shape]
+        sides = [side for pair in reversed(beyond) for side in pair]  # F.pad begins with the last axis
+        return F.pad(image[None], sides, mode="replicate")[0], np.pad(wanted, beyond)
 
     def entry(
         self,
@@ -119,9 +138,12 @@ class Explainer:
         close_up: bool = False,
     ) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         """What explain.json says of one map, and its picture."""
-        image, wanted = self.padded(case, index, region)
+        image, wanted = self.seen(case, index, region)
         found = grad_cam(self.model, self.layer, image, class_index, wanted, tiling)
-        heat = found.heat[: region.shape[0], : region.shape[1]]
+        heat = found.heat[tuple(slice(n) for n in (case.size if self.whole else region.shape))]
+        if self.whole:
+            assert case.axis is not None
+            heat = np.moveaxis(heat, case.axis, 0)[index]
         here = take_slice(predicted, case.axis, index) == class_index
         truth = case.label_slice(index) == class_index if case.labels is not None else None
         name = self.classes[class_index]
@@ -154,8 +176,9 @@ def explain(model: Path, request: ExplainRequest, out: Path) -> Path:
     if out.exists():
         raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
     explainer = open_explainer(model, request)
-    classes = _classes(explainer.classes, request.class_name)
+    classes = _classes(explainer.classes, explainer.config.regions or (), request.class_name)
     cases, notes = _cases(request, explainer.config)
+    notes += _of_classes(explainer.config)
     for note in notes:
         say(note)
     with folder_aside(out) as aside:
@@ -182,10 +205,15 @@ def open_explainer(model: Path, request: ExplainRequest) -> Explainer:
     """The segmenter of a run or a model directory, ready for `request`.
 
     Raises:
-        InputError: no 2D segmenter with classes, or no such layer.
+        InputError: no segmenter with classes, or no such layer.
     """
     folder = model_folder(model)
     network, config = load_finetuned(folder)
+    if isinstance(network, Ensemble):
+        raise InputError(
+            f"{folder}: is an ensemble, and Grad-CAM is of the layers of one network. Explain a member: of a cross-validation its "
+            "fold-0, fold-1 and so on, else one of the runs that the ensemble was made of."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device).requires_grad_(False)
     layers = layers_of(network, config.architecture.in_channels)
@@ -234,7 +262,7 @@ def _explain_cases(
                 Image.fromarray(picture).save(aside / name)
                 entries.append(entry | {"picture": name})
                 if request.sanity and target == PREDICTED and entry["largest"] > 0 and len(checks) < _SANITY_MAPS:
-                    image, wanted = explainer.padded(case, index, region)
+                    image, wanted = explainer.seen(case, index, region)
                     checks.append(
                         cascade(explainer.model, explainer.layer, image, class_index, wanted, tiling, seed=len(checks))
                     )
@@ -282,12 +310,25 @@ def _summary(checks: Sequence[dict[str, float | None]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _classes(names: Sequence[str], wanted: str | None) -> list[int]:
+def _classes(names: Sequence[str], regions: Collection[str], wanted: str | None) -> list[int]:
     if wanted is None:
         return list(range(1, len(names)))
     if wanted not in names:
-        raise InputError(f"--class {wanted}: is no class of this model. Its classes: {', '.join(names)}.")
+        of_class = f" {wanted!r} is a region: explain one of its classes." if wanted in regions else ""
+        raise InputError(f"--class {wanted}: is no class of this model.{of_class} Its classes: {', '.join(names)}.")
     return [list(names).index(wanted)]
+
+
+def _of_classes(config: ModelConfig) -> list[str]:
+    """What a reader has to know of a model that was trained on regions."""
+    if config.regions is None:
+        return []
+    assert config.classes is not None
+    described = "; ".join(targets_of(config.classes, config.regions).described(list(config.classes.values())))
+    return [
+        f"The model was trained on regions ({described}). Maps and lesions here are of its classes, one at a time; what is taken "
+        "for another class of the same region counts as missed and as false here, and as right in the evaluation."
+    ]
 
 
 def _cases(request: ExplainRequest, config: ModelConfig) -> tuple[list[Case], list[str]]:

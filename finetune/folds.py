@@ -37,6 +37,7 @@ from finetune.out_of_fold import (
 from finetune.predict import predict_case
 from finetune.recipe import FinetuneRecipe
 from finetune.statistics import figure
+from finetune.targets import targets_of
 from resunet.checkpoint import WEIGHTS, ModelConfig
 from resunet.data.cases import LoadedCase, source_digest
 from resunet.ensemble import Ensemble
@@ -131,8 +132,8 @@ def _join(recipe: FinetuneRecipe, folds: Sequence[FinetuneRecipe]) -> None:
     with failing_as(run):
         left_out = predict_left_out(ensemble, data, recipe, accelerator)
         ensemble.config = _config(ensemble, recipe, data, choose_out_of_fold(ensemble, data, left_out, recipe, accelerator))
-        classes, rules = len(recipe.data.classes), ensemble.config.object_rules()
-        tested = measure_cases(ensemble, data.test, classes, device, recipe.precision, accelerator, not main, rules=rules)
+        targets, rules = targets_of(recipe.data.classes, recipe.data.regions), ensemble.config.object_rules()
+        tested = measure_cases(ensemble, data.test, targets, device, recipe.precision, accelerator, not main, rules=rules)
         if main:
             write_ensemble(run.folder / "model", ensemble, archive)
             _copy_records(run, folds)
@@ -195,7 +196,8 @@ def _write_results(
     best_steps: Sequence[int],
 ) -> None:
     """cross_validation/, evaluation/ and report.html. left_out: the val cases of each fold."""
-    config, names, precision = ensemble.config, list(recipe.data.classes.values()), recipe.precision
+    config, precision = ensemble.config, recipe.precision
+    targets = targets_of(recipe.data.classes, recipe.data.regions)
     device = next(ensemble.parameters()).device
     every = in_order(data, left_out)
     member_of = {one.case.case.id: member for its, member in zip(left_out, ensemble.members, strict=True) for one in its}
@@ -207,7 +209,7 @@ def _write_results(
         return remove_objects(predict_case(ensemble, case, device, precision), config.object_rules())
 
     notes = [*data.notes(), OPTIMISTIC]
-    summary = write(run.folder / "cross_validation", every, names, SPLIT, notes, precision, by_member)
+    summary = write(run.folder / "cross_validation", every, targets, SPLIT, notes, precision, by_member)
     outside = Evaluated("cross_validation", summary, every, by_member)
     test, point = None, config.operating_point
     if tested:

@@ -8,6 +8,7 @@ from finetune.evaluation import Measured, Predict, sections_of
 from finetune.labelled import FoldedData
 from finetune.recipe import FinetuneRecipe
 from finetune.results import policy_section
+from finetune.targets import targets_of
 from resunet.data.cases import LoadedCase
 from resunet.report import Picture, Section, curves, read_metrics, shown, write_page
 from resunet.transfer import Receipt
@@ -66,9 +67,9 @@ def write_folds_page(
     ]
     for name, one in (("Test, the ensemble", tested), ("Out of fold, each network", left_out)):
         if one is not None:
-            names = list(recipe.data.classes.values())
+            targets = targets_of(recipe.data.classes, recipe.data.regions)
             overlays = recipe.out / one.folder / "overlays"
-            found = sections_of(one.summary, one.measured, names, overlays, one.predict)
+            found = sections_of(one.summary, one.measured, targets, overlays, one.predict)
             sections += [replace(section, heading=f"{name}: {section.heading}") for section in found]
     sections.append(policy_section((tested or left_out).summary))
     write_page(recipe.out / "report.html", "Cross-validation", sections)

@@ -23,17 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resunet.encoder import initialise, initialise_head
+from resunet.layout import spatial_dims_of
 
-_PROBE = 128  # pixels a side: larger than any stride
+_PROBE = {2: (128, 128), 3: (64, 64, 64)}  # larger than any stride
 _DEFAULT_STRIDE = 4
-_NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm)
+_SMOOTH = {2: "bilinear", 3: "trilinear"}
 
-Place = tuple[slice, slice]
+Place = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that gives one map a forward pass: (N, channels, ceil(y / stride), ceil(x / stride))."""
+    """A module that gives one map a forward pass: (N, channels, *ceil(size / stride))."""
 
     name: str
     channels: int
@@ -42,7 +44,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The windows that inference cuts an image into, all of one size, and the weight (y, x) of each one's pixels."""
+    """The windows that inference cuts an image into, all of one size, and the weight (*size) of each one's pixels."""
 
     places: Sequence[Place]
     weight: Tensor
@@ -52,7 +54,7 @@ class Tiling:
 class Explanation:
     """What a layer says of a target.
 
-    heat: (y, x) of the image, not negative, in no unit: compare within a map.
+    heat: (*size) of the image, not negative, in no unit: compare within a map.
     mean_logit: of the class over the region.
     """
 
@@ -63,7 +65,7 @@ class Explanation:
 def layers_of(model: nn.Module, in_channels: int) -> dict[str, Layer]:
     """The layers that can be explained, in order: every module that gives one feature map of more than one pixel."""
     found: dict[str, list[object]] = {}
-    device = next(model.parameters()).device
+    device, probe = next(model.parameters()).device, _PROBE[spatial_dims_of(model)]
 
     def record(name: str) -> Callable[..., None]:
         return lambda module, inputs, output: found.setdefault(name, []).append(output)
@@ -72,15 +74,17 @@ def layers_of(model: nn.Module, in_channels: int) -> dict[str, Layer]:
     handles = [module.register_forward_hook(record(name)) for name, module in modules]
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, in_channels, _PROBE, _PROBE, device=device))
+            model.eval()(torch.zeros(1, in_channels, *probe, device=device))
     finally:
         for handle in handles:
             handle.remove()
     layers = {}
     for name, _ in modules:  # as they are declared: a level before its units
         outputs = found.get(name, [])
-        if len(outputs) == 1 and isinstance(outputs[0], Tensor) and outputs[0].ndim == 4 and min(outputs[0].shape[2:]) > 1:
-            layers[name] = Layer(name, outputs[0].shape[1], _PROBE // outputs[0].shape[2])
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 2 + len(probe):
+            continue
+        if min(outputs[0].shape[2:]) > 1:
+            layers[name] = Layer(name, outputs[0].shape[1], probe[0] // outputs[0].shape[2])
     return layers
 
 
@@ -98,7 +102,7 @@ def default_layer(layers: dict[str, Layer]) -> Layer:
 
 
 def class_logits(logits: Tensor, index: int) -> Tensor:
-    """(N, 1 or K, y, x) → the logits (N, y, x) of a class; the one logit of two classes is against the background."""
+    """(N, 1 or K, *size) → the logits (N, *size) of a class; the one logit of two classes is against the background."""
     if logits.shape[1] == 1:
         return logits[:, 0] if index else -logits[:, 0]
     return logits[:, index]
@@ -111,8 +115,8 @@ def grad_cam(
 
     Args:
         model: in evaluation mode. Set its parameters' requires_grad to False, and no more memory is used than from the layer on.
-        image: (C, y, x), normalised, on the model's device.
-        region: (y, x), somewhere True.
+        image: (C, *size), normalised, on the model's device: a slice, or for a 3D network a volume.
+        region: (*size), somewhere True.
         tiling: None: the image goes through the network whole.
     """
     assert region.shape == image.shape[1:] and region.any()
@@ -129,8 +133,8 @@ def grad_cam(
             logits = class_logits(model(image[:, *place][None]), index)[0]
         target = (logits * wanted[place] * tiling.weight / total[place]).sum()
         (gradient,) = torch.autograd.grad(target, tap.activations)
-        channels += gradient.sum(dim=(0, 2, 3))
-        score, positions = score + float(target.detach()), positions + gradient.shape[2] * gradient.shape[3]
+        channels += gradient[0].flatten(1).sum(dim=1)
+        score, positions = score + float(target.detach()), positions + gradient[0, 0].numel()
         felt.append((gradient[0] != 0).any(dim=0))
     heat = torch.zeros_like(total)
     for place, depends in zip(reached, felt, strict=True):
@@ -138,19 +142,21 @@ def grad_cam(
             with torch.no_grad(), tapped(model, layer) as tap:
                 model(image[:, *place][None])
         activations = tap.activations.detach()[0]
-        coarse = F.relu((activations * (channels / positions)[:, None, None]).sum(dim=0)) * depends
+        coarse = F.relu(torch.einsum("c,c...->...", channels / positions, activations)) * depends
         heat[place] += _enlarge(coarse, layer.stride, tiling.weight.shape) * tiling.weight
     return Explanation((heat / total).cpu().numpy(), score / int(region.sum()))
 
 
 def tile(size: Sequence[int], window: int, overlap: float, device: torch.device) -> Tiling:
-    """The windows and the Gaussian weights of MONAI's sliding window, which inference uses, for an image (y, x)."""
+    """The windows and the Gaussian weights of MONAI's sliding window, which inference uses, for an image of `size`."""
     from monai.data.utils import compute_importance_map, dense_patch_slices  # seconds, for large images only
 
     sides = [min(window, n) for n in size]
     steps = [side if side == n else max(1, int(side * (1 - overlap))) for side, n in zip(sides, size, strict=True)]
-    places = [(rows, columns) for rows, columns in dense_patch_slices(tuple(size), tuple(sides), tuple(steps))]
-    return Tiling(places, compute_importance_map(tuple(sides), mode="gaussian", device=device))
+    return Tiling(
+        dense_patch_slices(tuple(size), tuple(sides), tuple(steps)),
+        compute_importance_map(tuple(sides), mode="gaussian", device=device),
+    )
 
 
 @dataclass
@@ -259,11 +265,11 @@ def _stage(name: str) -> str:
 
 def _whole(image: Tensor) -> Tiling:
     size = image.shape[1:]
-    return Tiling([(slice(0, size[0]), slice(0, size[1]))], torch.ones(size, device=image.device))
+    return Tiling([tuple(slice(0, n) for n in size)], torch.ones(size, device=image.device))
 
 
 def _enlarge(coarse: Tensor, stride: int, size: Sequence[int]) -> Tensor:
-    """A layer's map (y, x) at the size of its input: bilinear, each position the middle of the pixels it is decoded to."""
-    grown = F.interpolate(coarse[None, None], scale_factor=float(stride), mode="bilinear", align_corners=False)[0, 0]
+    """A layer's map at the size of its input: linear, each position the middle of the pixels it is decoded to."""
+    grown = F.interpolate(coarse[None, None], scale_factor=float(stride), mode=_SMOOTH[len(size)], align_corners=False)[0, 0]
     assert all(math.ceil(n / stride) == small for n, small in zip(size, coarse.shape, strict=True)), (size, coarse.shape)
-    return grown[: size[0], : size[1]]
+    return grown[tuple(slice(n) for n in size)]

@@ -46,8 +46,7 @@ class Lesions:
 def find_lesions(labels: NDArray[np.integer], other: NDArray[np.integer], with_widths: bool) -> Lesions:
     """The components of a label map, 8-connected in 2D and 26-connected in 3D; 0 is the background of both maps."""
     foreground = labels > 0
-    # of a label map with several values cc3d gives the components of each value
-    components = cc3d.connected_components(labels, connectivity=8 if labels.ndim == 2 else 26)
+    components = components_of(labels)
     component, value = components[foreground], labels[foreground]
     size = np.bincount(component, minlength=1)
     kind = np.zeros(size.shape, dtype=labels.dtype)
@@ -55,6 +54,13 @@ def find_lesions(labels: NDArray[np.integer], other: NDArray[np.integer], with_w
     hit = np.bincount(component[other[foreground] == value], minlength=len(size)) > 0
     width = widths(components, len(size) - 1) if with_widths else np.zeros(0)
     return Lesions(kind[1:], size[1:], hit[1:], width)  # component 0 is the background
+
+
+def components_of(labels: NDArray) -> NDArray[np.unsignedinteger]:
+    """Numbers from 1 for the components of every value but 0, 8-connected in 2D and 26-connected in 3D."""
+    # of a label map with several values cc3d gives the components of each value
+    components: NDArray[np.unsignedinteger] = cc3d.connected_components(labels, connectivity=8 if labels.ndim == 2 else 26)
+    return components
 
 
 def widths(components: NDArray[np.integer], count: int) -> NDArray[np.float64]:

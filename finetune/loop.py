@@ -1,25 +1,42 @@
 """Fine-tuning: labelled cases and an encoder (or none) → segmenter. Build, prepare, resume, loop, save, evaluate."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+from finetune.alarms import notes_of
+from finetune.averaging import averaged
+from finetune.batch_statistics import share_statistics
+from finetune.choices import Choices, choose_on_val, refuse_impossible
 from finetune.evaluate import Measured, measure_cases, write_evaluation
-from finetune.gradients import GradientRecord
 from finetune.labelled import LabelledData, read_labelled, resolve
 from finetune.metrics import METRICS, values_by_group
 from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
 from finetune.statistics import figure
-from finetune.step import build, forward_backward, make_optimizer, start_step
+from finetune.step import (
+    apply_gradients,
+    build,
+    forward_backward,
+    make_optimizer,
+    refresh_statistics,
+    start_step,
+    supervise,
+)
+from finetune.supervision import Supervised
+from finetune.targets import targets_of
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import LoadedCase, source_digest
 from resunet.data.leakage import ARCHIVE, evidence_of_cases, merge_archives, write_archive
 from resunet.files import folder_aside, sha256, write_text
+from resunet.gradients import GradientRecord
+from resunet.layout import place
 from resunet.model import Segmenter
 from resunet.progress import progress
 from resunet.runs import Run, check_out, is_done, versions
@@ -28,7 +45,6 @@ from resunet.training import (
     any_rank,
     failing_as,
     mean_over_ranks,
-    refuse_non_finite,
     restore_training,
     start_ranks,
     stop_on_sigterm,
@@ -43,6 +59,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     Raises:
         ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; see `resunet.errors`.
     """
+    assert recipe.data.folds is None or recipe.data.fold is not None, "finetune.folds trains them one after another"
     recipe = resolve(recipe)
     check_out(recipe)
     if is_done(recipe.out):
@@ -51,9 +68,15 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     main, device = accelerator.is_main_process, accelerator.device
     model, receipt = build(recipe)
     data = read_labelled(recipe, quiet=not main)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(recipe, model)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    refuse_impossible(recipe, data)
+    model = place(model, device)
+    average = averaged(model, recipe.ema) if recipe.ema is not None else None
+    judged = model if average is None else average.module
+    assert isinstance(judged, Segmenter)
+    trained = supervise(recipe, model)
+    optimizer = make_optimizer(recipe, trained, receipt)
+    wrapped, optimizer = accelerator.prepare(trained, optimizer)
+    beside = _beside(trained, average)
     sampler = PatchSampler(data.train, recipe.patch, recipe.foreground)
     inputs = {"train": source_digest(data.train), "val": source_digest(data.val), "test": source_digest(data.test)}
     if receipt is not None:
@@ -66,7 +89,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
         first, best, clock = 0, -1.0, StepClock()
         if (state := run.load_checkpoint("last")) is not None:
-            first = restore_training(state, model, optimizer, accelerator)
+            first = restore_training(state, model, optimizer, accelerator, beside)
             best, clock = state["best"], StepClock(state["seconds"])
         run.rewind(first)
         gradients = GradientRecord(run.folder, recipe.optimizer.clip, first, writes=main)
@@ -75,27 +98,29 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             lr = start_step(recipe, model, optimizer, step, transferred=receipt is not None)
             optimizer.zero_grad(set_to_none=True)
             metrics = forward_backward(recipe, wrapped, sampler, step, accelerator)
-            refuse_non_finite({"loss": metrics["loss"]}, step, accelerator)
+            metrics |= apply_gradients(recipe, trained, optimizer, metrics["loss"], step, accelerator)
             figures["loss"] = metrics["loss"]
-            metrics["gradient_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip))
             done = step + 1
             if done == 1 or done % recipe.log_every == 0:
-                gradients.take(done, model, metrics["gradient_norm"])
-            optimizer.step()
+                gradients.take(done, model, metrics.get("gradient_norm", math.inf))
+            share_statistics(model, accelerator)
+            if average is not None and not metrics.get("skipped"):
+                average.update_parameters(model)
             clock.tick()
 
             stopping = any_rank(bool(stop), accelerator)
             validating = done % recipe.validate_every == 0 or done == recipe.steps
             improved = False
             if validating:
-                score = validate(model, data.val, recipe, accelerator)
+                refresh_statistics(recipe, model, judged, sampler, accelerator)
+                score = validate(judged, data.val, recipe, accelerator)
                 improved = score >= best
                 best = max(score, best)
                 metrics["val_dice"] = figures["val_dice"] = score
             if done % recipe.log_every == 0 or validating:
                 run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
             if validating or stopping or done % recipe.checkpoint_every == 0:
-                state = training_state(done, model, optimizer, accelerator)
+                state = training_state(done, model, optimizer, accelerator, beside)
                 run.save_checkpoint(done, state | {"best": best, "seconds": clock.seconds()}, best=improved)
             if stopping and done < recipe.steps:
                 stop.stop(run, done)
@@ -105,11 +130,15 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         accelerator.wait_for_everyone()  # the best checkpoint is on disk
         chosen = run.load_checkpoint("best")
         assert chosen is not None
-        model.load_state_dict(chosen["network"])
-        measured = measure_cases(model, data.test, len(recipe.data.classes), device, recipe.precision, accelerator, not main)
+        if average is None:
+            model.load_state_dict(chosen["network"])
+        else:
+            average.load_state_dict(chosen["average"])
+        judged.config = _model_config(recipe, judged, data, choose_on_val(judged, data, recipe, accelerator, not main))
+        targets, rules = targets_of(recipe.data.classes, recipe.data.regions), judged.config.object_rules()
+        measured = measure_cases(judged, data.test, targets, device, recipe.precision, accelerator, not main, rules=rules)
         if main:
-            model.config = _model_config(recipe, model, data)
-            _save(run, model, data, measured, recipe, receipt)
+            _save(run, judged, data, measured, recipe, receipt)
         run.finish(
             "done",
             step=recipe.steps,
@@ -122,25 +151,32 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     return recipe.out
 
 
+def _beside(trained: nn.Module, average: AveragedModel | None) -> dict[str, nn.Module]:
+    """What a checkpoint holds beside the network and is not part of the saved model."""
+    beside: dict[str, nn.Module] = {"heads": trained.heads} if isinstance(trained, Supervised) else {}
+    return beside if average is None else beside | {"average": average}
+
+
 def validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
     """Dice of the whole val scans, as evaluation counts it; 0 where no case defines one."""
-    measured = measure_cases(
-        model, val, len(recipe.data.classes), accelerator.device, recipe.precision, accelerator, quiet=True
-    )
+    targets = targets_of(recipe.data.classes, recipe.data.regions)
+    measured = measure_cases(model, val, targets, accelerator.device, recipe.precision, accelerator, quiet=True)
     dice = figure(values_by_group([one.row() for one in measured], lambda case: case.macro("dice")))["mean"]
     return 0.0 if dice is None else float(dice)
 
 
-def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData) -> ModelConfig:
+def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, choices: Choices) -> ModelConfig:
     parent = sha256(model_folder(recipe.encoder) / WEIGHTS) if recipe.encoder is not None else None
     assert recipe.normalisation is not None
-    planes = [[s for axis, s in enumerate(case.spacing) if axis != case.axis] for case in data.train]
+    whole = recipe.model.spatial_dims == 3
+    seen = [[s for axis, s in enumerate(case.spacing) if whole or axis != case.axis] for case in data.train]
     return ModelConfig(
         architecture=model.config.architecture,
         input_channels=recipe.data.channels,
-        spacing=tuple(float(s) for s in np.median(planes, axis=0)),
+        spacing=tuple(float(s) for s in np.median(seen, axis=0)),
         normalisation=recipe.normalisation,
         classes=recipe.data.classes,
+        regions=recipe.data.regions,
         ignore=recipe.data.ignore,
         provenance=Provenance(
             data_sha256=source_digest([*data.train, *data.val]),
@@ -149,6 +185,8 @@ def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData) 
             versions=versions(),
         ),
         allowed=data.allowed,
+        postprocessing=choices.postprocessing,
+        operating_point=choices.operating_point,
     )
 
 
@@ -168,8 +206,10 @@ def _save(
     summary = None
     if measured:
         device = next(model.parameters()).device
+        point = model.config.operating_point
+        notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
         summary = write_evaluation(
-            run.folder / "evaluation", model, measured, model.config, "test", data.notes(), device, recipe.precision
+            run.folder / "evaluation", model, measured, model.config, "test", notes, device, recipe.precision, point
         )
         run.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
-    write_report(recipe, data, receipt, measured, summary)
+    write_report(recipe, data, receipt, measured, summary, model)

@@ -7,7 +7,7 @@ those are is written in `finetune.summary.policy`, which stands beside the figur
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from finetune.lesions import find_lesions, is_thin
 from finetune.surface import TOLERANCE, SurfaceMeasures, compare_surfaces, diagonal
+from finetune.targets import Targets
 from resunet.data.cases import IGNORE
 from resunet.errors import InputError
 
@@ -29,7 +30,7 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 @dataclass(frozen=True)
 class ClassMeasures:
-    """One foreground class of one case: its voxels, surface and lesions, ignored voxels left out.
+    """One foreground class, or one region, of one case: its voxels, surface and lesions, ignored voxels left out.
 
     With T the truth and P the prediction: dice 2|T∩P|/(|T|+|P|), iou |T∩P|/|T∪P|, precision |T∩P|/|P|, recall |T∩P|/|T|;
     None where the denominator is 0. Surfaces: see `finetune.surface`.
@@ -44,7 +45,11 @@ class ClassMeasures:
     lesion_found: tuple[bool, ...]  # in the order of lesion_sizes
     lesion_widths: tuple[float, ...]  # in that order, pixels; of an image only
     lesions_predicted: int
-    lesions_false: int  # of lesions_predicted
+    false_sizes: tuple[int, ...]  # voxels of each of them that is false
+
+    @property
+    def lesions_false(self) -> int:
+        return len(self.false_sizes)
 
     @property
     def truth_voxels(self) -> int:
@@ -98,7 +103,7 @@ class ClassMeasures:
 
 @dataclass(frozen=True)
 class CaseMeasures:
-    """One case. `classes[i]` is class index i + 1: background has no measures."""
+    """One case. `classes[i]` is of target i, without regions class index i + 1: background has no measures."""
 
     classes: tuple[ClassMeasures, ...]
     spacing: tuple[float, ...]  # mm, in the order of the array's axes
@@ -181,6 +186,24 @@ def share(found: Sequence[bool]) -> float | None:
     return _ratio(sum(found), len(found))
 
 
+def measure_targets(
+    truth: NDArray[np.integer],
+    prediction: NDArray[np.integer],
+    targets: Targets,
+    spacing: Sequence[float],
+    tolerance: float = TOLERANCE,
+) -> CaseMeasures:
+    """`measure_case` for the targets: of regions each by itself, as a map of what it is and what it is not."""
+    if targets.are_classes:
+        return measure_case(truth, prediction, targets.num_classes, spacing, tolerance)
+    _refuse_strange(truth, prediction, targets.num_classes)
+    found = [
+        measure_case(targets.mask(truth, i), targets.mask(prediction, i), 2, spacing, tolerance)
+        for i in range(len(targets.names))
+    ]
+    return replace(found[0], classes=tuple(one.classes[0] for one in found))
+
+
 def measure_case(
     truth: NDArray[np.integer],
     prediction: NDArray[np.integer],
@@ -194,25 +217,12 @@ def measure_case(
     IGNORE; what the prediction says there does not matter. spacing: mm, one for each axis. tolerance: mm, of surface Dice.
     Raises InputError for unequal shapes and for values that are no class.
     """
-    if truth.shape != prediction.shape:
-        raise InputError(
-            f"truth has shape {truth.shape} and the prediction has shape {prediction.shape}: they must be equal. "
-            "Resample the prediction to the truth's grid first."
-        )
-    if truth.ndim not in (2, 3):
-        raise InputError(f"a label map has axes (y, x) or (z, y, x); this one has shape {truth.shape}")
+    _refuse_strange(truth, prediction, num_classes)
     assert len(spacing) == truth.ndim and all(step > 0 for step in spacing), (spacing, truth.shape)
 
     evaluated = truth != IGNORE
     truth = np.where(evaluated, truth, 0)
     prediction = np.where(evaluated, prediction, 0)
-    for name, labels in (("truth", truth), ("prediction", prediction)):
-        if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
-            strange = [int(value) for value in np.unique(labels) if not 0 <= value < num_classes]
-            raise InputError(
-                f"the {name} holds {strange}, which are no class indices: allowed are 0 to {num_classes - 1}, and in the "
-                f"truth {IGNORE} for voxels to ignore. Name the missing values in data.classes."
-            )
     # background on both sides is most of a scan and enters no count
     somewhere = (truth > 0) | (prediction > 0)
     pairs = truth[somewhere].astype(np.intp) * num_classes + prediction[somewhere]
@@ -236,11 +246,30 @@ def measure_case(
                 lesion_found=tuple(in_truth.hit[its].tolist()),
                 lesion_widths=tuple(in_truth.width[its].tolist()) if truth.ndim == 2 else (),
                 lesions_predicted=int(predicted.sum()),
-                lesions_false=int((predicted & ~in_prediction.hit).sum()),
+                false_sizes=tuple(in_prediction.size[predicted & ~in_prediction.hit].tolist()),
             )
         )
     steps = tuple(float(step) for step in spacing)
     return CaseMeasures(tuple(classes), steps, diagonal(truth.shape, spacing), tolerance, int(evaluated.sum()))
+
+
+def _refuse_strange(truth: NDArray[np.integer], prediction: NDArray[np.integer], num_classes: int) -> None:
+    if truth.shape != prediction.shape:
+        raise InputError(
+            f"truth has shape {truth.shape} and the prediction has shape {prediction.shape}: they must be equal. "
+            "Resample the prediction to the truth's grid first."
+        )
+    if truth.ndim not in (2, 3):
+        raise InputError(f"a label map has axes (y, x) or (z, y, x); this one has shape {truth.shape}")
+    evaluated = truth != IGNORE
+    for name, labels in (("truth", truth), ("prediction", prediction)):
+        known = labels[evaluated]
+        if known.size and (known.min() < 0 or known.max() >= num_classes):
+            strange = [int(value) for value in np.unique(known) if not 0 <= value < num_classes]
+            raise InputError(
+                f"the {name} holds {strange}, which are no class indices: allowed are 0 to {num_classes - 1}, and in the "
+                f"truth {IGNORE} for voxels to ignore. Name the missing values in data.classes."
+            )
 
 
 def _surfaces(

@@ -13,6 +13,7 @@ from finetune.evaluation import Measured
 from finetune.labelled import FoldedData
 from finetune.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.recipe import FinetuneRecipe
+from finetune.targets import targets_of
 from resunet.checkpoint import ModelConfig
 from resunet.ensemble import Ensemble
 from resunet.progress import progress
@@ -39,9 +40,9 @@ def predict_left_out(
     ensemble: Ensemble, data: FoldedData, recipe: FinetuneRecipe, accelerator: Accelerator
 ) -> list[list[Measured]]:
     """The val cases of each fold, as its own network predicts them; nothing is post-processed."""
-    quiet, classes = not accelerator.is_main_process, len(recipe.data.classes)
+    quiet, targets = not accelerator.is_main_process, targets_of(recipe.data.classes, recipe.data.regions)
     return [
-        measure_cases(member, data.val(fold), classes, accelerator.device, recipe.precision, accelerator, quiet)
+        measure_cases(member, data.val(fold), targets, accelerator.device, recipe.precision, accelerator, quiet)
         for fold, member in enumerate(ensemble.members)
     ]
 

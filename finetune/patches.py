@@ -1,75 +1,137 @@
-"""Training patches: which slice, which place, as a pure function of (seed, step, rank)."""
+"""Training patches: which slice or volume, which place, as a pure function of (seed, step, rank)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resunet.data.cases import IGNORE, LoadedCase
+from resunet.data.cases import IGNORE, LoadedCase, refuse_images
 from resunet.errors import InputError
+from resunet.runtime import normalise
+
+# Positions kept of a class in a case, as nnU-Net keeps them; shared by the slices of a volume, of which each keeps some.
+_MOST, _LEAST = 10_000, 100
+
+Window = tuple[int, int]  # first and last + 1 on an axis
+
+
+class Patches(NamedTuple):
+    """images: (N, C, *patch) float32. labels: (N, *patch) uint8, IGNORE beyond the scan. spacing: (N, 2 or 3) float32, mm."""
+
+    images: Tensor
+    labels: Tensor
+    spacing: Tensor
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One labelled slice: where it is, and where its foreground is, as (n, 2) positions (y, x)."""
+    """What patches are cut from: a slice of a case, or with index None all of it.
+
+    foreground: class index → positions (n, dimensions), where there are many a random part of them.
+    """
 
     case: LoadedCase
-    index: int
-    foreground: NDArray[np.int32]
+    index: int | None
+    foreground: Mapping[int, NDArray[np.int32]]
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        axis = None if self.index is None else self.case.axis
+        return tuple(mm for i, mm in enumerate(self.case.spacing) if i != axis)
 
 
 class PatchSampler:
-    """Draws patches from labelled cases; a share of them centred on a pixel of a class (nnU-Net's oversampling).
+    """Draws patches from labelled cases; a share of them centred on a pixel of a class.
 
-    Slices are drawn with replacement: a handful of labelled slices has no epochs worth the name. Slices without any
-    contrast are left out.
+    The class is drawn first, each alike, then a slice or volume that holds it, then its pixel: rare classes are seen as often
+    as frequent ones. nnU-Net (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z, supplementary note 2) draws the case first.
+
+    Patches of two sides are cut from slices, of three from volumes, with replacement: a handful of labelled scans has no epochs
+    worth the name. Slices without any contrast are left out.
 
     Raises:
-        InputError: no slice has any.
+        InputError: no slice has any; no pixel of any class, so that there is nothing to learn; an image, for patches of three.
     """
 
-    def __init__(self, cases: Sequence[LoadedCase], patch: tuple[int, int], foreground: float) -> None:
-        self.patch = patch
+    def __init__(self, cases: Sequence[LoadedCase], patch: Sequence[int], foreground: float) -> None:
+        self.patch = tuple(patch)
         self.share = foreground
-        self.slices = [
-            Labelled(case, i, _foreground(case.label_slice(i)))
-            for case in cases
-            for i in range(case.num_slices)
-            if not case.is_constant(i)
-        ]
-        if not self.slices:
+        refuse_images(cases, len(patch))
+        self.units = [unit for case in cases for unit in _units(case, whole=len(patch) == 3)]
+        if not self.units:
             raise InputError("The labelled training cases hold no slice with any contrast. Check the images, or label others.")
-        self.with_foreground = [one for one in self.slices if len(one.foreground)]
-
-    def batch(self, size: int, entropy: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """images (size, C, *patch) float32 and labels (size, *patch) uint8; where a slice ends, labels are IGNORE."""
-        rng = np.random.default_rng(list(entropy))
-        images, labels = [], []
-        for _ in range(size):
-            centred = bool(self.with_foreground) and rng.random() < self.share
-            one = (self.with_foreground if centred else self.slices)[
-                rng.integers(len(self.with_foreground if centred else self.slices))
-            ]
-            place = one.foreground[rng.integers(len(one.foreground))] if centred else None
-            image, label = one.case.image_slice(one.index), one.case.label_slice(one.index)
-            rows, columns = (
-                _window(n, side, None if place is None else int(place[axis]), rng)
-                for axis, (n, side) in enumerate(zip(label.shape, self.patch, strict=True))
+        classes = sorted({index for one in self.units for index in one.foreground})
+        self.holding = [[(one, one.foreground[index]) for one in self.units if index in one.foreground] for index in classes]
+        if not classes:
+            raise InputError(
+                f"None of the {len(cases)} training cases has a pixel of any class: all is background or ignored, and there is "
+                "nothing to learn. Check data.classes and the masks, or train on other cases (data.labelled, data.draw)."
             )
-            images.append(_cut(image, rows, columns, edge=True))
-            labels.append(_cut(label, rows, columns, edge=False))
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+
+    def batch(self, size: int, entropy: Sequence[int]) -> Patches:
+        """`size` patches; beyond the end of a slice or volume its edge goes on, with labels IGNORE."""
+        rng = np.random.default_rng(list(entropy))
+        images, labels, spacing = [], [], []
+        for _ in range(size):
+            place: NDArray[np.int32] | None = None
+            if rng.random() < self.share:
+                holding = self.holding[rng.integers(len(self.holding))]
+                one, positions = holding[rng.integers(len(holding))]
+                place = positions[rng.integers(len(positions))]
+            else:
+                one = self.units[rng.integers(len(self.units))]
+            values, truth = _arrays(one)
+            windows = [
+                _window(n, side, None if place is None else int(place[axis]), rng)
+                for axis, (n, side) in enumerate(zip(truth.shape, self.patch, strict=True))
+            ]
+            images.append(normalise(_cut(values, windows, edge=True), one.case.intensities))
+            labels.append(_cut(truth, windows, edge=False))
+            spacing.append(one.spacing)
+        return Patches(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(spacing))
 
 
-def _foreground(labels: NDArray[np.uint8]) -> NDArray[np.int32]:
-    return np.argwhere((labels != 0) & (labels != IGNORE)).astype(np.int32)
+def _units(case: LoadedCase, whole: bool) -> list[Labelled]:
+    assert case.labels is not None
+    if whole:
+        constant = all(case.is_constant(index) for index in range(case.num_slices))
+        return [] if constant else [Labelled(case, None, _foreground(case.labels, _MOST))]
+    most = max(_MOST // case.num_slices, _LEAST)
+    return [
+        Labelled(case, index, _foreground(case.label_slice(index), most))
+        for index in range(case.num_slices)
+        if not case.is_constant(index)
+    ]
 
 
-def _window(size: int, side: int, centre: int | None, rng: np.random.Generator) -> tuple[int, int]:
-    """First and last + 1 of a window of `side` on an axis of `size`; it may reach out only where the axis is shorter."""
+def _foreground(labels: NDArray[np.uint8], most: int) -> dict[int, NDArray[np.int32]]:
+    """Class index → its positions, `most` of them at random where there are more; the same every time."""
+    found = {}
+    for index in np.flatnonzero(np.bincount(labels.ravel(), minlength=1)):
+        if index in (0, IGNORE):
+            continue
+        positions = np.flatnonzero(labels == index)
+        if len(positions) > most:
+            positions = np.sort(np.random.default_rng(int(index)).choice(positions, most, replace=False))
+        found[int(index)] = np.stack(np.unravel_index(positions, labels.shape), axis=1).astype(np.int32)
+    return found
+
+
+def _arrays(one: Labelled) -> tuple[NDArray, NDArray[np.uint8]]:
+    """Views of values (C, *size), not normalised, and labels (*size)."""
+    assert one.case.labels is not None
+    if one.index is None or one.case.axis is None:
+        return one.case.values, one.case.labels
+    at = (slice(None),) * one.case.axis + (one.index,)
+    return one.case.values[(slice(None), *at)], one.case.labels[at]
+
+
+def _window(size: int, side: int, centre: int | None, rng: np.random.Generator) -> Window:
+    """A window of `side` on an axis of `size`; it may reach out only where the axis is shorter."""
     if size <= side:
         start = -((side - size) // 2)
     elif centre is None:
@@ -80,14 +142,12 @@ def _window(size: int, side: int, centre: int | None, rng: np.random.Generator) 
     return start, start + side
 
 
-def _cut(values: NDArray, rows: tuple[int, int], columns: tuple[int, int], edge: bool) -> NDArray:
-    """values (…, Y, X) → the window; beyond the image its edge goes on, or IGNORE stands."""
-    height, width = values.shape[-2:]
-    inside = values[..., max(rows[0], 0) : rows[1], max(columns[0], 0) : columns[1]]
-    pad = [(0, 0)] * (values.ndim - 2) + [
-        (max(-rows[0], 0), max(rows[1] - height, 0)),
-        (max(-columns[0], 0), max(columns[1] - width, 0)),
-    ]
-    if not any(any(p) for p in pad):
+def _cut(values: NDArray, windows: Sequence[Window], edge: bool) -> NDArray:
+    """values (…, *size) → the window; beyond the scan its edge goes on, or IGNORE stands."""
+    size = values.shape[-len(windows) :]
+    inside = values[(slice(None),) * (values.ndim - len(windows)) + tuple(slice(max(a, 0), b) for a, b in windows)]
+    beyond = [(max(-first, 0), max(last - n, 0)) for (first, last), n in zip(windows, size, strict=True)]
+    if not any(map(any, beyond)):
         return inside
+    pad = [(0, 0)] * (values.ndim - len(windows)) + beyond
     return np.pad(inside, pad, mode="edge") if edge else np.pad(inside, pad, constant_values=IGNORE)

@@ -20,13 +20,15 @@ from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
 from finetune.timing import Cost, measure_cost
 from resunet.config import PercentileZScore, Precision, validate
+from resunet.data.cases import IGNORE
 from resunet.doctor import fastest_precision
 from resunet.training import start_ranks
 
-# Largest side of a patch and pixels of a batch. On a CPU 8 patches of 128² train the half-width network in about 0.15 s.
-_SIDE = {"cpu": 256, "cuda": 512}
-_BATCH_PIXELS = {"cpu": 2**17, "cuda": 2**20}
-_FEWEST, _MOST = 4, 32  # patches: fewer make batch statistics noisy, more gain little
+# Largest side of a patch and pixels of a batch, of slices and of volumes. On a CPU 8 patches of 128² train the half-width network
+# in about 0.15 s. On a GPU nnU-Net takes 128³, two at a time: a patch of a volume has the statistics of many of slices.
+_SIDE = {"cpu": {2: 256, 3: 64}, "cuda": {2: 512, 3: 128}}
+_BATCH_PIXELS = {"cpu": {2: 2**17, 3: 2**18}, "cuda": {2: 2**20, 3: 2**22}}
+_FEWEST, _MOST = {2: 4, 3: 2}, {2: 32, 3: 8}  # patches: fewer make batch statistics noisy, more gain little
 _CLIPPED = 0.25  # of a class's pixels beyond a percentile: from here on its contrast goes with the clip
 _RARE = 1 / 3  # of random patches with any foreground: below it, half of all patches are centred on some
 _TRIES = 200  # random patches
@@ -74,7 +76,7 @@ class Plan:
         return {
             "reading": self.read_seconds,
             "steps": self.cost.step * self.recipe.steps,
-            "validation": self.validation_seconds(val) * times,
+            "validation": (self.cost.statistics + self.validation_seconds(val)) * times,
             "test": self.validation_seconds(test),
         }
 
@@ -110,7 +112,7 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
     plan = Plan(
         given, decided, parts, tuple(choices), (), tuple(data.source.notes()), compared, random_foreground, read_seconds, cost
     )
-    validating = choose_validate_every(given, cost, plan.validation_seconds(val))
+    validating = choose_validate_every(given, cost, cost.statistics + plan.validation_seconds(val))
     choices.append(validating)
     return replace(
         plan,
@@ -133,6 +135,8 @@ def _warnings(
     )
     found = [f"{one}, by patient or by the image itself: {consequence}." for one in leaks]
     found += geometry_warnings(mismatches)
+    if (folds := decided.data.folds) is not None:
+        found.append(f"Sizes, time and memory are those of one fold of {folds}; all of them take {folds} times as long.")
     return found + warnings_of(decided, data.source.has_groups, parts, names)
 
 
@@ -141,11 +145,11 @@ def recommend(
 ) -> list[Choice]:
     """The choices that need no timing of the recipe itself; `fastest` of the precisions on this machine."""
     assert recipe.model.channels is not None
-    stride = 2 ** (len(recipe.model.channels) - 1)
-    patch = _choose_patch(recipe, train, stride, _SIDE[device])
+    stride, dims = 2 ** (len(recipe.model.channels) - 1), recipe.model.spatial_dims
+    patch = _choose_patch(recipe, train, stride, _SIDE[device][dims])
     return [
         patch,
-        _choose_batch(recipe, patch.value, _BATCH_PIXELS[device]),
+        _choose_batch(recipe, patch.value, _BATCH_PIXELS[device][dims]),
         *_choose_clip(recipe, train, names),
         _choose_foreground(recipe, random_foreground),
         _choose_precision(recipe, fastest),
@@ -153,20 +157,29 @@ def recommend(
 
 
 def _choose_patch(recipe: FinetuneRecipe, train: PartFacts, stride: int, largest: int) -> Choice:
-    planes = np.median([case.plane for case in train.cases], axis=0)
-    sides = tuple(_to_multiple(min(float(side), largest), stride) for side in planes)
-    shown = " × ".join(f"{side:g}" for side in planes)
-    reason = f"the median slice is {shown} pixels; the nearest multiple of {stride}, the coarsest stride"
-    if max(planes) > largest:
+    volumes = recipe.model.spatial_dims == 3
+    median = np.median([case.size if volumes else case.plane for case in train.cases], axis=0)
+    sides = tuple(_to_multiple(min(float(side), largest), stride) for side in median)
+    shown = " × ".join(f"{side:g}" for side in median)
+    reason = (
+        f"the median {'volume' if volumes else 'slice'} is {shown} {'voxels' if volumes else 'pixels'}; the nearest multiple "
+    )
+    reason += f"of {stride}, the coarsest stride"
+    if max(median) > largest:
         reason += f", of at most {largest} a side, so that several fit into a batch"
+    if volumes and train.in_mm:
+        spacing = np.median([case.spacing for case in train.cases], axis=0)
+        extent = " × ".join(f"{side * mm:.3g}" for side, mm in zip(sides, spacing, strict=True))
+        reason += f"; that is {extent} mm at the median spacing"
     return Choice("patch", sides, recipe.patch, reason)
 
 
 def _choose_batch(recipe: FinetuneRecipe, patch: Sequence[int], pixels: int) -> Choice:
-    ranks = recipe.processes
-    wanted = min(_MOST, max(_FEWEST, pixels // int(np.prod(patch))))
+    ranks, fewest, most = recipe.processes, _FEWEST[len(patch)], _MOST[len(patch)]
+    wanted = min(most, max(fewest, pixels // int(np.prod(patch))))
     value = max(1, round(wanted / ranks)) * ranks
-    reason = f"about {pixels:,} pixels a step, but {_FEWEST} patches at least (batch statistics) and {_MOST} at most"
+    what = "pixels" if len(patch) == 2 else "voxels"
+    reason = f"about {pixels:,} {what} a step, but {fewest} patches at least (batch statistics) and {most} at most"
     return Choice("batch", value, recipe.batch, reason + (f", divided by {ranks} ranks" if ranks > 1 else ""))
 
 
@@ -215,12 +228,14 @@ def choose_validate_every(recipe: FinetuneRecipe, cost: Cost, validation: float)
     return Choice("validate_every", value, recipe.validate_every, reason)
 
 
-def foreground_of_random_patches(data: LabelledData, patch: tuple[int, int]) -> float:
+def foreground_of_random_patches(data: LabelledData, patch: Sequence[int]) -> float:
     """The share of patches that hold a labelled pixel of any class when nothing is centred on one."""
     sampler = PatchSampler(data.train, patch, 0.0)
-    _, labels = sampler.batch(_TRIES, (0, 0))
-    foreground = (labels != 0) & (labels != 255)
-    return float(foreground.flatten(1).any(dim=1).float().mean())
+    hold = 0
+    for number in range(_TRIES):
+        labels = sampler.batch(1, (0, number)).labels
+        hold += bool(((labels != 0) & (labels != IGNORE)).any())
+    return hold / _TRIES
 
 
 def apply(recipe: FinetuneRecipe, choices: Sequence[Choice]) -> FinetuneRecipe:
@@ -247,5 +262,5 @@ def _plain(value: Any) -> str:
 
 
 def _to_multiple(size: float, stride: int) -> int:
-    """The nearest multiple, two at least: norms need more than one position at the coarsest level."""
-    return max(2, int(size / stride + 0.5)) * stride
+    """The nearest multiple, two at least: norms need more than one position at the coarsest level. Recipes want 8 at least."""
+    return max(2, int(size / stride + 0.5), -(-8 // stride)) * stride

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.facts import PERCENTILES, PartFacts
 from finetune.plan import Plan, reasons
+from finetune.targets import targets_of
 from finetune.timing import GIB
 from resunet.errors import InputError
 from resunet.files import write_text
@@ -28,12 +29,12 @@ def page(plan: Plan) -> str:
     names = list(plan.given.data.classes.values())[1:]
     blocks = [
         ("Cases", _table([["part", "cases", "groups", "slices", "with a class"], *map(_counts, filter(_any, plan.parts))])),
-        ("Sizes and spacing", "\n".join(_sizes(plan.parts))),
+        ("Sizes and spacing", "\n".join(_sizes(plan.parts, plan.given.model.spatial_dims))),
         (
             "Intensities, the median over the cases of each part's percentiles",
             _table([["part", *(f"{p:g} %" for p in PERCENTILES)], *map(_intensities, filter(_any, plan.parts))]),
         ),
-        ("Classes", _table([["class", "part", "cases", "of pixels"], *_shares(plan.parts, names)])),
+        ("Classes", _table([["class", "part", "cases", "of pixels"], *_shares(plan.parts, names)]) + _regions(plan)),
         (f"Objects of train ({'8' if train.dimensions == 2 else '26'}-connected)", _table(_objects(train, names))),
         ("What the recipe should say", "\n".join(_choices(plan))),
         ("Time and memory", "\n".join(_cost(plan))),
@@ -104,7 +105,7 @@ def _counts(part: PartFacts) -> list[str]:
     return [part.name, str(len(part.cases)), str(len(part.groups)), str(slices), f"{with_class} ({with_class / slices:.0%})"]
 
 
-def _sizes(parts: Sequence[PartFacts]) -> list[str]:
+def _sizes(parts: Sequence[PartFacts], spatial_dims: int) -> list[str]:
     cases = [case for part in parts for case in part.cases]
     lines = []
     for dimensions, axes in ((2, "y × x"), (3, "z × y × x")):
@@ -123,7 +124,7 @@ def _sizes(parts: Sequence[PartFacts]) -> list[str]:
                 f"  spacing: median {_times(median)} mm{_range(spacing)}; anisotropy {max(median) / min(median):.2g} "
                 "(coarsest over finest axis of the median)"
             )
-        if dimensions == 3:
+        if dimensions == 3 and spatial_dims == 2:
             lines.append(
                 f"  sliced along the coarsest axis: median slice {_times(np.median([c.plane for c in its], axis=0))} pixels"
             )
@@ -141,6 +142,15 @@ def _shares(parts: Sequence[PartFacts], names: Sequence[str]) -> list[list[str]]
         for index, name in enumerate(names)
         for part in filter(_any, parts)
     ]
+
+
+def _regions(plan: Plan) -> str:
+    """What the loss and the figures are of, where that is not the classes."""
+    data = plan.given.data
+    if data.regions is None:
+        return ""
+    described = targets_of(data.classes, data.regions).described(list(data.classes.values()))
+    return "\n".join(["\n\nTrained and judged by regions, unions of these classes:", *(f"  {one}" for one in described)])
 
 
 def _objects(train: PartFacts, names: Sequence[str]) -> list[list[str]]:
@@ -179,12 +189,14 @@ def _cost(plan: Plan) -> list[str]:
     memory = f"{cost.memory / GIB:.2g} GiB " + (
         "on the GPU" if cost.device == "cuda" else "of the process at its peak, data included"
     )
-    views = plan.recipe.steps * plan.recipe.batch * plan.recipe.accumulate / max(1, sum(c.slices for c in plan.parts[0].cases))
+    what = "volume" if plan.recipe.model.spatial_dims == 3 else "slice"
+    count = sum(1 if what == "volume" else case.slices for case in plan.parts[0].cases)
+    views = plan.recipe.steps * plan.recipe.batch * plan.recipe.accumulate / max(1, count)
     lines = [
         f"{cost.step:.3g} s a step (median of {cost.steps_measured} on this machine's {cost.device}, as planned above)",
         f"{_duration(sum(seconds.values()))} for {plan.recipe.steps} steps: {each}",
         f"{memory}",
-        f"{plan.recipe.steps} steps show each training slice {views:.3g} times",
+        f"{plan.recipe.steps} steps show each training {what} {views:.3g} times",
     ]
     if cost.device == "cpu" and cost.busy > _BUSY:
         lines.append(f"other work ran beside it (load {cost.busy:.1f} for each core): alone it is faster")

@@ -8,28 +8,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from nibabel.openers import ImageOpener
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import nn
 
+from finetune.alarms import requested_threshold
 from finetune.inputs import Input, list_inputs
 from finetune.masks import Prediction, write_prediction
 from finetune.window import Inference, predict_values
 from resunet.checkpoint import WEIGHTS, ModelConfig, model_folder
 from resunet.config import Precision
-from resunet.data.cases import Case, LoadedCase, intensities_of, read_case
-from resunet.data.formats import named
-from resunet.data.images import Scan, channel_count, read_scan
+from resunet.data.cases import LoadedCase, intensities_of, read_case
 from resunet.errors import EnvironmentFault, InputError
 from resunet.files import sha256
+from resunet.layout import place
 from resunet.model import load_finetuned
 from resunet.progress import progress, say
-from resunet.runtime import slice_axis
+from resunet.runtime import remove_objects, slice_axis
 
 _PATIENCE = datetime.timedelta(days=30)  # ranks that are done wait for those that have larger files
 
@@ -39,6 +38,8 @@ class PredictRequest(Inference):
 
     precision: Precision = "fp32"
     probabilities: bool = False
+    threshold: float | None = Field(None, gt=0, lt=1, description="of the foreground's probability, not the usual 0.5")
+    operating_point: bool = Field(False, description="the model's own threshold, for its budget of false alarms")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
         raise EnvironmentFault("--precision fp16: needs a GPU, and none is visible. On a CPU use bf16 or fp32.")
     folder = model_folder(model)
     network, config = load_finetuned(folder)
+    threshold = requested_threshold(config, request.threshold, request.operating_point, request.probabilities)
     found = list_inputs(inputs, config.input_channels)
     # without a GPU Accelerate joins ranks only where it is told to use the CPU
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
@@ -84,7 +86,9 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
     state.wait_for_everyone()  # every rank has seen that `out` is free before the first file is in it
     if main:
         say(_announcement(len(found.scans), found.strangers, state, request))
-    network = network.to(state.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if (decision := _decision(config, threshold, request)) is not None:
+            say(decision)
+    network = place(network, state.device)
     weights = sha256(folder / WEIGHTS)
     share = found.scans[state.process_index :: state.num_processes]
     faults = list(found.faults) if main else []
@@ -93,7 +97,7 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
         say(fault)
     for one in progress(share, len(share), "predict", quiet=not main):
         try:
-            prediction = _predict_one(network, one, config, weights, state.device, request)
+            prediction = _predict_one(network, one, config, weights, state.device, request, threshold)
             write_prediction(prediction, out, one.name)
         except InputError as error:
             faults.append(str(error))
@@ -108,62 +112,39 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
 
 
 def _predict_one(
-    network: nn.Module, one: Input, config: ModelConfig, weights: str, device: torch.device, request: PredictRequest
+    network: nn.Module,
+    one: Input,
+    config: ModelConfig,
+    weights: str,
+    device: torch.device,
+    request: PredictRequest,
+    threshold: float | None,
 ) -> Prediction:
     assert config.classes is not None
-    scan = _read(one.case, config.input_channels)
-    if scan.format == "nifti":
-        _refuse_zero_spacing(one.case.files)
+    scan = read_case(one.case, config.input_channels)
     values = np.ascontiguousarray(scan.values)
     axis = slice_axis(scan.spacing) if values.ndim == 4 else None
     intensities = intensities_of(values, config.normalisation)
     where = str(one.case.files[0])
     try:
-        made = predict_values(network, values, axis, intensities, device, request.precision, request, request.probabilities)
+        scores = request.probabilities or threshold is not None
+        made = predict_values(network, values, axis, intensities, device, request.precision, request, scores)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    if threshold is not None:
+        made = (made[0] > threshold).astype(np.uint8)
+    elif not request.probabilities:
+        made = remove_objects(made, config.object_rules())
     return Prediction(made, config.classes, one.case.files, scan.format, scan.orientation, weights)
 
 
-def _read(case: Case, channels: str | int) -> Scan:
-    """A scan with the model's channels.
-
-    Raises:
-        InputError: unreadable, or other channels, in words of a prediction.
-    """
-    try:
-        return read_case(case, channels)
-    except InputError:
-        there = len(case.files) if case.file_per_channel else len(read_scan(_files(case), None).values)
-        if there in ((1, 3) if isinstance(channels, str) else (channels,)):
-            raise
-        wanted = channel_count(channels)
-        raise InputError(
-            f"{case.where()}: has {there} {'channel' if there == 1 else 'channels'}, the model takes {wanted} ({channels}). "
-            "Give it scans like those it was trained on; channels in files of their own come as an nnU-Net data set."
-        ) from None
-
-
-def _refuse_zero_spacing(files: Sequence[Path]) -> None:
-    """ITK and nibabel read a NIfTI spacing of 0 as 1, without a word: which slices are thick would be made up."""
-    for path in files:
-        with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with named(path, ".nii.gz" if packed else ".nii") as name:
-            kind = type(nibabel.load(name))
-            assert issubclass(kind, nibabel.Nifti1Image)  # which a Nifti2Image is, too
-            with ImageOpener(name) as file:
-                header = kind.header_class.from_fileobj(file, check=False)  # the check would put 1 there
-        spacing = [float(value) for value in header["pixdim"][1 : 1 + min(int(header["dim"][0]), 3)]]
-        if 0 in spacing:
-            raise InputError(
-                f"{path}: the spacing in its header is {' × '.join(f'{value:g}' for value in spacing)} mm; every one must be "
-                "above 0. Convert it again from its original, or correct pixdim."
-            )
-
-
-def _files(case: Case) -> Path | tuple[Path, ...]:
-    return case.files if len(case.files) > 1 else case.files[0]
+def _decision(config: ModelConfig, threshold: float | None, request: PredictRequest) -> str | None:
+    """How masks are decided, where that is not the usual way."""
+    if threshold is not None:
+        return f"masks: where the probability is above {threshold:.6g}, not post-processed"
+    if config.postprocessing is None or not config.postprocessing.rules or request.probabilities:
+        return None
+    return f"post-processing: {config.postprocessing.described()}"
 
 
 def _announcement(scans: int, strangers: int, state: PartialState, request: PredictRequest) -> str:

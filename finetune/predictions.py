@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.evaluation import EvaluateRequest, Measured, cases_of_split, new_folder, write
-from finetune.metrics import measure_case
+from finetune.metrics import measure_targets
+from finetune.targets import targets_of
 from resunet.config import PercentileZScore
 from resunet.data.cases import Case, LoadedCase, encode_labels, load_cases
 from resunet.data.images import READABLE, read_mask, read_scan, stem_of, suffix_of
@@ -22,6 +23,7 @@ from resunet.progress import progress, say
 R = TypeVar("R")
 Progress = Callable[[Iterable[R], int], Iterable[R]]
 
+_UNKNOWN = "Not known: the masks are counted as the other program made them."
 _SHOWN = 20
 _MOST_CLASSES = 254
 _SAME_SPACING = 1e-3  # of it
@@ -145,12 +147,17 @@ def evaluate_masks(folder: Path, request: EvaluateRequest, out: Path | None) -> 
         request.ignore,
         progress=lambda items, total: progress(items, total, "read"),
     )
-    measured = []
+    measured, targets = [], targets_of(classes)
     for case in progress(loaded, len(loaded), "evaluate"):
         assert case.labels is not None
         predicted = predictions.read(case, classes)
-        measured.append(Measured(case, measure_case(case.labels, predicted, len(classes), case.spacing, request.tolerance)))
-    write(out, measured, list(classes.values()), request.split, notes, None, lambda case: predictions.read(case, classes))
+        measured.append(Measured(case, measure_targets(case.labels, predicted, targets, case.spacing, request.tolerance)))
+    title = f"Evaluation of masks on {request.split}"
+
+    def predict(case: LoadedCase) -> NDArray[np.uint8]:
+        return predictions.read(case, classes)
+
+    write(out, measured, targets, request.split, notes, None, predict, postprocessing=_UNKNOWN, title=title)
     return out
 
 

@@ -1,27 +1,40 @@
 """The fine-tuning recipe: every key, its range and its default."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from resunet.architecture import ResUNetArchitecture, UNetArchitecture, Widths
 from resunet.blocks import NormKind
 from resunet.config import DataSettings, Frozen, Normalisation, Recipe
+from resunet.regions import Regions, members_of, refuse_wrong_regions
 
 Range = tuple[float, float]
+Patch = Annotated[tuple[int, ...], Field(min_length=2, max_length=3)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+_DEFAULT_CHANNELS = ResUNetArchitecture().channels
 
 
 class LabelledSettings(DataSettings):
     """What is labelled, how, and how much of it is used."""
 
     classes: dict[int, str] = Field(description="raw mask value → name, background first")
+    regions: Regions | None = Field(
+        None,
+        description="name → classes that it is the union of; regions may overlap. The loss and all figures are then of the regions "
+        "instead of the classes (see `finetune.losses`); masks and predictions stay maps of the classes; null: of the classes",
+    )
     ignore: tuple[int, ...] = Field((), description="raw mask values that nobody labelled: left out of every count")
     labelled: float | None = Field(
         None, gt=0, description="share of the pool's groups below 1, or a number of groups; null: all"
     )
     draw: int = Field(0, ge=0, description="which of the nested random draws of groups")
+    folds: int | None = Field(
+        None, ge=2, description="cross-validation: pool and val are divided into so many folds by group; null: none"
+    )
+    fold: int | None = Field(None, ge=0, description="with folds: train only this one, from 0, into OUT/fold-K; null: all")
 
     @field_validator("labelled")
     @classmethod
@@ -40,11 +53,30 @@ class LabelledSettings(DataSettings):
         return classes
 
     @model_validator(mode="after")
+    def _regions_are_of_classes(self) -> "LabelledSettings":
+        if self.regions is not None:
+            refuse_wrong_regions(self.classes, self.regions)
+        return self
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> "LabelledSettings":
+        if self.fold is not None and (self.folds is None or self.fold >= self.folds):
+            allowed = (
+                "set data.folds too" if self.folds is None else f"with data.folds={self.folds} it is at most {self.folds - 1}"
+            )
+            raise ValueError(f"fold={self.fold}: {allowed}")
+        return self
+
+    @model_validator(mode="after")
     def _no_overlap(self) -> "LabelledSettings":
         both = sorted(set(self.ignore) & set(self.classes))
         if both:
             raise ValueError(f"ignore={list(self.ignore)}: {both} are classes too; a value is one or the other")
         return self
+
+    def region_members(self) -> tuple[tuple[int, ...], ...] | None:
+        """The class indices of every region; None without regions."""
+        return None if self.regions is None else members_of(self.classes, self.regions)
 
 
 class NetworkSettings(Frozen):
@@ -53,8 +85,16 @@ class NetworkSettings(Frozen):
     name: Literal["resunet", "unet"] = "resunet"
     channels: Widths | None = Field(None, description="null: 32 to 512, and 64 to 1024 for the plain U-Net")
     units: int = Field(2, ge=1, description="residual units a level (resunet)")
+    spatial_dims: Literal[2, 3] = Field(2, description="2: images, and volumes slice by slice; 3: volumes as they are")
     norm: NormKind | None = Field(None, description="null: the encoder's, and batch from scratch")
     squeeze_excite: bool = Field(False, description="on the skips (resunet)")
+    statistics: Literal["running", "frozen", "precise"] = Field(
+        "running",
+        description="of batch norm. running: averages over the last batches; frozen: a transferred encoder keeps those of "
+        "pretraining, its scale and shift train; precise: recomputed over statistics_batches training batches before every "
+        "validation (Wu & Johnson 2021, arXiv 2105.07576)",
+    )
+    statistics_batches: int = Field(32, ge=1, description="of `batch` patches, for precise statistics")
 
     @model_validator(mode="after")
     def _only_what_the_unet_has(self) -> "NetworkSettings":
@@ -65,8 +105,15 @@ class NetworkSettings(Frozen):
     def architecture(self, in_channels: int, num_classes: int, norm: NormKind) -> ResUNetArchitecture | UNetArchitecture:
         assert self.channels is not None, "resolve() comes first"
         if self.name == "unet":
-            return UNetArchitecture(in_channels=in_channels, num_classes=num_classes, channels=self.channels, norm=norm)
+            return UNetArchitecture(
+                spatial_dims=self.spatial_dims,
+                in_channels=in_channels,
+                num_classes=num_classes,
+                channels=self.channels,
+                norm=norm,
+            )
         return ResUNetArchitecture(
+            spatial_dims=self.spatial_dims,
             in_channels=in_channels,
             num_classes=num_classes,
             channels=self.channels,
@@ -81,13 +128,13 @@ class ElasticSettings(Frozen):
 
     probability: Probability = 0.5
     sigma: float = Field(10.0, gt=0, description="pixels, of the Gaussian that smooths the field")
-    alpha: float = Field(30.0, ge=0, description="pixels, factor on the smoothed field")
+    alpha: float = Field(30.0, ge=0, description="pixels, factor on the smoothed field; as strong in 3D as in 2D")
 
 
 class AugmentSettings(Frozen):
     """What every training patch goes through, image and mask alike; see `finetune.augment`."""
 
-    rotation: float = Field(15.0, ge=0, le=180, description="degrees, either way")
+    rotation: float = Field(15.0, ge=0, le=180, description="degrees, either way; of volumes about every axis")
     elastic: ElasticSettings = ElasticSettings()
     contrast: Range = Field((0.8, 1.2), description="factor on the deviation from the patch's mean")
     flip: Probability = Field(0.5, description="left–right")
@@ -110,7 +157,11 @@ class LossSettings(Frozen):
         0.0, ge=0, description="of the Dice of single components: small ones count as much as large"
     )
     class_weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="class name → weight in focal and Dice; classes that are not named have 1"
+        None,
+        description="class name → weight in focal and Dice, with data.regions region name → weight; what is not named has 1",
+    )
+    deep_supervision: bool = Field(
+        False, description="the decoder's coarser levels learn too, each at half the weight of the finer (nnU-Net)"
     )
 
     @model_validator(mode="after")
@@ -125,9 +176,32 @@ class OptimizerSettings(Frozen):
 
     lr: float = Field(1e-3, gt=0, description="at the end of the warm-up")
     weight_decay: float = Field(1e-2, ge=0, description="not on norms and biases")
-    encoder_lr_factor: float = Field(1.0, gt=0, description="on the learning rate, for a transferred encoder")
-    decoder_first: float = Field(0.0, ge=0, lt=1, description="share of steps in which a transferred encoder stands still")
+    decay: Literal["cosine", "polynomial"] = Field(
+        "cosine", description="after the warm-up; polynomial: (1 − progress)^0.9 (nnU-Net)"
+    )
+    encoder_lr_factor: float = Field(
+        1.0,
+        gt=0,
+        description="on the learning rate, for a transferred encoder (discriminative rates: Howard & Ruder 2018, arXiv 1801.06146)",
+    )
+    decoder_first: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of steps in which a transferred encoder stands still (after Kumar et al. 2022, arXiv 2202.10054)",
+    )
+    sawtooth: bool = Field(
+        False,
+        description="the rate rises and falls while the decoder goes first, then again for the whole network (Wald et al. 2024, "
+        "arXiv 2412.17041); from scratch, once",
+    )
     clip: float = Field(12.0, gt=0, description="largest norm of the gradient")
+
+    @model_validator(mode="after")
+    def _sawtooth_has_two_teeth(self) -> "OptimizerSettings":
+        if self.sawtooth and not self.decoder_first:
+            raise ValueError("sawtooth=true: needs decoder_first above 0, its first tooth's share of steps; for example 0.1")
+        return self
 
 
 class FinetuneRecipe(Recipe):
@@ -140,30 +214,85 @@ class FinetuneRecipe(Recipe):
     model: NetworkSettings = NetworkSettings()
     batch: int = Field(8, ge=1, description="patches a step, over all ranks")
     accumulate: int = Field(1, ge=1, description="batches an optimiser step")
-    patch: tuple[int, int] = Field((128, 128), description="pixels, (y, x)")
-    foreground: Probability = Field(0.33, description="share of patches that are centred on a pixel of a class")
+    patch: Patch = Field(
+        (128, 128),
+        validate_default=True,
+        description="pixels, (y, x); of model.spatial_dims=3 (z, y, x); 128 a side by default, of volumes 64",
+    )
+    foreground: Probability = Field(0.33, description="share of patches that are centred on a class, each class as often")
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay a step of the weights' moving average, which is then validated and saved, for example 0.999; null: none",
+    )
     validate_every: int = Field(50, ge=1)
     evaluate_test: bool = Field(True, description="at the end; false while val still chooses between recipes")
+    # by default none: rules that few val groups choose would stand between two networks that are compared, and a second
+    # object that no labelled case had would be removed without a word
+    postprocess: Literal["none", "validate"] = Field(
+        "none", description="validate: removal of predicted objects, if that raises Dice on val and loses no lesion"
+    )
+    false_alarms_per_1000: float | None = Field(
+        None, gt=0, lt=1000, description="on cases without target: a threshold is chosen on val that keeps to it"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patch_of_volumes(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "patch" not in values:
+            model = values.get("model")
+            dims = model.get("spatial_dims") if isinstance(model, dict) else getattr(model, "spatial_dims", None)
+            if dims == 3:
+                return values | {"patch": (64, 64, 64)}
+        return values
 
     @field_validator("patch")
     @classmethod
-    def _patch_has_room(cls, value: tuple[int, int]) -> tuple[int, int]:
+    def _patch_fits_the_network(cls, value: Patch, info: ValidationInfo) -> Patch:
         if min(value) < 8:
             raise ValueError(f"{list(value)}: at least 8 pixels a side")
+        if (model := info.data.get("model")) is None:  # it has a fault of its own
+            return value
+        if len(value) != model.spatial_dims:
+            sides = "two numbers, (y, x)" if model.spatial_dims == 2 else "three numbers, (z, y, x)"
+            raise ValueError(f"model.spatial_dims={model.spatial_dims} takes {sides}")
+        stride = 2 ** (len(model.channels or _DEFAULT_CHANNELS) - 1)
+        if max(value) <= stride:
+            raise ValueError(
+                f"the coarsest level, 1/{stride} of the size, would see it as one position; give it a side above {stride}, or "
+                "model.channels fewer levels"
+            )
         return value
 
     @model_validator(mode="after")
     def _weighted_classes_exist(self) -> "FinetuneRecipe":
-        unknown = sorted(set(self.loss.class_weights or {}) - set(self.data.classes.values()))
+        what, names = ("classes", self.data.classes.values()) if self.data.regions is None else ("regions", self.data.regions)
+        unknown = sorted(set(self.loss.class_weights or {}) - set(names))
         if unknown:
-            raise ValueError(f"loss.class_weights names {unknown}; the classes are {list(self.data.classes.values())}")
+            raise ValueError(f"loss.class_weights names {unknown}; the {what} are {list(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _postprocessing_is_of_classes(self) -> "FinetuneRecipe":
+        if self.postprocess == "validate" and self.data.regions is not None:
+            raise ValueError(
+                "postprocess='validate': removes objects of single classes, which would tear holes into data.regions. Leave one of "
+                "them out"
+            )
         return self
 
     @model_validator(mode="after")
     def _encoder_fits(self) -> "FinetuneRecipe":
         if self.encoder is not None and self.model.name != "resunet":
             raise ValueError(f"encoder={self.encoder}: model.name={self.model.name!r} has no place for it; use 'resunet'")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_statistics_come_from_somewhere(self) -> "FinetuneRecipe":
+        if self.model.statistics == "frozen" and self.encoder is None:
+            raise ValueError("model.statistics='frozen': keeps an encoder's, and there is none; use 'precise' or an encoder")
         return self

@@ -3,36 +3,52 @@
 `finetune.loop` trains with it; the plan and the checks before training time and try the same code.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from finetune.augment import augment
+from finetune.batch_statistics import batch_norms, moving, recompute_statistics, refuse_without_batch_norm
 from finetune.losses import segmentation_loss
+from finetune.patches import Patches
 from finetune.recipe import FinetuneRecipe
+from finetune.schedule import encoder_stands_still, rates
+from finetune.supervision import Supervised, supervised_loss
 from resunet.data.images import channel_count
-from resunet.model import ResUNet, Segmenter, build_model
-from resunet.training import learning_rate, parameter_groups, step_generator
+from resunet.errors import CheckFailed
+from resunet.layout import channels_last
+from resunet.model import ResUNet, Segmenter, UNet, build_model
+from resunet.training import parameter_groups, refuse_non_finite, step_generator, sum_over_ranks
 from resunet.transfer import Receipt, transfer_encoder
 
-_PATCHES, _AUGMENT = 2, 3  # names of the random streams
+# Names of the random streams: of training, and of the batches that statistics are recomputed from.
+_TRAINING, _STATISTICS = (2, 3), (4, 5)
+_LOWEST_SCALE = 1e-4  # as fairseq's --min-loss-scale; torch's scaler begins at 65536
 
 
 class Batches(Protocol):
     """Where batches come from: a `PatchSampler`, or the one batch of a check."""
 
-    def batch(self, size: int, entropy: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+    def batch(self, size: int, entropy: Sequence[int]) -> Patches: ...
 
 
 def build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
-    """The network, fresh but for what the receipt says. The seed makes the fresh part the same in every arm."""
+    """The network, fresh but for what the receipt says. The seed makes the fresh part the same in every arm.
+
+    Raises:
+        InputError: an encoder that does not fit, or batch statistics that the network does not have.
+    """
     torch.manual_seed(recipe.seed)
     assert recipe.model.norm is not None, "resolve() comes first"
+    refuse_without_batch_norm(recipe)
     in_channels = channel_count(recipe.data.channels)
     architecture = recipe.model.architecture(in_channels, len(recipe.data.classes), recipe.model.norm)
     model = build_model(architecture)
@@ -43,29 +59,63 @@ def build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
     return model, transfer_encoder(recipe.encoder, model, "input_channels" in recipe.allow)
 
 
-def make_optimizer(recipe: FinetuneRecipe, model: Segmenter) -> Optimizer:
-    modules: dict[str, nn.Module] = {"network": model}
-    if isinstance(model, ResUNet):
-        modules = {"encoder": model.encoder, "decoder": model.decoder, "head": model.head}
-    return AdamW(parameter_groups(modules, recipe.optimizer.weight_decay), lr=recipe.optimizer.lr)
+def supervise(recipe: FinetuneRecipe, model: Segmenter) -> nn.Module:
+    """What is trained: the model, or the model with its heads for deep supervision, fresh by the seed.
+
+    Raises:
+        InputError: deep supervision of a network with too few levels.
+    """
+    if not recipe.loss.deep_supervision:
+        return model
+    assert isinstance(model, ResUNet | UNet)
+    torch.manual_seed(recipe.seed)
+    supervised = Supervised(model)
+    supervised.heads.to(next(model.parameters()).device)
+    return supervised
+
+
+def make_optimizer(recipe: FinetuneRecipe, trained: nn.Module, receipt: Receipt | None = None) -> Optimizer:
+    """AdamW with groups named encoder, decoder and head, stem for its adapted input convolutions, heads for deep supervision."""
+    network = trained.network if isinstance(trained, Supervised) else trained
+    modules: dict[str, nn.Module] = {"network": network}
+    if isinstance(network, ResUNet):
+        modules = {"encoder": network.encoder, "decoder": network.decoder, "head": network.head}
+    if isinstance(trained, Supervised):
+        modules["heads"] = trained.heads
+    groups = parameter_groups(modules, recipe.optimizer.weight_decay)
+    adapted = {tensor.name for tensor in receipt.tensors if tensor.state == "adapted"} if receipt is not None else set()
+    if adapted:
+        stem = [parameter for name, parameter in network.named_parameters() if name in adapted]
+        ids = {id(parameter) for parameter in stem}
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        groups.append({"name": "stem", "params": stem, "weight_decay": recipe.optimizer.weight_decay})
+    return AdamW(groups, lr=recipe.optimizer.lr)
 
 
 def start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, step: int, transferred: bool) -> float:
-    """Training mode and learning rates: warm-up and cosine for all, a transferred encoder at its own rate.
+    """Training mode and learning rates of a step; the rate of all but a transferred encoder.
 
-    While the decoder goes first, a transferred encoder stands still: neither its weights nor its batch statistics move.
+    While the decoder goes first, a transferred encoder stands still: neither its weights nor its batch statistics move. Its adapted
+    input convolutions, which have seen no such input, go with the decoder.
     """
-    lr = learning_rate(step, recipe.steps, recipe.warmup, recipe.optimizer.lr)
-    still = transferred and step < recipe.optimizer.decoder_first * recipe.steps
+    lr, encoder_lr = rates(recipe, step, transferred)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-        if transferred and group["name"] == "encoder":
-            group["lr"] = 0.0 if still else lr * recipe.optimizer.encoder_lr_factor
-    model.train()
-    if still:
+        group["lr"] = encoder_lr if group["name"] == "encoder" else lr
+    training_mode(recipe, model)
+    if encoder_stands_still(recipe, step, transferred):
         assert isinstance(model, ResUNet)
         model.encoder.eval()
     return lr
+
+
+def training_mode(recipe: FinetuneRecipe, model: Segmenter) -> None:
+    """Training mode, but for the batch statistics of an encoder that the recipe keeps frozen."""
+    model.train()
+    if recipe.model.statistics == "frozen":
+        assert isinstance(model, ResUNet)
+        for layer in batch_norms(model.encoder).values():
+            layer.eval()
 
 
 def forward_backward(
@@ -74,11 +124,11 @@ def forward_backward(
     """The gradients of one optimiser step, accumulated; its losses and the rms elastic displacement in pixels."""
     metrics: dict[str, float] = {}
     for part in range(recipe.accumulate):
-        images, labels, moved = _batch(recipe, sampler, step * recipe.accumulate + part, accelerator)
+        images, labels, moved = _batch(recipe, sampler, step * recipe.accumulate + part, accelerator, _TRAINING)
         with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
                 logits = wrapped(images)
-            terms = loss_of(recipe, logits, labels)
+            terms = loss_of(recipe, logits, labels, accelerator)
             accelerator.backward(terms["loss"] / recipe.accumulate)
         values = {name: float(term.detach()) for name, term in terms.items()} | {"elastic_rms": moved}
         for name, value in values.items():
@@ -86,22 +136,86 @@ def forward_backward(
     return metrics
 
 
-def loss_of(recipe: FinetuneRecipe, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The recipe's loss and its terms."""
-    loss = recipe.loss
+def apply_gradients(
+    recipe: FinetuneRecipe, trained: nn.Module, optimizer: Optimizer, loss: float, step: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Clip and step. With a scaler (fp16) a step whose scaled gradients overflow is skipped, and the scale halved.
+
+    Returns:
+        gradient_norm, before clipping and without the scale, where it is finite; with a scaler loss_scale and skipped (0 or 1) too.
+
+    Raises:
+        CheckFailed: the loss is not finite, or a gradient that nobody scaled; or the scale has fallen so low that none will do.
+    """
+    norm = float(accelerator.clip_grad_norm_(trained.parameters(), recipe.optimizer.clip))
+    scaler = accelerator.scaler
+    refuse_non_finite({"loss": loss} | ({"gradient_norm": norm} if scaler is None else {}), step, accelerator)
+    optimizer.step()
+    if scaler is None:
+        return {"gradient_norm": norm}
+    if (scale := float(scaler.get_scale())) < _LOWEST_SCALE:
+        raise CheckFailed(
+            f"step {step}: gradients overflow in fp16 even with the loss scaled by {scale:.0e}. Lower the learning rate, lengthen "
+            "the warm-up, or use precision=bf16 or fp32. The last checkpoint stands; resume=true continues from it."
+        )
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    metrics = {"loss_scale": scale, "skipped": float(optimizer.step_was_skipped)}
+    return metrics | ({"gradient_norm": norm} if math.isfinite(norm) else {})
+
+
+def loss_of(
+    recipe: FinetuneRecipe, logits: Tensor | Sequence[Tensor], labels: Tensor, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """The recipe's loss of the batch of all ranks, and its terms. logits: of the levels, finest first, with deep supervision."""
+    settings = recipe.loss
     weights = None
-    if loss.class_weights is not None:
-        weights = [loss.class_weights.get(name, 1.0) for name in recipe.data.classes.values()]
-    return segmentation_loss(
-        logits, labels, loss.gamma, loss.focal_weight, loss.dice_weight, loss.component_weight, class_weights=weights
+    if settings.class_weights is not None:
+        names = recipe.data.classes.values() if recipe.data.regions is None else recipe.data.regions
+        weights = [settings.class_weights.get(name, 1.0) for name in names]
+    loss = partial(
+        segmentation_loss,
+        gamma=settings.gamma,
+        focal_weight=settings.focal_weight,
+        dice_weight=settings.dice_weight,
+        component_weight=settings.component_weight,
+        class_weights=weights,
+        total=partial(sum_over_ranks, accelerator=accelerator),
+        regions=recipe.data.region_members(),
     )
+    return loss(logits, labels) if isinstance(logits, Tensor) else supervised_loss(logits, labels, loss)
 
 
-def _batch(recipe: FinetuneRecipe, sampler: Batches, index: int, accelerator: Accelerator) -> tuple[Tensor, Tensor, float]:
-    rank = accelerator.process_index
-    share = recipe.batch // accelerator.num_processes
-    images, labels = sampler.batch(share, (recipe.seed, _PATCHES, index, rank))
-    generator = step_generator(accelerator.device, recipe.seed, _AUGMENT, index, rank)
-    device = accelerator.device
-    images, labels, moved = augment(images.to(device), labels.to(device), recipe.augment, generator)
-    return images.contiguous(memory_format=torch.channels_last), labels, moved
+def refresh_statistics(
+    recipe: FinetuneRecipe, model: Segmenter, judged: Segmenter, sampler: Batches, accelerator: Accelerator
+) -> None:
+    """With precise statistics: those of the network that will be judged, recomputed in place.
+
+    From the same training batches at every call, whose random streams are their own. Statistics that do not move in training, of an
+    encoder that stands still, are left.
+
+    Args:
+        model: as it has just trained: its modes say what moves.
+        judged: the model, or its moving average.
+    """
+    if recipe.model.statistics != "precise":
+        return
+    batches = (_batch(recipe, sampler, index, accelerator, _STATISTICS)[0] for index in range(recipe.model.statistics_batches))
+    recompute_statistics(judged, moving(model), batches, accelerator)
+
+
+def _batch(
+    recipe: FinetuneRecipe, sampler: Batches, index: int, accelerator: Accelerator, streams: tuple[int, int]
+) -> tuple[Tensor, Tensor, float]:
+    """This rank's share of the `index`-th batch, augmented, and the rms elastic displacement.
+
+    Every patch has random streams of its own, named by its place in the whole batch: the batch is the same on any number of ranks.
+    """
+    device, share = accelerator.device, recipe.batch // accelerator.num_processes
+    made = []
+    for patch in range(accelerator.process_index * share, (accelerator.process_index + 1) * share):
+        images, labels, spacing = sampler.batch(1, (recipe.seed, streams[0], index, patch))
+        generator = step_generator(device, recipe.seed, streams[1], index, patch)
+        made.append(augment(images.to(device), labels.to(device), recipe.augment, generator, spacing.to(device)))
+    moved = [squares**2 for *_, squares in made if squares]
+    rms = math.sqrt(sum(moved) / len(moved)) if moved else 0.0
+    return channels_last(torch.cat([images for images, *_ in made])), torch.cat([labels for _, labels, _ in made]), rms

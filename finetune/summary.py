@@ -6,14 +6,22 @@ from typing import Any
 from finetune.lesions import LESION_SIZES, LESION_VOLUMES, THIN, THIN_WIDTHS
 from finetune.metrics import METRICS, Case, CaseMeasures, Value, share, values_by_group
 from finetune.statistics import FEWEST_GROUPS, figure
+from finetune.targets import Targets
 from resunet.data.cases import IGNORE
 
+NO_POSTPROCESSING = "None: predictions are counted as they are."
 _MM3_A_ML = 1000
+_OF_REGIONS = (
+    "The model was trained on regions, unions of classes that may overlap, and every figure is of them: where a class is spoken "
+    "of, a region is meant. Each is measured by itself, as what it is and what it is not, so that a voxel and an object count in "
+    "every region that they belong to. A foreground class that is taken for another of the same regions is right."
+)
 
 
-def policy(tolerance: float) -> dict[str, str]:
-    """How the figures were counted. tolerance: mm, of surface Dice."""
+def policy(tolerance: float, postprocessing: str = NO_POSTPROCESSING) -> dict[str, str]:
+    """How the figures were counted. tolerance: mm, of surface Dice. postprocessing: what became of predictions before."""
     return {
+        "postprocessing": postprocessing,
         "ignored": f"Voxels that the truth marks {IGNORE} are left out of every count: they are neither truth nor "
         "prediction, a lesion that they cut in two counts as two, and where a class ends beside them is no surface.",
         "empty": "A class absent from truth and prediction is left out of Dice, IoU, precision, recall, HD95, surface Dice and "
@@ -55,12 +63,14 @@ def policy(tolerance: float) -> dict[str, str]:
     }
 
 
-def summarise(cases: Sequence[Case], class_names: Sequence[str], tolerance: float) -> dict[str, Any]:
-    """summary.json's figures of voxels, surfaces, classes, lesions and false alarms, and the policy behind them.
+def summarise(
+    cases: Sequence[Case], targets: Targets, tolerance: float, postprocessing: str = NO_POSTPROCESSING
+) -> dict[str, Any]:
+    """summary.json's figures of voxels, surfaces, targets, lesions and false alarms, and the policy behind them.
 
-    class_names: one for every class index, the background first. tolerance: mm, with which the cases were measured.
+    tolerance: mm, with which the cases were measured. `classes` holds the targets: with regions those.
     """
-    _check_names(cases, class_names)
+    _check_names(cases, targets)
     assert all(case.tolerance == tolerance for _, _, case in cases), tolerance
     longest = max((case.diagonal for _, _, case in cases), default=0.0)
     volumes = any(case.is_volume for _, _, case in cases)
@@ -75,16 +85,16 @@ def summarise(cases: Sequence[Case], class_names: Sequence[str], tolerance: floa
     def macro(name: str) -> Value:
         return lambda case: case.macro(name)
 
-    def of_class(index: int) -> Callable[[str], Value]:
+    def of_target(index: int) -> Callable[[str], Value]:
         return lambda name: lambda case: getattr(case.classes[index], name)
 
     return {
         "surface_tolerance_mm": tolerance,
         **all_metrics(macro),
-        "classes": {name: all_metrics(of_class(index)) for index, name in enumerate(class_names[1:])},
+        "classes": {name: all_metrics(of_target(index)) for index, name in enumerate(targets.names)},
         "lesions": _lesions(cases, spatial, volumes),
         "false_alarms": _false_alarms(cases),
-        "policy": policy(tolerance),
+        "policy": policy(tolerance, postprocessing) | ({} if targets.are_classes else {"regions": _OF_REGIONS}),
     }
 
 
@@ -159,15 +169,15 @@ def _share_over_groups(cases: Sequence[Case], value: Value) -> dict[str, Any]:
     return figure(values_by_group(cases, value), (0.0, 1.0))
 
 
-def case_rows(cases: Sequence[Case], class_names: Sequence[str]) -> list[dict[str, str | int | float]]:
-    """cases.csv: a row for every case and foreground class; what is undefined is an empty string.
+def case_rows(cases: Sequence[Case], targets: Targets) -> list[dict[str, str | int | float]]:
+    """cases.csv: a row for every case and foreground class, or region; what is undefined is an empty string.
 
     truth_volume, predicted_volume: mm³, of images mm².
     """
-    _check_names(cases, class_names)
+    _check_names(cases, targets)
     rows: list[dict[str, str | int | float]] = []
     for case_id, group, case in cases:
-        for name, measures in zip(class_names[1:], case.classes, strict=True):
+        for name, measures in zip(targets.names, case.classes, strict=True):
             metrics = {metric: getattr(measures, metric) for metric in METRICS}
             rows.append(
                 {
@@ -187,6 +197,6 @@ def case_rows(cases: Sequence[Case], class_names: Sequence[str]) -> list[dict[st
     return rows
 
 
-def _check_names(cases: Sequence[Case], class_names: Sequence[str]) -> None:
-    assert len(set(class_names)) == len(class_names), class_names
-    assert all(len(case.classes) == len(class_names) - 1 for _, _, case in cases), "a name for every class, background first"
+def _check_names(cases: Sequence[Case], targets: Targets) -> None:
+    assert len(set(targets.names)) == len(targets.names), targets.names
+    assert all(len(case.classes) == len(targets.names) for _, _, case in cases), "measured by other targets"

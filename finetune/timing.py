@@ -14,9 +14,17 @@ from accelerate import Accelerator
 from finetune.loop import validate
 from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
-from finetune.step import build, forward_backward, make_optimizer, start_step
+from finetune.step import (
+    apply_gradients,
+    build,
+    forward_backward,
+    make_optimizer,
+    refresh_statistics,
+    start_step,
+    supervise,
+)
 from resunet.data.cases import LoadedCase
-from resunet.training import refuse_non_finite
+from resunet.layout import place
 
 _STEPS = 5
 _ENOUGH_SECONDS = 20.0  # of measured steps: fewer of them where one takes long
@@ -30,6 +38,7 @@ class Cost:
 
     step: seconds of one, the median; the first is left out, as it allocates.
     case_slice: seconds to predict and measure one slice of a val case.
+    statistics: seconds to recompute batch statistics before a validation; 0 where the recipe does not.
     memory: bytes; of the process at its peak, its data included, on a CPU; of the device's tensors on a GPU.
     device: 'cpu' or 'cuda'.
     busy: processes that wanted a core meanwhile, this one's threads among them, for each core there is.
@@ -38,6 +47,7 @@ class Cost:
     step: float
     steps_measured: int
     case_slice: float
+    statistics: float
     memory: int
     device: str
     busy: float
@@ -55,28 +65,29 @@ def measure_cost(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model, receipt = build(recipe)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(recipe, model))
+    model = place(model, device)
+    trained = supervise(recipe, model)
+    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(recipe, trained, receipt))
     sampler = PatchSampler(train, recipe.patch, recipe.foreground)
 
     def take(step: int) -> None:
         start_step(recipe, model, optimizer, min(step, recipe.steps - 1), transferred=receipt is not None)
         optimizer.zero_grad(set_to_none=True)
         metrics = forward_backward(recipe, wrapped, sampler, step, accelerator)
-        refuse_non_finite({"loss": metrics["loss"]}, step, accelerator)
-        accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
-        optimizer.step()
+        apply_gradients(recipe, trained, optimizer, metrics["loss"], step, accelerator)
 
     take(0)
     seconds: list[float] = []
     while len(seconds) < _STEPS and sum(seconds) < _ENOUGH_SECONDS:
         seconds.append(_timed(lambda: take(len(seconds) + 1)))
+    for_statistics = _timed(lambda: refresh_statistics(recipe, model, model, sampler, accelerator))
     some = val[:_VAL_CASES]
     for_val = _timed(lambda: validate(model, some, recipe, accelerator)) if some else 0.0
     return Cost(
         step=float(np.median(seconds)),
         steps_measured=len(seconds),
         case_slice=for_val / max(1, sum(case.num_slices for case in some)),
+        statistics=for_statistics,
         memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory(),
         device=device.type,
         busy=os.getloadavg()[0] / (os.cpu_count() or 1),

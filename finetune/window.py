@@ -1,11 +1,12 @@
-"""From a scan to its classes or their probabilities: slice by slice, whole where memory allows, else by a sliding window.
+"""From a scan to its classes or their probabilities: whole where memory allows, else by a sliding window.
 
-The window's scores are blended with Gaussian weights by MONAI's sliding window. What is blended, over windows and over flips,
-are logits. All of it is settings and the scan's size: nothing depends on how much memory happens to be free, so that
-evaluation and prediction, which both come here, agree.
+A 2D network sees a volume slice by slice, a 3D network as it is. The window's scores are blended with Gaussian weights by MONAI's
+sliding window. What is blended, over windows and over flips, are logits. All of it is settings and the scan's size: nothing depends
+on how much memory happens to be free, so that evaluation and prediction, which both come here, agree.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,15 +19,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resunet.blocks import crop_to
 from resunet.config import Frozen, Precision
 from resunet.errors import InputError
+from resunet.layout import channels_last, spatial_dims_of
 from resunet.runtime import Intensity, normalise
 
 _GIB = 2**30
 _BATCH = 16  # slices at once
 _WINDOWS = 4  # windows at once
-_PROBE = 128  # pixels a side of the image that a network's footprint is measured with
-_SMALLEST_WINDOW = 64
+# What a network's footprint is measured with: long in one direction, so that the coarsest level has several positions.
+_PROBE = {2: (128, 128), 3: (16, 16, 128)}
+_SMALLEST_WINDOW = {2: 64, 3: 32}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Measured by benchmarks/predict_memory.py. A process with torch and MONAI, before a network sees anything; and what is alive
@@ -42,11 +46,11 @@ class Inference(Frozen):
     """
 
     memory: float = Field(4.0, gt=0, description="GiB that a process may take: decides what is seen whole, and batches")
-    window: int = Field(
-        512, ge=_SMALLEST_WINDOW, description="pixels a side of the sliding window, for what does not fit whole"
-    )
+    window: int = Field(512, ge=64, description="pixels a side of the sliding window, at most, for what does not fit whole")
     overlap: float = Field(0.25, ge=0, le=0.75, description="share of a window that the next one sees again")
-    flips: bool = Field(False, description="test-time augmentation: the mean over the slice and its mirror images, 4 in all")
+    flips: bool = Field(
+        False, description="test-time augmentation: the mean over all mirror images, 4 of a slice, 8 of a volume"
+    )
 
 
 class Footprint(NamedTuple):
@@ -58,12 +62,12 @@ class Footprint(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the slices of one scan are predicted. at_once: slices, 0 where not even one fits; else windows of size × size."""
+    """How one scan is predicted. at_once: slices, or 1 for a 3D network's volume; 0 where not even one fits; else by windows."""
 
     at_once: int
     window: int
     windows: int
-    rows: int  # of windows whose scores are held together
+    rows: int  # of windows along the first axis, whose scores are held together
 
 
 def predict_values(
@@ -83,17 +87,20 @@ def predict_values(
 
     Args:
         values: (C, *size) of a scan, not normalised.
-        axis: of size, along which a volume is sliced; None for an image.
+        axis: of size, along which a volume is sliced for a 2D network; None for an image.
         plan: instead of the one that `inference.memory` allows.
 
     Raises:
-        InputError: `inference.memory` is too little for this scan and network.
+        InputError: `inference.memory` is too little for this scan and network; an image, for a 3D network.
     """
     network.eval()
+    if spatial_dims_of(network) == 3:
+        axis = None
+        refuse_image(values.shape[1:])
     found = footprint(network, values.shape[0], device)
     size = values.shape[1:]
     out = np.empty((found.logits, *size), np.float32) if probabilities else np.empty(size, np.uint8)
-    slices = _along(values, axis)  # (slices, C, y, x)
+    slices = _along(values, axis)  # (slices, C, y, x), or (1, C, z, y, x)
     places = _along(out if probabilities else out[None], axis)
     plan = plan or plan_slices(found, values, slices.shape[2:], out.nbytes, inference)
 
@@ -118,7 +125,7 @@ def predict_values(
 
 
 def _along(values: NDArray, axis: int | None) -> NDArray:
-    """(C, *size) → a view (slices, C, y, x)."""
+    """(C, *size) → a view (slices, C, y, x), or without an axis (1, C, *size)."""
     return values[None] if axis is None else np.moveaxis(values, 1 + axis, 0)
 
 
@@ -134,33 +141,58 @@ def probabilities_of(logits: Tensor) -> Tensor:
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
 
 
+def refuse_image(size: Sequence[int]) -> None:
+    """Raises InputError unless `size` is a volume's."""
+    if len(size) != 3:
+        raise InputError(
+            f"is an image of {' × '.join(map(str, size))} pixels; this model is of volumes (spatial_dims=3). Give it volumes, or "
+            "use a model with spatial_dims=2, which takes both."
+        )
+
+
 def plan_slices(found: Footprint, values: NDArray, plane: Sequence[int], out_bytes: int, inference: Inference) -> Plan:
     """What fits into `inference.memory` beside the scan and what is made of it.
+
+    Args:
+        plane: what the network sees at once: (y, x) of a slice, or (z, y, x).
 
     Raises:
         InputError: not even the smallest window.
     """
-    channels, pixels = values.shape[0], math.prod(plane)
+    channels, pixels, dims = values.shape[0], math.prod(plane), len(plane)
     budget = inference.memory * _GIB - _PROCESS - values.nbytes - 2 * out_bytes
     a_pixel = 4 * (found.floats + 3 * channels + 4 * found.logits)
-    if (at_once := int(budget // (a_pixel * max(pixels, found.stride**2)))) > 0:
+    if (at_once := int(budget // (a_pixel * max(pixels, found.stride**dims)))) > 0:
         return Plan(min(at_once, _BATCH), 0, 0, 0)
+    # of a band: its values and their normalisation, its scores, their weights and decisions
+    row = 4 * (4 * channels + 2 * found.logits + 4) * math.prod(plane[1:])
+    enough = math.ceil(1 / (1 - inference.overlap)) if dims == 3 else 4  # windows that a row can be in; in 2D more cost little
     window = inference.window
     while True:
-        # a quarter for a band of the slice: its values and their normalisation, its scores, their weights and decisions
-        row_of_windows = 4 * (4 * channels + 2 * found.logits + 4) * window * plane[1]
-        rows = int(budget / 4 // row_of_windows)
-        windows = int(budget * 3 / 4 // (a_pixel * window**2))
-        if windows and rows >= 4:
+        side, step = min(window, plane[0]), _step(window, plane[0], inference.overlap)
+        along = 1 + math.ceil((plane[0] - side) / step)
+        fewest = min(enough, along)
+        a_window = a_pixel * math.prod(min(window, n) for n in plane)
+        for_band = budget / 4 if dims == 2 else budget - a_window
+        rows = min(along, 1 + int((for_band / row - side) // step))
+        windows = int((budget - row * (side + (rows - 1) * step)) // a_window)
+        if windows >= 1 and rows >= fewest:
             return Plan(0, window, min(windows, _WINDOWS), rows)
-        if window // 2 < max(_SMALLEST_WINDOW, 2 * found.stride):
+        if window // 2 < max(_SMALLEST_WINDOW[dims], 2 * found.stride):
             break
         window //= 2
-    needed = (_PROCESS + values.nbytes + 2 * out_bytes + max(4 / 3 * a_pixel * window**2, 16 * row_of_windows)) / _GIB
+    a_band = row * (side + (fewest - 1) * step)
+    together = max(4 * a_band, a_band + a_window) if dims == 2 else a_band + a_window
+    needed = (_PROCESS + values.nbytes + 2 * out_bytes + together) / _GIB
     raise InputError(
         f"memory={inference.memory:g} GiB: too little for a scan of {' × '.join(map(str, values.shape))} {values.dtype} with this "
         f"network. Set at least --memory {math.ceil(needed * 10) / 10:g}."
     )
+
+
+def _step(window: int, length: int, overlap: float) -> int:
+    """From one window to the next, as MONAI has it."""
+    return length if window >= length else max(1, int(window * (1 - overlap)))
 
 
 _footprints: WeakKeyDictionary[nn.Module, Footprint] = WeakKeyDictionary()  # one forward pass each, not one a scan
@@ -171,34 +203,36 @@ def footprint(network: nn.Module, channels: int, device: torch.device) -> Footpr
     """Measure a network, in evaluation mode, by what its layers say of a small image."""
     if (known := _footprints.get(network)) is not None:
         return known
-    largest, smallest = 0, _PROBE
+    probe = _PROBE[spatial_dims_of(network)]
+    largest, smallest = 0, max(probe)
 
     def look(layer: nn.Module, given: tuple[Any, ...], made: Any) -> None:
         nonlocal largest, smallest
-        tensors = [one for one in (*given, made) if isinstance(one, Tensor) and one.ndim == 4]
+        tensors = [one for one in (*given, made) if isinstance(one, Tensor) and one.ndim == 2 + len(probe)]
         largest = max(largest, sum(one.numel() for one in tensors))
         smallest = min([smallest, *(max(one.shape[2:]) for one in tensors if max(one.shape[2:]) > 1)])
 
     hooks = [layer.register_forward_hook(look) for layer in network.modules() if not list(layer.children())]
     try:
-        logits = network(torch.zeros(1, channels, _PROBE, _PROBE, device=device))
+        logits = network(torch.zeros(1, channels, *probe, device=device))
     finally:
         for hook in hooks:
             hook.remove()
-    found = Footprint(_ALIVE * largest / _PROBE**2, logits.shape[1], _PROBE // smallest)
+    found = Footprint(_ALIVE * largest / math.prod(probe), logits.shape[1], max(probe) // smallest)
     _footprints[network] = found
     return found
 
 
 @torch.no_grad()
 def _logits(network: nn.Module, x: Tensor, precision: Precision, flips: bool) -> Tensor:
-    """(N, C, y, x) → float32 (N, K, y, x)."""
+    """(N, C, *size) → float32 (N, K, *size)."""
     autocast = torch.autocast(x.device.type, _DTYPES[precision]) if precision in _DTYPES else contextlib.nullcontext()
-    mirrored: tuple[tuple[int, ...], ...] = ((), (2,), (3,), (2, 3)) if flips else ((),)
+    axes = range(2, x.ndim)
+    mirrored = [dims for count in range(x.ndim - 1) for dims in itertools.combinations(axes, count)] if flips else [()]
     total: Tensor | None = None
     for dims in mirrored:
         with autocast:
-            logits = network(x.flip(dims).contiguous(memory_format=torch.channels_last))
+            logits = network(channels_last(x.flip(dims)))
         logits = logits.float().flip(dims)
         total = logits if total is None else total.add_(logits)
     assert total is not None
@@ -207,15 +241,15 @@ def _logits(network: nn.Module, x: Tensor, precision: Precision, flips: bool) ->
 
 def _padded(run: Callable[[Tensor], Tensor], images: Tensor, stride: int) -> Tensor:
     """Images that the coarsest level would see as one position, which has no variance to normalise by, are continued."""
-    height, width = images.shape[2:]
-    if max(height, width) > stride:
+    size = images.shape[2:]
+    if max(size) > stride:
         return run(images)
-    right, below = stride + 1 - width, stride + 1 - height
-    return run(F.pad(images, (0, right, 0, below), mode="replicate"))[:, :, :height, :width]
+    beyond = [side for n in reversed(size) for side in (0, stride + 1 - n)]  # F.pad begins with the last axis
+    return crop_to(run(F.pad(images, beyond, mode="replicate")), size)
 
 
 def _slide(run: Callable[[Tensor], Tensor], image: Tensor, plan: Plan, overlap: float, device: torch.device) -> Tensor:
-    """(1, C, y, x) → blended logits (1, K, y, x) on the CPU."""
+    """(1, C, *size) → blended logits (1, K, *size) on the CPU."""
     from monai.inferers import sliding_window_inference  # seconds and half a GiB, for large images only
 
     window = [min(plan.window, length) for length in image.shape[2:]]
@@ -226,14 +260,14 @@ def _slide(run: Callable[[Tensor], Tensor], image: Tensor, plan: Plan, overlap: 
 
 
 def _bands(plane: Sequence[int], plan: Plan, overlap: float) -> Iterator[tuple[slice, slice, slice]]:
-    """Horizontal bands whose scores are those of the whole slice, because they hold every window that touches their core.
+    """Bands across the first axis whose scores are those of the whole, because they hold every window that touches their core.
 
-    The windows of a band lie where those of the slice lie: each begins with a window, and the last one ends with the slice.
-    Yields a band's rows, its core in the band, and its core in the slice. The cores make up the slice.
+    The windows of a band lie where those of the whole lie: each begins with a window, and the last one ends with the whole.
+    Yields a band's rows, its core in the band, and its core in the whole. The cores make up the whole.
     """
     height = plane[0]
     window = min(plan.window, height)
-    step = window if window == height else max(1, int(window * (1 - overlap)))  # as MONAI does
+    step = _step(window, height, overlap)
     starts = [*range(0, height - window, step), height - window]
     first, done = 0, 0
     while done < height:

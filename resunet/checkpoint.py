@@ -12,15 +12,18 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from resunet.architecture import Architecture
+from resunet.architecture import Architecture, EnsembleArchitecture
 from resunet.config import Frozen, Normalisation, PercentileZScore
+from resunet.decision import OperatingPoint, Postprocessing
 from resunet.errors import InputError
 from resunet.files import file_aside, write_text
+from resunet.regions import Regions, refuse_wrong_regions
+from resunet.runtime import ObjectRule
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -41,6 +44,7 @@ class Provenance(Frozen):
     data_sha256: str | None = None
     recipe_sha256: str | None = None
     parent_sha256: str | None = Field(None, description="weights of the encoder it was fine-tuned from")
+    members_sha256: tuple[str, ...] = Field((), description="of an ensemble: weights of each member, as its own run has them")
     versions: dict[str, str] = {}
 
 
@@ -53,10 +57,32 @@ class ModelConfig(Frozen):
     spacing: tuple[float, ...] | None = Field(None, description="mm per pixel, in array order; null: as each scan has it")
     normalisation: Normalisation = PercentileZScore()
     classes: dict[int, str] | None = Field(None, description="raw mask value → name, background first; null: encoder")
+    regions: Regions | None = Field(None, description="what it was trained on and is judged by; null: the classes")
     ignore: tuple[int, ...] = Field((), description="raw mask values that are left out of every count")
     provenance: Provenance = Provenance()
     feature_check: FeatureCheck | None = None
     allowed: list[str] = Field([], description="checks that a recipe set aside by name")
+    postprocessing: Postprocessing | None = Field(None, description="null: none, and none was looked for")
+    operating_point: OperatingPoint | None = Field(None, description="null: no budget of false alarms was given")
+
+    @model_validator(mode="after")
+    def _rules_are_of_classes(self) -> Self:
+        names = {rule.name for rule in self.postprocessing.rules} if self.postprocessing else set()
+        if names - set(list((self.classes or {}).values())[1:]):
+            raise ValueError(f"postprocessing names {sorted(names)}; the foreground classes are {self.classes}")
+        return self
+
+    @model_validator(mode="after")
+    def _regions_are_of_classes(self) -> Self:
+        if self.regions is not None:
+            refuse_wrong_regions(self.classes or {0: "background"}, self.regions)
+        return self
+
+    def object_rules(self) -> tuple[ObjectRule, ...]:
+        """The post-processing of a label map, by class index."""
+        names = list((self.classes or {}).values())
+        rules = self.postprocessing.rules if self.postprocessing else ()
+        return tuple(ObjectRule(names.index(rule.name), rule.largest_only, rule.smallest) for rule in rules)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,6 +116,12 @@ class Checkpointed(
 
     kind: ClassVar[str]
     config: ModelConfig
+
+    @classmethod
+    def build(cls, architecture: Architecture) -> Self:
+        """The network that its architecture describes, with fresh weights."""
+        assert not isinstance(architecture, EnsembleArchitecture), "an ensemble builds its members; see resunet.ensemble"
+        return cls(**architecture.model_dump(exclude={"name"}))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
@@ -146,7 +178,7 @@ class Checkpointed(
                 f"{folder / CONFIG}: architecture.name={config.architecture.name!r} is not a {cls.__name__} "
                 f"({cls.kind!r}); resunet.load_model loads whichever it is."
             )
-        model = cls(**config.architecture.model_dump(exclude={"name"}))
+        model = cls.build(config.architecture)
         assert isinstance(model, nn.Module)
         load_exactly(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
         model.config = config

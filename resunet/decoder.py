@@ -36,3 +36,14 @@ class ProgressiveDecoder(nn.Module):
         for block, skip in zip(self.blocks, reversed(features[:-1]), strict=True):
             x = block(x, skip)
         return x
+
+    def levels(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What every block gives, finest first: (N, channels[i], *size of level i); the first is `forward`'s.
+
+        Apart from `forward`, which lets the coarser ones go while it climbs.
+        """
+        x, found = features[-1], []
+        for block, skip in zip(self.blocks, reversed(features[:-1]), strict=True):
+            x = block(x, skip)
+            found.append(x)
+        return found[::-1]

@@ -42,7 +42,7 @@ def join_members(runs: Sequence[Path]) -> tuple[Ensemble, Evidence]:
 
     Raises:
         InputError: fewer than two, one twice, one that is no segmenter or has no record of what it has seen, or networks that
-            differ in architecture, classes, normalisation or channels.
+            differ in architecture, classes, regions, normalisation or channels.
     """
     if len(runs) < 2:
         raise InputError(f"an ensemble has at least two members, {len(runs)} given. Name more runs.")
@@ -84,7 +84,8 @@ def _refuse_differences(first: Path, its: ModelConfig, other: Path, theirs: Mode
         lines = "\n".join(f"  {key}: {ours.get(key)} there, {given.get(key)} here" for key in differing)
         raise InputError(
             f"{other}: cannot be in one ensemble with {first}:\n{lines}\n"
-            "Members see a scan alike and answer alike: train them with the same architecture, channels, classes and normalisation."
+            "Members see a scan alike and answer alike: train them with the same architecture, channels, classes, regions and "
+            "normalisation."
         )
 
 
@@ -113,8 +114,8 @@ def _common(values: Sequence[str | None]) -> str | None:
 
 
 def _flat(values: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; classes as a list, because their order is that of the logits."""
-    if not isinstance(values, dict):
+    """Nested mappings as one, with dotted keys; classes as a list, because their order is that of the logits; regions whole."""
+    if not isinstance(values, dict) or key == "regions":
         return {key: values}
     if key == "classes":
         return {key: list(values.items())}

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resunet.architecture import (
-    EncoderArchitecture,
-    ResUNetArchitecture,
-    UNetArchitecture,
-)
+from resunet.architecture import Architecture, ResUNetArchitecture, UNetArchitecture
 from resunet.blocks import NormKind, convolution, crop_to, normalisation_layer, transposed_convolution
 from resunet.checkpoint import Checkpointed, ModelConfig, model_folder, read_config
 from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder, initialise, initialise_head
+from resunet.ensemble import Ensemble
 from resunet.errors import InputError
 
 
@@ -69,6 +66,10 @@ class ResUNet(nn.Module, Checkpointed):
         """(N, in_channels, *size) → logits (N, 1 or num_classes, *size)."""
         logits: Tensor = self.head(self.decoder(self.encoder(x)))
         return logits
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """The decoder's features, finest first; the head makes the logits of the first."""
+        return self.decoder.levels(self.encoder(x))
 
 
 class UNet(nn.Module, Checkpointed):
@@ -120,17 +121,31 @@ class UNet(nn.Module, Checkpointed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) → logits (N, 1 or num_classes, *size)."""
-        skips: list[Tensor] = []
-        for level, block in enumerate(self.down):
-            x = block(x if level == 0 else self.pool(x, 2, ceil_mode=True))
-            skips.append(x)
-        for up, merge, skip in zip(self.up, self.merge, skips[-2::-1], strict=True):
+        *skips, x = self._descend(x)
+        for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
             x = merge(torch.cat([skip, crop_to(up(x), skip.shape[2:])], dim=1))
         logits: Tensor = self.head(x)
         return logits
 
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """The features of the way up, finest first; the head makes the logits of the first."""
+        *skips, x = self._descend(x)
+        found = []
+        for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
+            x = merge(torch.cat([skip, crop_to(up(x), skip.shape[2:])], dim=1))
+            found.append(x)
+        return found[::-1]
 
-Segmenter = ResUNet | UNet
+    def _descend(self, x: Tensor) -> list[Tensor]:
+        """The features of the way down, finest first."""
+        features: list[Tensor] = []
+        for level, block in enumerate(self.down):
+            x = block(x if level == 0 else self.pool(x, 2, ceil_mode=True))
+            features.append(x)
+        return features
+
+
+Segmenter = ResUNet | UNet | Ensemble
 
 
 def logit_channels(num_classes: int) -> int:
@@ -140,10 +155,9 @@ def logit_channels(num_classes: int) -> int:
     return 1 if num_classes == 2 else num_classes
 
 
-def build_model(architecture: EncoderArchitecture | ResUNetArchitecture | UNetArchitecture) -> nn.Module:
+def build_model(architecture: Architecture) -> nn.Module:
     """The network that an architecture describes, with fresh weights."""
-    arguments = architecture.model_dump(exclude={"name"})
-    return NETWORKS[architecture.name](**arguments)
+    return NETWORKS[architecture.name].build(architecture)
 
 
 def load_model(path: str | Path) -> Segmenter:
@@ -165,19 +179,16 @@ def load_finetuned(folder: Path) -> tuple[Segmenter, ModelConfig]:
     """A segmenter that can be used on scans, and its config, which names classes.
 
     Raises:
-        InputError: as `load_model`; or a segmenter without classes, or of volumes.
+        InputError: as `load_model`; or a segmenter without classes.
     """
     model, config = load_model(folder), read_config(folder)
-    if config.classes is None or config.architecture.spatial_dims != 2:
-        raise InputError(
-            f"{folder}: classes={config.classes}, spatial_dims={config.architecture.spatial_dims}; a 2D model that "
-            "resunet finetune wrote, with its classes, is needed."
-        )
+    if config.classes is None:
+        raise InputError(f"{folder}: its config.json names no classes; a model that resunet finetune wrote is needed.")
     return model, config
 
 
-NETWORKS: dict[str, type[ResidualEncoder] | type[ResUNet] | type[UNet]] = {
-    network.kind: network for network in (ResidualEncoder, ResUNet, UNet)
+NETWORKS: dict[str, type[ResidualEncoder] | type[ResUNet] | type[UNet] | type[Ensemble]] = {
+    network.kind: network for network in (ResidualEncoder, ResUNet, UNet, Ensemble)
 }
 
 

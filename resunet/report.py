@@ -5,20 +5,22 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from resunet.files import write_text
+
+if TYPE_CHECKING:  # a second to import, and many pages have no curves
+    from matplotlib.figure import Figure
 
 # Okabe & Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -36,12 +38,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A block of the page; the first row of `table` is its header."""
+    """A block of the page; the first row of `table` is its header. legend: colour and what it stands for."""
 
     heading: str = ""
     lead: Sequence[str] = ()
     notes: Sequence[str] = ()
     text: Sequence[str] = ()
+    legend: Sequence[tuple[tuple[int, int, int], str]] = ()
     table: Sequence[Sequence[str]] = ()
     pictures: Sequence[Picture] = field(default=())
 
@@ -57,13 +60,16 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     write_text(path, page)
 
 
-def image(pixels: NDArray[np.uint8], caption: str, scale: int = 1) -> Picture:
-    """Pixels (y, x) or (y, x, 3) as an inline PNG; `scale` repeats pixels, so that small images keep their edges."""
+def image(pixels: NDArray[np.uint8], caption: str, scale: int = 1, alt: str | None = None) -> Picture:
+    """Pixels (y, x) or (y, x, 3) as an inline PNG; `scale` repeats pixels, so that small images keep their edges.
+
+    alt: what is to be seen, for those who cannot; the caption without it.
+    """
     enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
     buffer = io.BytesIO()
     Image.fromarray(enlarged).save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(Markup(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'), caption)
+    return Picture(Markup(f'<img alt="{escape(alt or caption)}" src="data:image/png;base64,{data}">'), caption)
 
 
 def curves(
@@ -74,23 +80,35 @@ def curves(
     from_zero: bool = False,
 ) -> Picture:
     """Lines, name → (x, y), as an inline SVG; `from_zero` where the distance to 0 is what matters."""
-    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
-    axes = figure.subplots()
-    for (name, (x, y)), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
-        axes.plot(x, y, label=name, color=colour, linewidth=1.8)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    if from_zero:
-        axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(series) > 1:
-        axes.legend(frameon=False)
-    return svg(figure, caption)
+    from matplotlib.figure import Figure
+
+    with drawing():
+        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for (name, (x, y)), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
+            axes.plot(x, y, label=name, color=colour, linewidth=1.8)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axes.legend(frameon=False)
+        return svg(figure, caption)
 
 
-def svg(figure: Figure, caption: str) -> Picture:
+def drawing() -> AbstractContextManager[None]:
+    """In which figures are made: with text that can be read when a phone shows them smaller."""
+    import matplotlib
+
+    return matplotlib.rc_context({"font.size": 11, "legend.fontsize": 10})
+
+
+def svg(figure: "Figure", caption: str) -> Picture:
     """A matplotlib figure as an inline SVG with a name for screen readers."""
+    import matplotlib
+
     buffer = io.StringIO()
     # a fixed salt, so that the same figure gives the same ids
     with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "none", "font.family": "sans-serif"}):

@@ -1,4 +1,4 @@
-"""Pre-processing in numpy: what a deployed bundle shares with training.
+"""Pre- and post-processing in numpy: what a deployed bundle shares with training.
 
 Imports no torch, MONAI or pydantic, so that a product needs none of them.
 """
@@ -18,6 +18,15 @@ class Intensity:
     high: float
     mean: float
     std: float
+
+
+@dataclass(frozen=True)
+class ObjectRule:
+    """What is removed of the predicted objects of class `index`: all but the largest, and those below `smallest` voxels."""
+
+    index: int
+    largest_only: bool
+    smallest: int
 
 
 def percentile_intensity(scan: NDArray, low: float, high: float) -> list[Intensity]:
@@ -41,12 +50,6 @@ def percentile_intensity(scan: NDArray, low: float, high: float) -> list[Intensi
 def percentiles(values: NDArray, wanted: Sequence[float]) -> list[float]:
     """Percentiles (0–100) of all values, as np.percentile gives them; integers of 8 and 16 bits are counted, not sorted."""
     return [float(value) for value in _percentiles(*_distinct(values), wanted)]
-
-
-def counted_percentiles(counts: NDArray[np.int64], wanted: Sequence[float]) -> list[float]:
-    """The same of values from 0 on that are known by how often each occurs."""
-    present = np.flatnonzero(counts)
-    return [float(value) for value in _percentiles(present, counts[present], wanted)]
 
 
 def _distinct(values: NDArray) -> tuple[NDArray, NDArray[np.int64] | None]:
@@ -93,3 +96,26 @@ def normalise(scan: NDArray, intensities: list[Intensity]) -> NDArray[np.float32
 def slice_axis(spacing: tuple[float, ...]) -> int:
     """The axis along which a (z, y, x) volume is sliced for a 2D network: the coarsest; ties: superior–inferior."""
     return int(np.argmax(np.round(spacing, 4)))
+
+
+def remove_objects(labels: NDArray[np.uint8], rules: Sequence[ObjectRule]) -> NDArray[np.uint8]:
+    """A label map, (y, x) or (z, y, x), in which the objects that rules name are background; the map itself without rules.
+
+    Objects are connected components of a class, 8-connected in 2D and 26-connected in 3D, as evaluation counts them. Of two
+    that are largest the one that comes first in the array is kept.
+    """
+    if not rules:
+        return labels
+    import cc3d  # which a bundle without rules does not need
+
+    cleaned = np.array(labels, order="C")
+    for rule in rules:
+        where = np.flatnonzero(labels == rule.index)
+        components = cc3d.connected_components(labels == rule.index, connectivity=8 if labels.ndim == 2 else 26)
+        component = components.ravel()[where]
+        size = np.bincount(component, minlength=2)  # component 0 is everything else, and is not among them
+        removed = size < rule.smallest
+        if rule.largest_only:
+            removed[np.arange(len(size)) != size.argmax()] = True
+        cleaned.ravel()[where[removed[component]]] = 0
+    return cleaned

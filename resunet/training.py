@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.scheduler import cosine_warmup_schedule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resunet.config import Recipe
@@ -27,6 +27,8 @@ from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
 from resunet.progress import say
 from resunet.runs import Run
 
+Decay = Literal["cosine", "polynomial"]
+_POWER = 0.9
 _PATIENCE = timedelta(hours=12)
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 T = TypeVar("T")
@@ -69,9 +71,15 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
     return accelerator
 
 
-def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to zero (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+def learning_rate(step: int, steps: int, warmup: float, peak: float, decay: Decay = "cosine") -> float:
+    """Linear warm-up over a share of the steps, then a decay to zero, which it reaches after the last step.
+
+    cosine: Loshchilov & Hutter 2017, arXiv 1608.03983. polynomial: (1 − progress)^0.9, as nnU-Net has it (Isensee et al. 2021,
+    doi 10.1038/s41592-020-01008-z, supplementary note 2; Chen et al. 2017, arXiv 1606.00915).
+    """
     warmup_steps = min(round(warmup * steps), steps - 1)
+    if decay == "polynomial" and step >= warmup_steps:
+        return float(peak * (1 - (step - warmup_steps) / (steps - warmup_steps)) ** _POWER)
     # one step more than there are: the cosine ends after the last step, which is not wasted on a rate of 0
     return float(cosine_warmup_schedule(step, steps + 1, peak, 0.0, warmup_steps, 0.0))
 
@@ -92,9 +100,14 @@ def step_generator(device: torch.device, seed: int, stage: int, step: int, rank:
     return torch.Generator(device).manual_seed(int(entropy[0]) << 32 | int(entropy[1]))
 
 
-def training_state(step: int, network: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Any]:
-    """All that a loop needs to go on after `step` steps; order and random numbers are functions of the step."""
-    return {
+def training_state(
+    step: int, network: nn.Module, optimizer: Optimizer, accelerator: Accelerator, beside: Mapping[str, nn.Module] | None = None
+) -> dict[str, Any]:
+    """All that a loop needs to go on after `step` steps; order and random numbers are functions of the step.
+
+    beside: what else has a state, by the name it gets in the checkpoint.
+    """
+    return {name: module.state_dict() for name, module in (beside or {}).items()} | {
         "step": step,
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -102,9 +115,16 @@ def training_state(step: int, network: nn.Module, optimizer: Optimizer, accelera
     }
 
 
-def restore_training(state: Mapping[str, Any], network: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> int:
+def restore_training(
+    state: Mapping[str, Any],
+    network: nn.Module,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    beside: Mapping[str, nn.Module] | None = None,
+) -> int:
     """Load what `training_state` gave; the number of steps already done."""
-    network.load_state_dict(state["network"])
+    for name, module in ({"network": network} | dict(beside or {})).items():
+        module.load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -127,8 +147,33 @@ def mean_over_ranks(metrics: Mapping[str, float], accelerator: Accelerator) -> d
     return dict(zip(metrics, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
 
 
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.ranks, None
+
+
+def sum_over_ranks(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum over the ranks, with gradients, for a loss that is a function of sums over the whole batch.
+
+    Every rank then has the same loss L(S), S = Σ s_r, and the gradient it is due is L'(S) ds_r: the others' derivatives are the
+    others' affair. DistributedDataParallel averages the ranks' gradients where they should be added, hence the factor.
+    """
+    if accelerator.num_processes == 1:
+        return values
+    total: Tensor = _SumOverRanks.apply(values, accelerator.num_processes)
+    return total
+
+
 def refuse_non_finite(losses: Mapping[str, float], step: int, accelerator: Accelerator) -> None:
-    """Stop, on every rank, on a loss that is not finite on any.
+    """Stop, on every rank, on a loss (or a gradient's norm) that is not finite on any.
 
     Raises:
         CheckFailed: with the step and what usually helps.
@@ -136,8 +181,9 @@ def refuse_non_finite(losses: Mapping[str, float], step: int, accelerator: Accel
     if not any_rank(not all(math.isfinite(value) for value in losses.values()), accelerator):
         return
     shown = ", ".join(f"{name}={value}" for name, value in losses.items())
+    bad = [name for name, value in losses.items() if not math.isfinite(value)] or ["loss"]  # of another rank
     raise CheckFailed(
-        f"step {step}: the loss is not finite ({shown}). Lower the learning rate, lengthen the warm-up, or use "
+        f"step {step}: the {' and '.join(bad)} is not finite ({shown}). Lower the learning rate, lengthen the warm-up, or use "
         "precision=bf16 or fp32. The last checkpoint stands; resume=true continues from it."
     )
 

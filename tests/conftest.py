@@ -1,8 +1,210 @@
+"""What all tests share: a home of their own, and a browser that pages are looked at with.
+
+The browser is headless Chromium, over its DevTools protocol on a pair of pipes: nothing to install but the browser itself.
+"""
+
+import itertools
+import json
 import os
-from collections.abc import Iterator
+import select
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+DESKTOP, PHONE = (1280, 900), (390, 844)  # CSS pixels
+_PATIENCE = 120  # seconds that a silent browser is waited for
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+)  # fmt: skip
+_LOOK = """(width => ({
+  scroll: document.documentElement.scrollWidth,
+  title: document.title,
+  headings: [...document.querySelectorAll('h1, h2')].map(one => one.textContent),
+  pictures: [...document.querySelectorAll('img, svg[role=img]')].map(one => ({
+    name: one.getAttribute('alt') ?? one.getAttribute('aria-label') ?? '',
+    width: one.getBoundingClientRect().width,
+    broken: one.tagName === 'IMG' && one.naturalWidth === 0,
+  })),
+  beyond: [...document.querySelectorAll('body *')].filter(one => !one.closest('.scroll') &&
+    one.getBoundingClientRect().right > width + 0.5).map(one => one.tagName + ': ' + one.textContent.slice(0, 60)),
+  cut: [...document.querySelectorAll('tr > :nth-child(2)')].filter(one =>
+    one.getBoundingClientRect().right > width).map(one => one.textContent),
+  letters: Math.min(...[...document.querySelectorAll('h1, p, td, th, figcaption, svg text')].map(one => {
+    const scale = one.tagName === 'text' ? one.getScreenCTM() : {a: 1, b: 0};
+    return parseFloat(getComputedStyle(one).fontSize) * Math.hypot(scale.a, scale.b);
+  })),
+  text: document.body.innerText,
+}))(%d)"""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a page looks like at a width, and what it asked for and complained of on the way.
+
+    scroll: pixels that the document is wide; beyond: elements that reach over the right edge, but for those that scroll in
+    a box of their own; cut: cells of a table's second column that are out of sight. pictures: name (alt text), width on the
+    page, broken. letters: pixels of the smallest text, also of drawings. requests: addresses other than the page's own and
+    data. complaints: what the console warns of, and exceptions.
+    """
+
+    scroll: int
+    title: str
+    headings: list[str]
+    cut: list[str]
+    pictures: list[dict[str, Any]]
+    beyond: list[str]
+    letters: float
+    text: str
+    requests: list[str]
+    complaints: list[str]
+
+
+@dataclass
+class Browser:
+    """One headless Chromium; `look` opens a page in a tab of its own."""
+
+    process: subprocess.Popen[bytes]
+    to: int  # file descriptors of the protocol
+    back: int
+    received: bytes = b""
+    number: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def look(self, page: Path, size: tuple[int, int]) -> Look:
+        """Load a page of a given width and height in CSS pixels."""
+        events: list[dict[str, Any]] = []
+        target = self._call("Target.createTarget", events, url="about:blank")["targetId"]
+        session = self._call("Target.attachToTarget", events, targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self._call(f"{domain}.enable", events, session)
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            events,
+            session,
+            width=size[0],
+            height=size[1],
+            deviceScaleFactor=1,
+            mobile=size[0] < 600,
+        )
+        events.clear()
+        address = page.resolve().as_uri()
+        self._call("Page.navigate", events, session, url=address)
+        while not any(event["method"] == "Page.loadEventFired" for event in events):
+            events.append(self._receive())
+        found = self._call("Runtime.evaluate", events, session, expression=_LOOK % size[0], returnByValue=True)["result"][
+            "value"
+        ]
+        self._call("Target.closeTarget", events, targetId=target)
+        asked = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
+        return Look(
+            **found,
+            requests=[url for url in asked if url != address and not url.startswith("data:")],
+            complaints=[text for event in events for text in _complaint(event)],
+        )
+
+    def _call(self, method: str, events: list[dict[str, Any]], session: str | None = None, **params: Any) -> dict[str, Any]:
+        """A command's result; what arrives before it goes to `events`."""
+        number = next(self.number)
+        message = {"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+            events.append(answer)
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self.received:
+            assert select.select([self.back], [], [], _PATIENCE)[0], "the browser does not answer"
+            chunk = os.read(self.back, 2**16)
+            assert chunk, f"the browser has ended with {self.process.wait()}"
+            self.received += chunk
+        message, _, self.received = self.received.partition(b"\0")
+        parsed: dict[str, Any] = json.loads(message)
+        return parsed
+
+
+def _complaint(event: dict[str, Any]) -> list[str]:
+    params = event.get("params", {})
+    if event["method"] == "Runtime.exceptionThrown":
+        return [params["exceptionDetails"]["text"]]
+    if event["method"] == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+        return [str(params["args"])]
+    if event["method"] == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+        return [params["entry"]["text"]]
+    return []
+
+
+def find_chromium() -> str:
+    """The browser's path; skips or fails without one."""
+    for name in _NAMES:
+        if path := shutil.which(name):
+            return path
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"no browser: CI renders the pages, and needs one of {', '.join(_NAMES)}")
+    pytest.skip(f"no browser: none of {', '.join(_NAMES)}")
+
+
+@contextmanager
+def open_browser(profile: Path) -> Iterator[Browser]:
+    """Chromium with a profile of its own, ended in the end."""
+    theirs_in, to = os.pipe()
+    back, theirs_out = os.pipe()
+    # the browser reads its commands from 3 and answers on 4
+    start = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+    process = subprocess.Popen(
+        ["bash", "-c", start, find_chromium(), *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+        pass_fds=(theirs_in, theirs_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(theirs_in)
+    os.close(theirs_out)
+    try:
+        yield Browser(process, to, back)
+    finally:
+        with suppress(BrokenPipeError):
+            os.write(to, b'{"id": 0, "method": "Browser.close"}\0')
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        os.close(to)
+        os.close(back)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium; without one the test is skipped, but for CI, where it fails."""
+    with open_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def look_at(browser: Browser) -> Callable[[Path], Look]:
+    """Opens a page on a desktop and a phone, checks what every page must be, and gives the phone's look."""
+
+    def look(page: Path) -> Look:
+        for size in (DESKTOP, PHONE):
+            seen = browser.look(page, size)
+            assert seen.complaints == [] and seen.requests == []
+            assert seen.scroll <= size[0] and seen.beyond == [], f"wider than {size[0]} pixels"
+            assert seen.title and seen.headings[0] == seen.title and len(seen.headings) > 1 and all(seen.headings)
+            assert all(one["name"].strip() and not one["broken"] and one["width"] > 0 for one in seen.pictures)
+            assert seen.cut == [] and seen.letters >= 6  # the exponents of an axis
+        return seen
+
+    return look
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,6 +16,7 @@ from finetune.label_curve.cells import Cell, Point
 from finetune.labelled import read_labelled
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
+from finetune.targets import targets_of
 from resunet.checkpoint import model_folder
 from resunet.errors import EnvironmentFault, InputError
 from resunet.layout import place
@@ -85,8 +86,8 @@ def evaluate_on_test(run: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, config = load_finetuned(model_folder(run))
     network = place(network, device)
-    classes, rules = len(recipe.data.classes), config.object_rules()
-    measured = measure_cases(network, data.test, classes, device, recipe.precision, rules=rules)
+    targets, rules = targets_of(recipe.data.classes, recipe.data.regions), config.object_rules()
+    measured = measure_cases(network, data.test, targets, device, recipe.precision, rules=rules)
     point = config.operating_point
     notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
     write_evaluation(run / "evaluation", network, measured, config, "test", notes, device, recipe.precision, point)

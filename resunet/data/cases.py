@@ -148,6 +148,20 @@ def load_cases(
         return list(progress(loaded, len(cases)) if progress else loaded)
 
 
+def refuse_images(cases: Sequence[LoadedCase], spatial_dims: int) -> None:
+    """Stop where a network of volumes would be given an image.
+
+    Raises:
+        InputError: with the first of them.
+    """
+    images = [case for case in cases if len(case.size) < spatial_dims]
+    if images:
+        raise InputError(
+            f"{images[0].case.where()}: is an image of two dimensions, as are {len(images)} of {len(cases)} scans here; a network "
+            "of volumes (spatial_dims=3) cannot see it. One with model.spatial_dims=2 takes both, volumes slice by slice."
+        )
+
+
 def read_case(case: Case, channels: str | int) -> Scan:
     """A case's scan, whichever way its files hold it.
 

@@ -249,5 +249,7 @@ def _with_channels(values: NDArray, channels: str | int, path: Path) -> NDArray:
     elif count == channels:
         return values
     raise InputError(
-        f"{path}: has {count} channels, data.channels={channels} cannot be made of them. Set data.channels={count}."
+        f"{path}: has {count} {'channel' if count == 1 else 'channels'}, {channels} is wanted: by data.channels of a recipe, or by "
+        f"the model, which was trained so. Give scans that have it (channels in files of their own come as an nnU-Net data set); "
+        f"a recipe can set data.channels={count}."
     )

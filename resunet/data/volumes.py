@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import SimpleITK as sitk
+from nibabel.openers import ImageOpener
 
 from resunet.data.dicom_planes import axis_code, to_lps
 from resunet.data.formats import HEAD, MAX_EXPANSION, Content, named, refuse_bomb
@@ -25,7 +26,7 @@ def read_volume(path: Path, format: str, head: bytes) -> Content:
         head: the file's first bytes.
 
     Raises:
-        InputError: not 2 or 3 dimensions, NaN or infinite values, or a header that claims more than there is.
+        InputError: not 2 or 3 dimensions, NaN or infinite values, a spacing of 0, or a header that claims more than there is.
     """
     if format != "nifti":
         return _read(path, str(path), _READERS[format], *_stored(path, head))
@@ -58,7 +59,12 @@ def _read(path: Path, name: str, reader: str, stored: int | None, expansion: int
         raise InputError(f"{path}: has {dimensions} dimensions; images of 2 and volumes of 3 are read.")
     itemsize = np.dtype(sitk.GetArrayViewFromImage(sitk.Image([1] * dimensions, file.GetPixelID())).dtype).itemsize
     refuse_bomb(path, (*file.GetSize(), count), itemsize, stored, expansion)
-    image = file.Execute()
+    try:
+        image = file.Execute()
+    except RuntimeError as error:
+        if "Zero-valued spacing" in str(error):
+            raise InputError(f"{path}: a spacing in its header is 0 mm; every one must be above 0.") from error
+        raise
     orientation = ""
     if dimensions == 3:
         orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
@@ -88,15 +94,32 @@ def _read_nifti_2(path: Path, image: nibabel.Nifti2Image) -> Content:
 
 
 def _refuse_what_itk_hides(path: Path, name: str) -> nibabel.spatialimages.SpatialImage:
-    """ITK's NIfTI reader turns NaN into 0 and makes up the end of a truncated file; nibabel does neither."""
+    """ITK's NIfTI reader turns NaN into 0 and makes up the end of a truncated file, nibabel neither. Both hide a spacing of 0."""
     image = nibabel.load(name)
-    assert isinstance(image, nibabel.spatialimages.SpatialImage)
+    assert isinstance(image, nibabel.Nifti1Image)  # which a Nifti2Image is, too
+    _refuse_zero_spacing(path, name, image)
     stored = Path(name).stat().st_size
     packed = name.lower().endswith(".gz")
     refuse_bomb(path, image.shape, image.get_data_dtype().itemsize, stored, MAX_EXPANSION if packed else 1)
     assert isinstance(image.dataobj, nibabel.arrayproxy.ArrayProxy)
     refuse_non_finite(image.dataobj.get_unscaled(), path)
     return image
+
+
+def _refuse_zero_spacing(path: Path, name: str, image: nibabel.Nifti1Image) -> None:
+    """ITK and nibabel read a NIfTI spacing of 0 as 1, without a word: sizes, and which slices are thick, would be made up.
+
+    Of an axis with one voxel, of which no size follows, it may be 0.
+    """
+    with ImageOpener(name) as file:
+        header = type(image.header).from_fileobj(file, check=False)  # the check would put 1 there
+    dimensions = min(int(header["dim"][0]), 3)
+    spacing = [float(value) for value in header["pixdim"][1 : 1 + dimensions]]
+    if any(mm == 0 and count > 1 for mm, count in zip(spacing, image.shape, strict=False)):
+        raise InputError(
+            f"{path}: the spacing in its header is {' × '.join(f'{value:g}' for value in spacing)} mm; every one must be above 0. "
+            "Convert it again from its original, or correct pixdim."
+        )
 
 
 def refuse_non_finite(values: np.ndarray, path: Path) -> None:

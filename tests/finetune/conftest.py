@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.folds import train
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import ModelConfig
@@ -104,6 +105,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     first = finetune(make_recipe(labelled, root / "first", steps=8, validate_every=1))
     second = finetune(make_recipe(labelled, root / "second", steps=2, seed=1))
     return first, second
+
+
+@pytest.fixture(scope="session")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cross-validation of three folds. Not to be changed: copy what a test changes."""
+    root = tmp_path_factory.mktemp("folded")
+    recipe = make_recipe(write_labelled(root / "labelled"), root / "run", steps=4, data={"folds": 3})
+    return train(recipe)
 
 
 @pytest.fixture

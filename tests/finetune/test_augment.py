@@ -5,7 +5,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from finetune.augment import augment, elastic_displacement
+from finetune.augment import augment, elastic_displacement, rotation, thick_axis, volume_displacement
 from finetune.recipe import AugmentSettings
 from resunet.data.cases import IGNORE
 
@@ -172,3 +172,159 @@ def test_augmentation_is_a_function_of_the_generator_and_changes_no_input():
     assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
     same = augment(images[:1].expand(3, -1, -1, -1), labels[:1].expand(3, -1, -1), AugmentSettings(), generator(4))[0]
     assert not torch.equal(same[0], same[1])
+
+
+def test_images_are_augmented_as_ever():
+    """Golden: what this gave before volumes came, to float32's rounding."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(30.0), indexing="ij")
+    images = torch.stack([(y * (i + 1) / 7).sin() + (x / (3 + i)).cos() for i in range(3)])[:, None]
+    labels = (images[:, 0] > 0.3).to(torch.uint8)
+    given = AugmentSettings.model_validate({"elastic": {"sigma": 3, "alpha": 20, "probability": 0.6}})
+    images, labels, rms = augment(images, labels, given, generator(11))
+    assert images[:, 0, 12, 15].tolist() == pytest.approx([0.953068, -1.042737, -1.400599], abs=2e-6)
+    assert images.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.562411, 0.147201, 0.132122], abs=2e-6)
+    assert images.std(dim=(1, 2, 3)).tolist() == pytest.approx([0.89231, 0.861695, 0.883924], abs=2e-6)
+    assert labels.sum(dim=(1, 2)).tolist() == [405, 313, 324] and rms == pytest.approx(1.627783, abs=2e-6)
+
+
+CUBES, FLAT = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0)
+
+
+def volume(*size: int) -> torch.Tensor:
+    smooth = scipy.ndimage.gaussian_filter(np.random.default_rng(0).standard_normal(size), 2)
+    return torch.from_numpy(smooth / smooth.std()).float()[None, None]
+
+
+def moved_volume(images: torch.Tensor, spacing: tuple[float, ...], seed: int = 0, **changes: object) -> tuple:
+    labels = torch.zeros(images[:, 0].shape, dtype=torch.uint8)
+    return augment(images, labels, settings(**changes), generator(seed), torch.tensor([spacing] * len(images)))
+
+
+def test_still_settings_change_no_volume():
+    images = torch.randn(2, 3, 7, 13, 10, generator=generator())
+    labels = torch.randint(4, (2, 7, 13, 10), generator=generator()).to(torch.uint8)
+    moved, moved_labels, rms = augment(images, labels, settings(), generator(), torch.tensor([CUBES, FLAT]))
+    torch.testing.assert_close(moved, images, atol=3e-5, rtol=0)
+    assert torch.equal(moved_labels, labels) and moved_labels.dtype == torch.uint8 and rms == 0
+
+
+def test_thick_slices_are_more_than_three_times_as_coarse():
+    assert thick_axis((3.0, 1.0, 1.0)) is None and thick_axis(CUBES) is None
+    assert thick_axis((3.1, 1.0, 2.0)) == 0 and thick_axis((0.5, 2.0, 0.6)) == 1 and thick_axis((1.0, 1.0, 5.0)) == 2
+
+
+@pytest.mark.parametrize("spacing", [CUBES, (2.5, 1.0, 1.0), (1.0, 2.0, 3.0)])
+def test_a_volume_turns_in_mm(spacing):
+    """Distances in mm from the centre are kept: of two balls, and between them; in voxels they are not."""
+    size = (31, 41, 37)
+    at = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(size, spacing, strict=True)], indexing="ij")
+    places = ((0.0, 9.0, 3.0), (4.0, -6.0, 8.0))
+    balls = [np.exp(-sum((a - c) ** 2 for a, c in zip(at, place, strict=True)) / 18) for place in places]
+    images = torch.from_numpy(np.stack(balls)).float()[None]
+
+    def centres(volume: torch.Tensor) -> np.ndarray:
+        return np.array([[(one * a).sum() / one.sum() for a in at] for one in volume.double().numpy()])
+
+    assert centres(images[0]) == pytest.approx(np.array(places), abs=0.05)
+    angles = []
+    for seed in range(4):
+        found = centres(moved_volume(images, spacing, seed, rotation=40)[0][0])
+        assert np.linalg.norm(found, axis=1) == pytest.approx(np.linalg.norm(places, axis=1), abs=0.25)
+        assert np.linalg.norm(found[0] - found[1]) == pytest.approx(np.linalg.norm(np.subtract(*places)), abs=0.25)
+        angles.append(np.abs(found - places).max(axis=0))
+    assert (np.max(angles, axis=0) > 1).all()  # about every axis
+
+
+def test_the_rotation_is_that_of_scipy():
+    from scipy.spatial.transform import Rotation
+
+    angles = (0.3, -0.7, 1.1)
+    # scipy's coordinates are (x, y, z); a turn about y from z to x is there positive, here from z to x in (z, x)
+    expected = Rotation.from_euler("ZYX", [-0.3, -0.7, -1.1]).as_matrix()
+    np.testing.assert_allclose(rotation(angles).numpy(), expected[::-1, ::-1], atol=1e-12)
+    assert torch.linalg.det(rotation(angles)).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_thick_slices_are_moved_within_themselves_alike(axis):
+    spacing = tuple(5.0 if i == axis else 1.0 for i in range(3))
+    size = [24, 24, 24]
+    size[axis] = 6
+    one = volume(*[n for i, n in enumerate(size) if i != axis][:2], 1)[0, 0, :, :, 0]
+    images = one.unsqueeze(axis).expand(*size)[None, None].clone()  # every slice alike
+    images = images + torch.arange(6.0).view([1, 1, *[6 if i == axis else 1 for i in range(3)]])  # but for a step
+    moved, _, rms = moved_volume(images, spacing, 1, rotation=30, elastic={"probability": 1, "sigma": 4, "alpha": 30}, flip=0)
+    slices = moved[0, 0].movedim(axis, 0)
+    assert rms > 0.5 and (slices[0] - images[0, 0].movedim(axis, 0)[0]).abs().max() > 0.5
+    torch.testing.assert_close(slices[1:] - slices[:-1], torch.ones_like(slices[1:]), atol=1e-3, rtol=0)
+    cubes, _, _ = moved_volume(images, CUBES, 1, rotation=30, elastic={"probability": 1, "sigma": 4, "alpha": 30}, flip=0)
+    between = cubes[0, 0].movedim(axis, 0)
+    assert (between[1:] - between[:-1] - 1).abs().max() > 0.2
+
+
+@pytest.mark.parametrize("sigma", [1.0, 3.0, 10.0])
+def test_the_field_of_a_volume_is_that_of_scipy(sigma):
+    size = (12, 30, 21)
+    field = volume_displacement(size, sigma, 30.0, None, generator(3))
+    uniform = (torch.rand(3, *size, generator=generator(3)) * 2 - 1).double().numpy()
+    oracle = scipy.ndimage.gaussian_filter(uniform, (0, sigma, sigma, sigma), mode="constant", truncate=4)
+    np.testing.assert_allclose(field.numpy(), 30 * math.sqrt(2 * sigma * math.sqrt(math.pi)) * oracle, atol=1e-4)
+    flat = volume_displacement(size, sigma, 30.0, 0, generator(3))
+    uniform = (torch.rand(2, 1, *size[1:], generator=generator(3)) * 2 - 1).double().numpy()
+    oracle = scipy.ndimage.gaussian_filter(uniform, (0, 0, sigma, sigma), mode="constant", truncate=4)
+    np.testing.assert_allclose(flat[1:].numpy(), np.broadcast_to(30 * oracle, (2, *size)), atol=1e-4)
+    assert (flat[0] == 0).all()
+
+
+def test_alpha_means_the_same_in_2d_and_in_3d():
+    inner = (..., slice(12, -12), slice(12, -12), slice(12, -12))
+    field = volume_displacement((48, 48, 48), 3.0, 30.0, None, generator())[inner]
+    assert field.square().mean().sqrt().item() == pytest.approx(30 * math.sqrt(1 / 3) / (6 * math.sqrt(math.pi)), rel=0.1)
+
+
+def test_a_volume_is_read_where_the_field_says():
+    images = volume(20, 24, 22)
+    given = {"elastic": {"probability": 1, "sigma": 3, "alpha": 20}}
+    moved, _, rms = moved_volume(images, CUBES, 2, **given)
+    source = generator(2)
+    torch.rand(3, generator=source), torch.rand(1, generator=source), torch.rand(1, generator=source)  # angles, flip, chosen
+    field = volume_displacement((20, 24, 22), 3, 20, None, source).double()
+    oracle = scipy.ndimage.map_coordinates(
+        images[0, 0].double().numpy(), np.mgrid[:20, :24, :22] + field.numpy(), order=1, mode="nearest"
+    )
+    np.testing.assert_allclose(moved[0, 0].numpy(), oracle, atol=2e-4)
+    assert np.abs(oracle - images[0, 0].numpy()).max() > 0.5
+    assert rms == pytest.approx(field.square().sum(dim=0).mean().sqrt().item(), rel=1e-5)
+
+
+def test_flips_of_volumes_are_left_right():
+    images = torch.randn(30, 1, 3, 5, 6, generator=generator())
+    labels = torch.randint(3, (30, 3, 5, 6), generator=generator()).to(torch.uint8)
+    spacing = torch.ones(30, 3)
+    moved, moved_labels, _ = augment(images, labels, settings(flip=1), generator(), spacing)
+    torch.testing.assert_close(moved, images.flip(4), atol=3e-5, rtol=0)
+    assert torch.equal(moved_labels, labels.flip(3))
+    half = augment(images, labels, settings(flip=0.5), generator(), spacing)[1]
+    assert 5 < sum(torch.equal(one, label.flip(2)) for one, label in zip(half, labels, strict=True)) < 25
+
+
+def test_volume_and_mask_move_together_and_get_no_new_value():
+    at = np.mgrid[:20, :24, :24]
+    ball = torch.from_numpy(((at - np.array([9, 14, 10])[:, None, None, None]) ** 2).sum(axis=0) < 49)
+    labels = torch.where(ball, IGNORE, 3).to(torch.uint8)[None].repeat(4, 1, 1, 1)
+    given = AugmentSettings.model_validate({"rotation": 60, "elastic": {"probability": 1, "sigma": 4, "alpha": 20}})
+    spacing = torch.tensor([CUBES, FLAT, (1, 1, 4), (1, 2, 1)])
+    images, moved, _ = augment((labels == IGNORE)[:, None].float(), labels, given, generator(), spacing)
+    assert set(moved.unique().tolist()) == {3, IGNORE} and (moved != labels).float().mean() > 0.01
+    for image, label in zip(images[:, 0], moved.numpy(), strict=True):
+        wrong = (image > (image.max() + image.min()) / 2).numpy() != (label == IGNORE)
+        inside = label == IGNORE
+        border = scipy.ndimage.binary_dilation(inside) & ~scipy.ndimage.binary_erosion(inside)
+        assert not (wrong & ~border).any()
+
+
+def test_augmentation_of_volumes_is_a_function_of_the_generator():
+    images, labels = volume(10, 12, 14), torch.zeros(1, 10, 12, 14, dtype=torch.uint8)
+    before, spacing = images.clone(), torch.tensor([CUBES])
+    first, again, other = (augment(images, labels, AugmentSettings(), generator(seed), spacing)[0] for seed in (4, 4, 5))
+    assert torch.equal(first, again) and not torch.equal(first, other) and torch.equal(images, before)

@@ -2,12 +2,16 @@ import json
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.calibration import calibration_curve
 
-from finetune.alarms import choose_threshold, summarise_operating_point
+from finetune.alarms import choose_threshold, notes_of, requested_threshold, summarise_operating_point
 from finetune.calibration import BINS, Probabilities, decide_by, foreground_of, pooled, summarise_calibration
+from resunet.checkpoint import ModelConfig
 from resunet.data.cases import IGNORE
+from resunet.decision import OperatingPoint
 from resunet.errors import InputError
+from resunet.model import ResUNet
 
 
 def kept(truth, probability) -> Probabilities:
@@ -22,8 +26,8 @@ def random_pair(seed: int, shape: tuple[int, ...] = (30, 20)) -> tuple[np.ndarra
     return (random.random(shape) < probability**2).astype(np.uint8), probability
 
 
-def peak(value: float, on_target: float = -1.0) -> Probabilities:
-    return Probabilities(peak=value, peak_on_target=on_target)
+def peak(value: float, *objects: float) -> Probabilities:
+    return Probabilities(peak=value, peak_on_target=max(objects, default=-1.0), object_peaks=objects)
 
 
 def test_the_curve_is_scikit_learns():
@@ -124,19 +128,57 @@ def test_ties_do_not_break_the_budget():
 
 
 def test_a_threshold_from_few_cases_says_so():
-    assert "chosen on 10 val cases" in choose_threshold([0.5] * 10, 20).notes()[0]
-    assert "fewer than 50 no alarm" in choose_threshold([0.5] * 10, 20).notes()[0]
-    assert choose_threshold([0.5] * 50, 20).notes() == []
-    with pytest.raises(InputError, match=r"per-1000 20: val has no case without target"):
-        choose_threshold([], 20)
+    assert "chosen on 10 val cases" in notes_of(choose_threshold([0.5] * 10, 20))[0]
+    assert "fewer than 50 no alarm" in notes_of(choose_threshold([0.5] * 10, 20))[0]
+    assert notes_of(choose_threshold([0.5] * 50, 20)) == []
 
 
 def test_an_operating_point_on_other_cases():
     point = choose_threshold([0.2, 0.4], 100)
     cases = [("a", True, peak(0.5)), ("a", True, peak(0.4)), ("b", True, peak(0.1))]
-    cases += [("a", False, peak(0.9, 0.8)), ("c", False, peak(0.9, 0.3)), ("c", False, peak(-1.0))]  # the last: all ignored
+    cases += [("a", False, peak(0.9, 0.8, 0.4, 0.41)), ("c", False, peak(0.9, 0.3))]
+    cases += [("c", False, peak(-1.0))]  # all ignored
     summary = summarise_operating_point(point, cases)
     assert (summary["threshold"], summary["budget_per_1000"], summary["alarmed"]) == (0.4, 100, 1)
     assert summary["chosen_on"] == {"split": "val", "images_without_target": 2, "alarmed": 0}
     assert summary["false_alarms_per_1000"] == {"mean": 250, "ci95": None, "n": 2}
     assert summary["found"] == {"mean": 0.5, "ci95": None, "n": 2}  # what is above elsewhere finds no target
+    assert summary["lesions_found"] == {"mean": pytest.approx((2 / 3 + 0) / 2), "ci95": None, "n": 2}
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (7, 9, 8)])
+def test_the_peaks_of_objects_are_those_of_a_loop(shape):
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        truth = (random.integers(1, 3, shape) * (random.random(shape) < 0.1)).astype(np.uint8)
+        truth[random.random(shape) < 0.05] = IGNORE
+        probability = random.random(shape, dtype=np.float32)
+        record = Probabilities()
+        record.add_objects(truth, probability)
+        wanted = []
+        for kind in (1, 2):
+            components, count = ndimage.label(truth == kind, np.ones((3,) * len(shape)))
+            wanted += [float(probability[components == number].max()) for number in range(1, count + 1)]
+        assert sorted(record.object_peaks) == sorted(wanted) and len(wanted) > 5
+    nothing = Probabilities()
+    nothing.add_objects(np.zeros(shape, np.uint8), np.ones(shape, np.float32))
+    assert nothing.object_peaks == ()
+
+
+def test_what_a_prediction_is_decided_by():
+    point = OperatingPoint(threshold=0.875, budget=20, clean=50, alarmed=1)
+    two = ModelConfig(architecture=ResUNet(1, 2, (4, 8)).config.architecture, classes={0: "none", 1: "lesion"})
+    with_point = two.model_copy(update={"operating_point": point})
+    assert requested_threshold(two, None, False, False) is None is requested_threshold(two, 0.5, False, False)
+    assert requested_threshold(two, 0.25, False, False) == 0.25
+    assert requested_threshold(with_point, None, True, False) == 0.875
+    assert requested_threshold(with_point, None, False, True) is None
+    with pytest.raises(InputError, match=r"--operating-point: the model has none"):
+        requested_threshold(two, None, True, False)
+    with pytest.raises(InputError, match=r"--threshold 0\.25 and --operating-point"):
+        requested_threshold(with_point, 0.25, True, False)
+    with pytest.raises(InputError, match=r"--operating-point: decides masks, and --probabilities writes none"):
+        requested_threshold(with_point, None, True, True)
+    three = two.model_copy(update={"classes": {0: "none", 1: "lesion", 2: "oedema"}})
+    with pytest.raises(InputError, match=r"--threshold 0\.25: is for models of one class; this one has lesion, oedema"):
+        requested_threshold(three, 0.25, False, False)

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from finetune import checks, command
 from finetune.checks import find_rate, overfit, read_sweep
 from finetune.command import before_training
-from finetune.gradients import GradientRecord, gradient_norms, gradients_section, quiet_units
 from finetune.labelled import read_labelled, resolve
 from finetune.patches import PatchSampler
 from finetune.step import build
 from resunet.errors import CheckFailed, InputError
+from resunet.gradients import GradientRecord, gradient_norms, gradients_section, quiet_units
 from resunet.model import ResUNet, UNet
 from resunet.training import start_ranks
 
@@ -78,7 +78,7 @@ def test_nothing_to_overfit(recipe) -> None:
     ours, model, train, accelerator = prepared(recipe())
     for one in train:
         one.labels[:] = 0
-    with pytest.raises(InputError, match="no training case has a pixel of any class"):
+    with pytest.raises(InputError, match="training cases has a pixel of any class"):
         overfit(ours, model, train, accelerator, transferred=False, steps=2, quiet=True)
 
 

@@ -14,6 +14,7 @@ from finetune.loop import finetune
 from finetune.overlay import error_picture
 from finetune.predict import predict_case
 from finetune.recipe import FinetuneRecipe
+from finetune.targets import targets_of
 from resunet.data.cases import load_cases
 from resunet.data.source import open_source
 from resunet.errors import InputError
@@ -189,7 +190,9 @@ def test_every_run_is_pictured_with_its_own_normalisation(recipe, tmp_path, plac
             panel = np.asarray(picture)[::scale, ::scale][:, (2 + place) * (24 + 4) :][:, :24]
         case = by_id[name]
         predicted = predict_case(load_model(second), case, torch.device("cpu"), "fp32")
-        wanted = error_picture(np.zeros((24, 24, 3), np.uint8), case.labels, predicted)
+        wanted = error_picture(
+            np.zeros((24, 24, 3), np.uint8), case.labels, predicted, targets_of({0: "background", 255: "lesion"})
+        )
         # blue over grey is blue: what is called missed in the picture is what the run missed
         missed = panel[..., 2].astype(int) - panel[..., 0] > 20
         assert (missed == (wanted[..., 2] > wanted[..., 0])).all(), name

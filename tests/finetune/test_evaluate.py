@@ -15,6 +15,7 @@ from finetune.predict import predict_case
 from finetune.recipe import FinetuneRecipe
 from finetune.summary import policy
 from finetune.surface import TOLERANCE
+from finetune.targets import targets_of
 from resunet.checkpoint import read_config
 from resunet.cli import main
 from resunet.config import PercentileZScore
@@ -25,6 +26,7 @@ from resunet.errors import CheckFailed, InputError
 from resunet.model import load_model
 
 CPU = torch.device("cpu")
+BINARY = targets_of({0: "background", 255: "lesion"})
 
 
 def request_for(run, **changes: object) -> EvaluateRequest:
@@ -73,14 +75,14 @@ def test_cases_are_measured_in_their_order(runs):
     request, config = request_for(runs[0]), read_config(runs[0] / "model")
     cases = load_cases(open_source(request, masks=True).cases, "grey", PercentileZScore(), config.classes)
     model = load_model(runs[0])
-    measured = measure_cases(model, cases, 2, CPU, "fp32", quiet=True)
+    measured = measure_cases(model, cases, BINARY, CPU, "fp32", quiet=True)
     assert [one.case for one in measured] == cases
     for one in measured:
         alone = measure_case(one.case.labels, predict_case(model, one.case, CPU, "fp32"), 2, (1, 1))
         assert one.measures == alone and one.row() == (one.case.case.id, one.case.case.group, alone)
     assert len({one.measures.macro("dice") for one in measured}) > 5
-    assert [one.case for one in measure_cases(model, cases[::-1], 2, CPU, "fp32", quiet=True)] == cases[::-1]
-    assert measure_cases(model, [], 2, CPU, "fp32") == []
+    assert [one.case for one in measure_cases(model, cases[::-1], BINARY, CPU, "fp32", quiet=True)] == cases[::-1]
+    assert measure_cases(model, [], BINARY, CPU, "fp32") == []
 
 
 def test_an_evaluation_writes_its_files(runs):
@@ -234,6 +236,7 @@ def test_an_operating_point_is_chosen_on_val_and_counted_on_test(runs, tmp_path)
     assert point["false_alarms_per_1000"]["mean"] == pytest.approx(1000 * np.mean(alarmed))
     found = [peak(stem, "target") > point["threshold"] for stem in ("c11a", "c12a", "c13a")]
     assert point["found"] == {"mean": pytest.approx(np.mean(found)), "ci95": None, "n": 3}
+    assert point["lesions_found"] == point["found"]  # each has one
     assert any("chosen on 2 val cases" in note for note in summary["notes"])
     assert summary["false_alarms"]["images_without_target"] == 3
 
@@ -267,6 +270,7 @@ def test_masks_of_another_program_are_measured_as_a_models_are(runs, tmp_path, e
     theirs, ours = summary_of(out), summary_of(runs[0] / "evaluation")
     assert theirs["calibration"] is None and theirs["arithmetic"] is None and list(theirs["classes"]) == ["255"]
     theirs["classes"]["lesion"] = theirs["classes"].pop("255")
+    assert theirs["policy"].pop("postprocessing").startswith("Not known") and ours["policy"].pop("postprocessing")
     same = {key: value for key, value in theirs.items() if key not in ("calibration", "arithmetic", "notes")}
     assert same == {key: ours[key] for key in same} and set(theirs) == set(ours)
     assert "masks of another program, 6 of them" in theirs["notes"][0]

@@ -98,9 +98,17 @@ def test_the_val_score_is_that_of_evaluation(runs, tmp_path):
     assert summary["dice"]["mean"] == pytest.approx(record_of(runs[0])["best_val_dice"], abs=1e-9)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after):
-    whole = finetune(recipe(name="whole", steps=4, validate_every=2))
-    stopped = recipe(name="stopped", steps=4, validate_every=2)
+EVERYTHING = {
+    "ema": 0.5,
+    "model": {"channels": [4, 4, 6, 8], "statistics": "precise", "statistics_batches": 2},
+    "loss": {"deep_supervision": True, "component_weight": 1},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after, changes):
+    whole = finetune(recipe(name="whole", steps=4, validate_every=2, **changes))
+    stopped = recipe(name="stopped", steps=4, validate_every=2, **changes)
     sigterm_after(3)
     with pytest.raises(Stopped, match="after step 3"):
         finetune(stopped)
@@ -111,6 +119,54 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after)
         assert (stopped.out / name).read_bytes() == (whole / name).read_bytes()
     for name in ("status", "step", "best_step", "best_val_dice", "inputs"):
         assert record_of(stopped.out)[name] == record_of(whole)[name]
+
+
+def test_the_average_is_what_is_validated_and_saved(recipe):
+    """The live run and the averaged one take the same steps: averaging looks on."""
+    live = finetune(recipe(name="live", steps=6, validate_every=3))
+    out = finetune(recipe(name="average", steps=6, validate_every=3, ema=0.9))
+    assert read_metrics(out)["loss"] == read_metrics(live)["loss"]
+    assert read_metrics(out)["val_dice"] != read_metrics(live)["val_dice"]
+    last, of_live = state_of(out, "last"), state_of(live, "last")
+    assert all(torch.equal(tensor, of_live["network"][name]) for name, tensor in last["network"].items())
+    assert int(last["average"]["n_averaged"]) == 6
+    average = state_of(out, "best")["average"]
+    assert all(torch.equal(tensor, average[f"module.{name}"]) for name, tensor in weights_of(out).items())
+    summary = json.loads((out / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    request = EvaluateRequest(source=recipe().data.source, salt_file=recipe().data.salt_file, names="keep")
+    again = evaluate(out, request, out.parent / "again")
+    assert json.loads((again / "summary.json").read_text(encoding="utf-8"))["dice"] == summary["dice"]
+
+
+def test_heads_of_deep_supervision_stay_in_the_checkpoints(recipe):
+    for name in ("resunet", "unet"):
+        model = {"name": name, "channels": [4, 4, 8, 8]} | ({"units": 2} if name == "unet" else {})
+        out = finetune(recipe(name=name, steps=2, model=model, loss={"deep_supervision": True}))
+        state = state_of(out, "last")
+        assert len(state["heads"]) == 2 and state["network"].keys() == weights_of(out).keys()  # a weight and a bias
+        assert state["heads"]["0.bias"].abs().max() > 0  # which started at 0
+        assert type(load_model(out)) is {"resunet": ResUNet, "unet": UNet}[name]
+        metrics = read_metrics(out)
+        assert metrics["loss"][1] != pytest.approx(np.add(metrics["focal"][1], metrics["dice"][1]), rel=1e-3)
+
+
+def test_precise_statistics_are_those_that_are_validated_and_saved(recipe):
+    """Training is the same as without: in training mode nothing reads them."""
+    plain = finetune(recipe(name="plain", steps=4, validate_every=2))
+    out = finetune(recipe(name="precise", steps=4, validate_every=2, model={"statistics": "precise", "statistics_batches": 3}))
+    assert read_metrics(out)["loss"] == read_metrics(plain)["loss"]
+    of_plain, state = state_of(plain, "last")["network"], state_of(out, "last")["network"]
+    for name, tensor in state.items():
+        assert torch.equal(tensor, of_plain[name]) == ("running" not in name)
+    best = state_of(out, "best")["network"]
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights_of(out).items())
+
+
+def test_the_sawtooth_stands_in_the_record(recipe, encoder):
+    settings = {"decoder_first": 0.5, "sawtooth": True, "lr": 0.01}
+    out = finetune(recipe(encoder=str(encoder), steps=8, validate_every=8, optimizer=settings))
+    rates = read_metrics(out)["learning_rate"][1]
+    assert rates[1] == max(rates) == 0.01 == rates[4] and rates[3] < 0.006  # up and down, and up again
 
 
 def test_a_transfer_writes_its_receipt(recipe, encoder):

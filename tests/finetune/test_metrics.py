@@ -4,12 +4,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
 from finetune.metrics import METRICS, CaseMeasures, measure_case, values_by_group
 from finetune.statistics import group_means
 from finetune.summary import case_rows, policy, summarise
 from finetune.surface import TOLERANCE
+from finetune.targets import Targets, targets_of
 from resunet.data.cases import IGNORE
 from resunet.errors import InputError
 
@@ -18,6 +20,10 @@ MARKS = {".": 0, "1": 1, "2": 2, "3": 3, "#": IGNORE}
 
 def labels(*rows: str) -> np.ndarray:
     return np.array([[MARKS[mark] for mark in row] for row in rows], np.uint8)
+
+
+def named(names: list[str]) -> Targets:
+    return targets_of(dict(enumerate(names)))
 
 
 def measure(truth: np.ndarray, prediction: np.ndarray, num_classes: int = 2) -> CaseMeasures:
@@ -159,6 +165,78 @@ def test_edge_cases(as_volume, truth, prediction, metrics, found, predicted, fal
     assert case.false_alarm is alarm
 
 
+# What MONAI makes of the edge cases in which it differs: Dice, IoU, precision, recall, HD95, surface Dice. NaN is undefined, None
+# with us, and leaves the means: a false alarm costs nothing but surface Dice and precision, and a miss no HD95.
+NAN = math.nan
+MONAI = {
+    "empty truth with a prediction": (NAN, NAN, 0, NAN, NAN, 0),
+    "missed": (0, 0, NAN, 0, NAN, 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning", "ignore:.*may result in nan:UserWarning")
+@pytest.mark.parametrize("name", [name for name, (truth, *_) in EDGES.items() if "#" not in "".join(truth)])
+@pytest.mark.parametrize("as_volume", [False, True], ids=["2D", "3D"])
+def test_edge_cases_are_those_of_monai_but_for_a_table(as_volume, name):
+    import torch
+    from monai.metrics import (
+        compute_confusion_matrix_metric,
+        compute_dice,
+        compute_hausdorff_distance,
+        compute_iou,
+        compute_surface_dice,
+        get_confusion_matrix,
+    )
+
+    truth, prediction, ours, *_ = EDGES[name]
+    pair = [torch.from_numpy(labels(*rows) == 1)[None, None] for rows in (prediction, truth)]
+    if as_volume:
+        pair = [one[:, :, None] for one in pair]
+    confusion = get_confusion_matrix(*(one.float() for one in pair))
+    theirs = [
+        float(one[0, 0])
+        for one in (
+            compute_dice(*pair),
+            compute_iou(*pair),
+            compute_confusion_matrix_metric("precision", confusion),
+            compute_confusion_matrix_metric("sensitivity", confusion),
+            compute_hausdorff_distance(*pair, include_background=True, percentile=95),
+            compute_surface_dice(*pair, [1.0], include_background=True),
+        )
+    ]
+    expected = MONAI.get(name, [NAN if value is None else value for value in ours])
+    assert theirs == pytest.approx(expected, abs=1e-4, nan_ok=True) and (MISSED in ours) == (name in MONAI)
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("spacing", [(0.5, 3.0), (4.0, 0.5, 3.0)], ids=["2D", "3D"])
+def test_volumes_and_lesions_of_edge_cases_are_those_of_scipy(spacing, name):
+    """Volume errors in mm² and mm³ from sums, lesions from scipy's labels; what an empty truth makes of them is written out."""
+    truth, prediction = (labels(*rows) for rows in EDGES[name][:2])
+    if len(spacing) == 3:
+        truth, prediction = truth[None], prediction[None]
+    (measures,) = measure_case(truth, prediction, 2, spacing).classes
+    true, predicted = truth == 1, (prediction == 1) & (truth != IGNORE)
+    voxel = float(np.prod(spacing))
+    bias = (float(ndimage.sum_labels(predicted)) - float(ndimage.sum_labels(true))) * voxel
+    nothing = not true.any() and not predicted.any()
+    assert measures.volume_bias == (None if nothing else pytest.approx(bias))
+    assert measures.volume_error == (None if nothing else pytest.approx(abs(bias)))
+    assert measures.relative_volume_error == (pytest.approx(abs(bias) / (true.sum() * voxel)) if true.any() else None)
+    everything = np.ones((3,) * truth.ndim)
+    for mask, other, sizes, right in (
+        (true, predicted, measures.lesion_sizes, sum(measures.lesion_found)),
+        (predicted, true, None, measures.lesions_predicted - measures.lesions_false),
+    ):
+        components, count = ndimage.label(mask, everything)
+        theirs = [int(one) for one in ndimage.sum_labels(mask, components, range(1, count + 1))]
+        hit = ndimage.sum_labels(other, components, range(1, count + 1)) if count else np.zeros(0)
+        assert sorted(measures.false_sizes if sizes is None else sizes) == sorted(
+            size for size, touched in zip(theirs, hit, strict=True) if sizes is not None or not touched
+        )
+        assert right == int((np.asarray(hit) > 0).sum())
+
+
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning", "ignore:.*may result in nan:UserWarning")
 def test_surfaces_of_classes_are_those_of_monai_and_misses_are_not():
     """Four classes in voxels of 3 × 1 × 0.5 mm: one absent, one missed, one everywhere. MONAI drops the missed one."""
@@ -207,7 +285,7 @@ def test_volume_errors():
     assert measure_case(prediction, truth, 2, (5, 2, 1)).classes[0].volume_bias == -150
     false = measure_case(np.zeros_like(truth), truth, 2, (5, 2, 1)).classes[0]
     assert (false.volume_error, false.relative_volume_error) == (600, None)
-    summary = summarise([("a", "a", case)], ["background", "one", "two"], TOLERANCE)
+    summary = summarise([("a", "a", case)], named(["background", "one", "two"]), TOLERANCE)
     assert {name: one if isinstance(one, str) else one["mean"] for name, one in summary["volume_error"].items()} == {
         "relative": 0.25, "absolute": 0.15, "bias": 0.15, "unit": "ml"
     }  # fmt: skip
@@ -219,10 +297,10 @@ def test_volume_errors_have_no_interval_and_are_of_volumes_where_there_are_some(
     image, volume = np.ones((5, 6), np.uint8), np.ones((2, 5, 6), np.uint8)
     cases = [(f"v{i}", f"v{i}", measure(volume, volume * 0)) for i in range(5)]
     cases += [(f"i{i}", f"i{i}", measure(image, image * 0)) for i in range(5)]
-    errors = summarise(cases, ["background", "lesion"], TOLERANCE)["volume_error"]
+    errors = summarise(cases, named(["background", "lesion"]), TOLERANCE)["volume_error"]
     assert errors["relative"] == {"mean": 1, "ci95": None, "n": 10} and errors["unit"] == "ml"
     assert errors["absolute"] == {"mean": pytest.approx(0.06), "ci95": None, "n": 5}
-    errors = summarise(cases[5:], ["background", "lesion"], TOLERANCE)["volume_error"]
+    errors = summarise(cases[5:], named(["background", "lesion"]), TOLERANCE)["volume_error"]
     assert errors["bias"] == {"mean": -30, "ci95": None, "n": 5} and errors["unit"] == "mm²"
 
 
@@ -234,18 +312,20 @@ def test_lesion_recall_by_volume_and_by_width():
     truth[30:40, :10] = 1  # as wide as long
     prediction = np.zeros_like(truth)
     prediction[0, 39] = prediction[12, 3] = prediction[35, 5] = 1
-    lesions = summarise([("a", "a", measure_case(truth, prediction, 2, (0.5, 2)))], ["background", "x"], TOLERANCE)["lesions"]
+    lesions = summarise([("a", "a", measure_case(truth, prediction, 2, (0.5, 2)))], named(["background", "x"]), TOLERANCE)[
+        "lesions"
+    ]
     wide = [(row["range"], row["unit"], row["recall"]["mean"], row["n"]) for row in lesions["by_width"]]
     assert wide == [("<2", "pixels", 0.5, 2), ("2-4", "pixels", 1, 1), ("4-8", "pixels", None, 0), (">=8", "pixels", None, 0)]
     large = [(row["range"], row["unit"], row["recall"]["mean"], row["n"]) for row in lesions["by_volume"]]
     assert large == [("<10", "mm²", None, 0), ("10-50", "mm²", 0.5, 2), ("50-200", "mm²", 1, 2), (">=200", "mm²", None, 0)]
     dots = labels("11111", ".....", "1111.")  # 10 mm² and 8 mm²
-    by_volume = summarise([("a", "a", measure_case(dots, dots, 2, (2, 1)))], ["background", "x"], TOLERANCE)["lesions"][
+    by_volume = summarise([("a", "a", measure_case(dots, dots, 2, (2, 1)))], named(["background", "x"]), TOLERANCE)["lesions"][
         "by_volume"
     ]
     assert [row["n"] for row in by_volume] == [1, 1, 0, 0]
     volume = measure_case(truth[None], prediction[None], 2, (4, 0.5, 0.5))
-    lesions = summarise([("a", "a", volume)], ["background", "x"], TOLERANCE)["lesions"]
+    lesions = summarise([("a", "a", volume)], named(["background", "x"]), TOLERANCE)["lesions"]
     assert lesions["by_width"] is None
     assert [(row["unit"], row["n"]) for row in lesions["by_volume"]] == [("mm³", n) for n in (0, 2, 2, 0)]
 
@@ -313,7 +393,7 @@ def test_values_that_are_no_class_are_refused(truth, prediction, name):
 def test_groups_weigh_the_same_whatever_their_number_of_cases():
     hit, miss = (measure(labels("1."), labels(text)) for text in ("1.", ".."))
     cases = [(f"a{i}", "a", hit) for i in range(9)] + [("b0", "b", miss)]
-    assert summarise(cases, ["background", "lesion"], TOLERANCE)["dice"] == {"mean": 0.5, "ci95": None, "n": 2}
+    assert summarise(cases, named(["background", "lesion"]), TOLERANCE)["dice"] == {"mean": 0.5, "ci95": None, "n": 2}
 
 
 def made_cases() -> list[tuple[str, str, CaseMeasures]]:
@@ -330,7 +410,7 @@ def made_cases() -> list[tuple[str, str, CaseMeasures]]:
 
 def test_the_summary_holds_to_the_contract():
     cases = made_cases()
-    summary = summarise(cases, ["background", "edema", "tumour"], TOLERANCE)
+    summary = summarise(cases, named(["background", "edema", "tumour"]), TOLERANCE)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert list(summary) == ["surface_tolerance_mm", *METRICS, "volume_error", "classes", "lesions", "false_alarms", "policy"]
     assert list(summary["classes"]) == ["edema", "tumour"]
@@ -347,7 +427,7 @@ def test_the_summary_holds_to_the_contract():
 
 def test_the_summary_agrees_with_a_loop_over_the_rows():
     cases, names = made_cases(), ["background", "edema", "tumour"]
-    summary, rows = summarise(cases, names, TOLERANCE), case_rows(cases, names)
+    summary, rows = summarise(cases, named(names), TOLERANCE), case_rows(cases, named(names))
     assert len(rows) == len(cases) * 2
     for metric in METRICS:
         for wanted, figures in [({"edema", "tumour"}, summary), *(({name}, summary["classes"][name]) for name in names[1:])]:
@@ -371,7 +451,7 @@ def test_lesion_recall_by_size():
     truth[0, :9] = truth[2, :10] = truth[4:11, :7] = truth[12:22, :5] = truth[24:34, :20] = 1  # 9, 10, 49, 50, 200 voxels
     prediction = np.zeros_like(truth)
     prediction[2, 0] = prediction[24, 0] = prediction[39, 39] = 1
-    summary = summarise([("a", "a", measure(truth, prediction))], ["background", "lesion"], TOLERANCE)
+    summary = summarise([("a", "a", measure(truth, prediction))], named(["background", "lesion"]), TOLERANCE)
     by_size = [(row["recall"]["mean"], row["n"]) for row in summary["lesions"]["by_size"]]
     assert by_size == [(0, 1), (0.5, 2), (0, 1), (1, 1)]
     assert summary["lesions"]["recall"]["mean"] == pytest.approx(2 / 5)
@@ -381,7 +461,7 @@ def test_lesion_recall_by_size():
 
 def test_case_rows():
     case = measure(labels("11.", "...", "..1"), labels("1..", "...", "..."), 3)
-    assert case_rows([("c", "g", case)], ["background", "one", "two"]) == [
+    assert case_rows([("c", "g", case)], named(["background", "one", "two"])) == [
         {
             "id": "c",
             "group": "g",
@@ -423,6 +503,6 @@ def test_case_rows():
 
 def test_no_cases():
     none = {"mean": None, "ci95": None, "n": 0}
-    summary = summarise([], ["background", "lesion"], TOLERANCE)
+    summary = summarise([], named(["background", "lesion"]), TOLERANCE)
     assert summary["dice"] == {"mean": None, "ci95": None, "n": 0}
     assert summary["false_alarms"] == {"images_without_target": 0, "alarmed": 0, "rate": none, "per_1000": none}

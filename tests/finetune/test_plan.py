@@ -78,7 +78,7 @@ def of_key(choices: list[Choice], key: str) -> Choice:
 
 
 def test_the_patch_is_the_median_slice_in_strides(recipe) -> None:
-    ours = resolve(recipe(model={"channels": [4, 8, 8, 8, 8]}))
+    ours = resolve(recipe(patch=[32, 32], model={"channels": [4, 8, 8, 8, 8]}))
     sizes = [(100, 41), (100, 41), (500, 500)]
     facts = part_facts("train", [case(np.ones(size), known=True) for size in sizes], 2)
     assert of_key(recommend(ours, facts, ["a"], 1.0, "cpu", "fp32"), "patch").value == (96, 48)  # 100 → 96, 41 → 48
@@ -110,7 +110,7 @@ def test_rare_foreground_is_sampled_more(recipe) -> None:
 
 def test_validation_takes_a_fifth_of_the_time_at_most(recipe) -> None:
     ours = recipe(steps=1000)
-    cost = Cost(step=1.0, steps_measured=5, case_slice=1.0, memory=1, device="cpu", busy=0)
+    cost = Cost(step=1.0, steps_measured=5, case_slice=1.0, statistics=0.0, memory=1, device="cpu", busy=0)
     assert choose_validate_every(ours, cost, validation=0.1).value == 50
     slow = choose_validate_every(ours, cost, validation=100.0).value
     assert 100 / (100 + slow) == pytest.approx(0.2)

@@ -118,14 +118,14 @@ def test_good_files_are_predicted_and_bad_ones_listed(tmp_path, model, capsys):
 def test_another_number_of_channels(tmp_path, capsys):
     four, rgb = write_model(tmp_path / "four", 4), write_model(tmp_path / "rgb", "rgb")
     path = volume(tmp_path / "a.nii", 5, 5, 5)
-    with pytest.raises(InputError, match=r"a\.nii: has 1 channel, the model takes 4 \(4\)") as caught:
+    with pytest.raises(InputError, match=r"a\.nii: has 1 channel, 4 is wanted") as caught:
         predict(four, [path], tmp_path / "out", PLAIN)
-    assert "data.channels" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert "by the model, which was trained so" in str(caught.value) and not (tmp_path / "out").exists()
     picture(tmp_path / "grey.png", 9, 9)  # grey as three equal channels, as the recipe's 'rgb' says
     assert predict(rgb, [tmp_path / "grey.png"], tmp_path / "out", PLAIN).written == 1
     with pytest.raises(InputError, match="none of 2 inputs could be predicted; nothing was written"):
         predict(four, [path, tmp_path / "grey.png"], tmp_path / "two", PLAIN)
-    assert not (tmp_path / "two").exists() and capsys.readouterr().err.count("the model takes 4") == 2
+    assert not (tmp_path / "two").exists() and capsys.readouterr().err.count("4 is wanted") == 2
 
 
 def test_nothing_is_overwritten(tmp_path, model):
@@ -141,6 +141,48 @@ def test_nothing_is_overwritten(tmp_path, model):
     assert [(one.name, one.read_bytes()) for one in out.iterdir()] == [("a.png", before)]
 
 
-def test_only_a_2d_model_with_classes_predicts(tmp_path):
-    with pytest.raises(InputError, match="spatial_dims=3; a 2D model"):
-        predict(write_model(tmp_path / "model", spatial_dims=3), [tmp_path], tmp_path / "out", PLAIN)
+def test_only_a_model_with_classes_predicts(tmp_path):
+    ResUNet(1, 2, (4, 8)).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"config\.json names no classes"):
+        predict(tmp_path / "model", [tmp_path], tmp_path / "out", PLAIN)
+
+
+def oblique(path: Path, *shape: int) -> np.ndarray:
+    """Voxels of 1 × 1 × 5 mm, turned about two axes, z and x swapped, one axis mirrored; the affine."""
+    a, b = np.deg2rad([20, -15])
+    turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    turn = turn @ np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.array([[0, 0, 5], [0, -1, 0], [1, 0, 0]])
+    affine[:3, 3] = 12.5, -30, 7
+    values = np.random.default_rng(0).integers(-500, 2000, shape).astype(np.int16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, affine), path)
+    return nibabel.load(path).affine
+
+
+def test_a_model_of_volumes_writes_the_geometry_of_its_input(tmp_path):
+    from resunet.model import load_model
+
+    model = write_model(tmp_path / "model", spatial_dims=3)
+    affine = oblique(tmp_path / "in" / "o.nii.gz", 20, 22, 5)
+    source = sitk.ReadImage(str(tmp_path / "in" / "o.nii.gz"))
+    sitk.WriteImage(source, str(tmp_path / "in" / "n.nrrd"))
+    out = predict(model, [tmp_path / "in"], tmp_path / "out", PLAIN).out
+    written = nibabel.load(out / "o.nii.gz")
+    assert (written.affine == affine).all() and written.shape == (20, 22, 5)
+    raw = np.array(list(CLASSES))
+    expected = raw[predict_case(load_model(model), loaded(tmp_path / "in" / "o.nii.gz"), CPU, "fp32")]
+    assert len(np.unique(expected)) > 1
+    for name in ("o.nii.gz", "n.nrrd"):
+        mask = sitk.ReadImage(str(out / name))
+        for part in ("GetOrigin", "GetSpacing", "GetDirection"):
+            assert getattr(mask, part)() == pytest.approx(getattr(source, part)(), abs=1e-6)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.DICOMOrient(mask, "LPS")), expected)
+
+
+def test_a_model_of_volumes_takes_no_image(tmp_path):
+    model = write_model(tmp_path / "model", spatial_dims=3)
+    with pytest.raises(InputError, match=r"a\.png: is an image of 20 × 30 pixels; this model is of volumes"):
+        predict(model, [picture(tmp_path / "a.png", 20, 30)], tmp_path / "out", PLAIN)
+    assert not (tmp_path / "out").exists()

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -171,3 +173,94 @@ def test_a_footprint_is_of_the_network():
     assert footprint(wide, 1, CPU).floats == pytest.approx(2 * footprint(narrow, 1, CPU).floats, rel=0.1)
     assert (footprint(narrow, 1, CPU).stride, footprint(wide, 1, CPU).stride) == (2, 4)
     assert footprint(UNet(1, 5, (4, 8, 16)).eval(), 1, CPU)[1:] == (5, 4)
+
+
+VOLUME_WINDOWS = Plan(at_once=0, window=16, windows=2, rows=2)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 2])
+def test_a_network_of_volumes_sees_them_whole(axis):
+    values, model = scan(1, 11, 13, 9), network(spatial_dims=3)
+    expected = by_hand(model, normalised(values)).softmax(dim=1)[0].numpy()
+    scores, labels = predicted(model, values, axis, probabilities=True), predicted(model, values, axis)
+    assert scores.shape == (3, 11, 13, 9) and labels.shape == (11, 13, 9) and len(np.unique(labels)) >= 2
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert (scores.argmax(axis=0) == labels).mean() > 0.999
+
+
+@pytest.mark.parametrize("size", [(50, 20, 17), (12, 33, 16), (17, 9, 40)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.7])
+def test_bands_of_windows_give_what_monai_gives_for_the_whole_volume(size, overlap):
+    values, model = scan(1, *size), network(3, spatial_dims=3)
+    found = predicted(model, values, overlap=overlap, probabilities=True, plan=VOLUME_WINDOWS)
+    image = torch.from_numpy(normalised(values))[None]
+    with torch.no_grad():
+        expected = sliding_window_inference(image, [min(16, n) for n in size], 1, model, overlap, "gaussian")
+    np.testing.assert_allclose(found, expected.softmax(dim=1)[0].numpy(), atol=1e-5)
+    assert np.abs(found - predicted(model, values, probabilities=True)).max() > 1e-3  # windows end where the volume does not
+
+
+def test_every_voxel_comes_from_where_it_is():
+    values, model = scan(1, 40, 22, 19), nn.Conv3d(1, 3, 1)  # sees one voxel: windows change nothing
+    windows = predicted(model, values, probabilities=True, plan=VOLUME_WINDOWS)
+    np.testing.assert_allclose(windows, predicted(model, values, probabilities=True), atol=1e-6)
+
+
+def test_a_volume_is_flipped_over_three_axes():
+    values, model = scan(1, 7, 10, 9), network(spatial_dims=3)
+    image = normalised(values)
+    mirrored = [dims for count in range(4) for dims in itertools.combinations((1, 2, 3), count)]
+    total = sum(np.flip(by_hand(model, np.flip(image, dims)).numpy(), [d + 1 for d in dims]) for dims in mirrored)
+    expected = torch.from_numpy(total / 8).softmax(dim=1)[0].numpy()
+    found = predicted(model, values, flips=True, probabilities=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - predicted(model, values, probabilities=True)).max() > 0.01
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 2), (2, 3, 20), (8, 8, 8)])
+def test_a_volume_smaller_than_the_coarsest_stride(size, norm):
+    model = network(2, channels=(4, 4, 4, 4), norm=norm, spatial_dims=3)
+    assert footprint(model, 1, CPU).stride == 8
+    assert predicted(model, scan(1, *size), flips=True).shape == size
+
+
+def test_an_image_is_refused_by_a_network_of_volumes():
+    with pytest.raises(InputError, match=r"is an image of 20 × 30 pixels; this model is of volumes"):
+        predicted(network(spatial_dims=3), scan(1, 20, 30))
+
+
+@pytest.mark.parametrize("memory", [3.0, 4.0, 8.0])
+def test_the_plan_of_a_large_volume_stays_within_its_memory(memory):
+    """By hand: of all that is held together, the bytes."""
+    found = Footprint(floats=160, logits=3, stride=16)
+    size = (400, 512, 512)
+    values = np.lib.stride_tricks.as_strided(np.zeros(1, np.int16), (1, *size), (0, 0, 0, 0))
+    out = 400 * 512**2
+    plan = plan_slices(found, values, size, out, Inference(memory=memory))
+    assert plan.at_once == 0 and plan.window >= 32 and plan.windows >= 1 and plan.rows >= 2
+    height = plan.window + (plan.rows - 1) * int(plan.window * 0.75)
+    band = 4 * (4 + 2 * 3 + 4) * height * 512 * 512
+    passes = plan.windows * plan.window**3 * 4 * (160 + 3 + 12)
+    assert 1.25 * 2**30 + values.nbytes + 2 * out + band + passes <= memory * 2**30
+    thin = plan_slices(found, values[:, :60], (60, 512, 512), 60 * 512**2, Inference(memory=memory))
+    assert thin.at_once or thin.window > plan.window  # windows of few slices may be wider
+
+
+def test_too_little_memory_for_a_volume_is_said_with_what_would_do():
+    model, values = network(2, spatial_dims=3), scan(1, 100, 90, 80)
+    with pytest.raises(InputError, match=r"memory=0.5 GiB: too little for a scan of 1 × 100 × 90 × 80") as caught:
+        predicted(model, values, memory=0.5)
+    enough = float(str(caught.value).rsplit(" ", 1)[1].rstrip("."))
+    plan = plan_slices(footprint(model, 1, CPU), values, values.shape[1:], values[0].size, Inference(memory=enough))
+    assert plan.rows >= 2 and plan.window == 32
+    with pytest.raises(InputError):
+        plan_slices(footprint(model, 1, CPU), values, values.shape[1:], values[0].size, Inference(memory=enough - 0.1))
+
+
+def test_a_footprint_of_volumes_is_of_the_network():
+    narrow, wide = (network(2, channels=widths, spatial_dims=3) for widths in ((4, 8), (8, 16, 16)))
+    assert footprint(wide, 1, CPU).floats == pytest.approx(2 * footprint(narrow, 1, CPU).floats, rel=0.1)
+    assert (footprint(narrow, 1, CPU).stride, footprint(wide, 1, CPU).stride) == (2, 4)
+    flat = network(2, channels=(8, 16, 16))
+    assert footprint(wide, 1, CPU).floats == pytest.approx(footprint(flat, 1, CPU).floats, rel=0.1)  # a pixel's

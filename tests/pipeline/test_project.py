@@ -39,7 +39,7 @@ def test_every_command_of_the_readme_exists() -> None:
     from resunet.cli import app
 
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    named = set(re.findall(r"^(?:.*/)?resunet (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"^(?:.*/)?resunet ([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert named and named <= verbs
 
 

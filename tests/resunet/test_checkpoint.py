@@ -21,10 +21,12 @@ from resunet.checkpoint import (
     write_weights,
 )
 from resunet.config import FixedNormalisation
+from resunet.decision import ClassRule, OperatingPoint, Postprocessing
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
 from resunet.files import folder_aside, sha256, write_text
 from resunet.model import ResUNet, UNet
+from resunet.runtime import ObjectRule
 
 
 def trained_looking(model: torch.nn.Module) -> torch.nn.Module:
@@ -289,3 +291,30 @@ def test_from_pretrained_of_a_config_that_is_not_json(folder):
 def test_a_file_is_not_a_model_directory(folder):
     with pytest.raises(InputError, match="not a model directory"):
         read_config(model_folder(folder / WEIGHTS))
+
+
+def test_what_val_chose_is_kept_and_older_models_have_none(tmp_path):
+    chosen = Postprocessing(
+        rules=(ClassRule(name="oedema", largest_only=True, smallest=8),),
+        val_groups=4,
+        val_dice=(0.5, 0.625),
+        val_lesion_recall=(1.0, 1.0),
+    )
+    point = OperatingPoint(threshold=0.75, budget=20, clean=60, alarmed=1)
+    model = ResUNet(1, 3, (4, 8))
+    classes = {0: "none", 7: "lesion", 3: "oedema"}
+    model.config = model.config.model_copy(update=dict(classes=classes, postprocessing=chosen, operating_point=point))
+    model.save_pretrained(tmp_path / "model")
+    config = read_config(tmp_path / "model")
+    assert (config.postprocessing, config.operating_point) == (chosen, point)
+    assert config.object_rules() == (ObjectRule(2, True, 8),)
+    raw = json.loads((tmp_path / "model" / CONFIG).read_text(encoding="utf-8"))
+    del raw["postprocessing"], raw["operating_point"]
+    write_text(tmp_path / "model" / CONFIG, json.dumps(raw))
+    older = read_config(tmp_path / "model")
+    assert older.postprocessing is None is older.operating_point and older.object_rules() == ()
+    for name in ("none", "tumour"):  # the background, and no class at all
+        wrong = chosen.model_copy(update={"rules": (ClassRule(name=name, smallest=8),)}).model_dump(mode="json")
+        write_text(tmp_path / "model" / CONFIG, json.dumps(raw | {"postprocessing": wrong}))
+        with pytest.raises(InputError, match=rf"postprocessing names \['{name}'\]"):
+            read_config(tmp_path / "model")

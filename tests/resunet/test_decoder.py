@@ -5,6 +5,7 @@ from torch import Tensor
 from resunet.blocks import SqueezeExcite
 from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder
+from resunet.model import ResUNet, UNet
 
 
 class DeclaredEncoder:
@@ -49,6 +50,21 @@ def test_every_level_reaches_the_result():
     features = [f.detach().requires_grad_() for f in encoder(torch.randn(1, 1, 16, 16))]
     decoder(features).square().sum().backward()
     assert all(feature.grad.abs().sum() > 0 for feature in features)
+
+
+@pytest.mark.parametrize("network", [ResUNet(1, 2, (4, 6, 8, 10), 1), UNet(1, 2, (4, 6, 8, 10))])
+def test_levels_are_what_every_block_gives(network):
+    network.eval()
+    given = []
+    blocks = network.decoder.blocks if isinstance(network, ResUNet) else network.merge
+    for block in blocks:
+        block.register_forward_hook(lambda block, inputs, output: given.append(output))
+    x = torch.randn(1, 1, 21, 18)
+    logits = network(x)
+    levels = network.levels(x)
+    assert all(torch.equal(a, b) for a, b in zip(levels, given[2::-1], strict=True))
+    assert torch.equal(network.head(levels[0]), logits)
+    assert [level.shape[1:] for level in levels] == [(4, 21, 18), (6, 11, 9), (8, 6, 5)]
 
 
 def test_features_of_another_number_of_levels_are_refused():

@@ -106,3 +106,49 @@ def test_more_lines_than_colours_are_all_drawn():
     series = {f"line_{i}": ([1, 2], [i, i + 1]) for i in range(len(COLOURS) + 2)}
     markup = curves(series, "c", "x", "y").markup
     assert all(name in markup for name in series)
+
+
+def test_a_page_in_a_browser(tmp_path, look_at):
+    """Long words, wide pictures, a wide table and a legend: readable on a phone all the same."""
+    table = [["Matter", "How it was treated"], ["a" * 12, "b" * 16], ["words", "more words " * 20]]
+    wide = [
+        ["", *(f"column {i}" for i in range(12))],
+        *([f"row {r}", *["0.123 [0.100, 0.200], n = 12"] * 12] for r in range(3)),
+    ]
+    pictures = [image(np.zeros((40, 2000), np.uint8), "wide"), curves({"loss": ([1, 2], [3, 4])}, "a curve", "step", "loss")]
+    section = Section(
+        "Results", lead=["9" * 90], notes=["x" * 300], legend=[((1, 2, 3), "one")], table=table, pictures=pictures
+    )
+    write_page(tmp_path / "page.html", "Title", [section, Section("Wide", table=wide), Section("One", pictures=pictures[:1])])
+    seen = look_at(tmp_path / "page.html")
+    assert seen.headings == ["Title", "Results", "Wide", "One"]
+    assert [one["name"] for one in seen.pictures] == ["wide", "a curve", "wide"]
+
+
+@pytest.mark.parametrize(
+    "fault, sign",
+    [
+        ("<img alt='x' src='http://127.0.0.1:9/x.png'>", "requests"),
+        ("<script>console.error('no')</script>", "complaints"),
+        ("<script>nothing()</script>", "complaints"),
+        ("<div style='width: 800px'>wide</div>", "beyond"),
+        ("<table><tr><td><div style='width: 500px'>x</div></td><td>y</td></tr></table>", "cut"),
+    ],
+)
+def test_the_browser_sees_what_is_wrong(tmp_path, browser, look_at, fault, sign):
+    write_page(tmp_path / "page.html", "Title", [Section("Heading", text=["words"])])
+    look_at(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(page.replace("<footer>", f"<div>{fault}</div><footer>"), encoding="utf-8")
+    assert getattr(browser.look(tmp_path / "page.html", (390, 844)), sign)
+    with pytest.raises(AssertionError):
+        look_at(tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("fault", ["<img src='data:,'>", "<img alt='broken' src='data:image/png;base64,AAAA'>"])
+def test_a_picture_without_a_name_or_pixels_is_seen(tmp_path, look_at, fault):
+    write_page(tmp_path / "page.html", "Title", [Section("Heading", text=["words"])])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(page.replace("<footer>", f"{fault}<footer>"), encoding="utf-8")
+    with pytest.raises(AssertionError):
+        look_at(tmp_path / "page.html")

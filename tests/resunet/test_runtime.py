@@ -3,8 +3,17 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from resunet.runtime import Intensity, normalise, percentile_intensity, percentiles, slice_axis
+from resunet.runtime import (
+    Intensity,
+    ObjectRule,
+    normalise,
+    percentile_intensity,
+    percentiles,
+    remove_objects,
+    slice_axis,
+)
 
 
 def oracle(channel: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -113,3 +122,33 @@ def test_percentiles_are_those_of_numpy(dtype, shape):
     np.testing.assert_array_equal(values, before)
     flipped = values[..., ::-1]  # not in one piece
     np.testing.assert_allclose(percentiles(flipped, wanted), np.percentile(values, wanted), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (9, 8, 7)])
+@pytest.mark.parametrize("largest_only, smallest", [(False, 1), (False, 3), (True, 1), (True, 4), (True, 10_000)])
+def test_objects_are_removed_as_scipy_counts_them(shape, largest_only, smallest):
+    """Corners touch in both; the other class and the input stay as they are."""
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        labels = (random.integers(1, 3, shape) * (random.random(shape) < 0.15)).astype(np.uint8)
+        before = labels.copy()
+        cleaned = remove_objects(labels, [ObjectRule(2, largest_only, smallest)])
+        components, count = ndimage.label(labels == 2, np.ones((3,) * len(shape)))
+        sizes = [int((components == number).sum()) for number in range(1, count + 1)]
+        wanted = before.copy()
+        for number, size in enumerate(sizes, start=1):
+            if size < smallest or (largest_only and number != sizes.index(max(sizes)) + 1):
+                wanted[components == number] = 0
+        assert np.array_equal(labels, before) and count > 3 and cleaned.dtype == np.uint8
+        # of objects that are equally large numbering decides, which is not scipy's
+        if not largest_only or sizes.count(max(sizes)) == 1:
+            assert np.array_equal(cleaned, wanted)
+        assert (cleaned > 0).sum() == (wanted > 0).sum()
+
+
+def test_rules_come_one_after_the_other_and_none_changes_nothing():
+    labels = np.array([[1, 1, 0, 2, 0, 1], [0, 0, 0, 2, 2, 0]], np.uint8).T  # not in the order of memory
+    assert remove_objects(labels, []) is labels
+    both = remove_objects(labels, [ObjectRule(1, True, 1), ObjectRule(2, False, 4)])
+    assert both.T.tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    assert not remove_objects(np.zeros((3, 3), np.uint8), [ObjectRule(1, True, 5)]).any()

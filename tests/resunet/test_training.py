@@ -25,6 +25,7 @@ from resunet.training import (
     start_ranks,
     step_generator,
     stop_on_sigterm,
+    sum_over_ranks,
     training_state,
 )
 
@@ -55,6 +56,12 @@ def test_the_learning_rate_is_its_closed_form(steps, warmup):
         assert learning_rate(step, steps, warmup, peak) == pytest.approx(expected, abs=1e-12)
     assert 0 < learning_rate(steps - 1, steps, warmup, peak) < 0.2 * peak
     assert max(learning_rate(step, steps, warmup, peak) for step in range(steps)) == pytest.approx(peak)
+
+
+def test_the_polynomial_decay_is_its_closed_form():
+    rates = [learning_rate(step, 50, 0.2, 0.3, "polynomial") for step in range(50)]
+    assert rates[:10] == [learning_rate(step, 50, 0.2, 0.3) for step in range(10)]
+    assert rates[10:] == pytest.approx([0.3 * (1 - (step - 10) / 40) ** 0.9 for step in range(10, 50)])
 
 
 def test_a_warm_up_over_all_steps_leaves_one_at_the_peak():
@@ -162,6 +169,8 @@ def test_over_ranks():
     alone = Accelerator(cpu=True)
     assert any_rank(True, alone) and not any_rank(False, alone)
     assert mean_over_ranks({"a": 1.0, "b": 2.0}, alone) == {"a": 1.0, "b": 2.0}
+    values = torch.tensor([1.0, 2.0])
+    assert sum_over_ranks(values, alone) is values
     assert any_rank(False, TwoRanks(other=torch.tensor([1]))) and not any_rank(False, TwoRanks(other=torch.tensor([0])))
     assert mean_over_ranks({"a": 1.0, "b": 2.0}, TwoRanks(other=torch.tensor([3.0, 0.0]))) == {"a": 2.0, "b": 1.0}
 

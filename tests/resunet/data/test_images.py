@@ -226,9 +226,9 @@ def test_channels(tmp_path):
     repeated = read_scan(tmp_path / "single.png", "rgb").values
     assert repeated.dtype == np.uint16
     np.testing.assert_array_equal(repeated, np.stack([single] * 3))
-    with pytest.raises(InputError, match=r"single\.png: has 1 channels, data\.channels=4 .*Set data\.channels=1"):
+    with pytest.raises(InputError, match=r"single\.png: has 1 channel, 4 is wanted.*set data\.channels=1"):
         read_scan(tmp_path / "single.png", 4)
-    with pytest.raises(InputError, match=r"has 3 channels, data\.channels=1"):
+    with pytest.raises(InputError, match=r"has 3 channels, 1 is wanted"):
         read_scan(tmp_path / "colour.png", 1)
 
 

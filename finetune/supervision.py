@@ -1,0 +1,73 @@
+"""Deep supervision: the decoder's coarser levels learn the labels too, through heads that only training has.
+
+The saved network is the plain one: `Supervised` wraps it, and its heads stay in the checkpoints.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resunet.blocks import convolution
+from resunet.encoder import initialise_head
+from resunet.errors import InputError
+from resunet.model import ResUNet, UNet
+
+
+class Supervised(nn.Module):
+    """A network with a 1×1 head on every level of its decoder but the coarsest (as nnU-Net; Lee et al. 2015, arXiv 1409.5185).
+
+    Raises:
+        InputError: a network of fewer than four levels, which has no such level beside the finest.
+    """
+
+    def __init__(self, network: ResUNet | UNet) -> None:
+        super().__init__()
+        architecture = network.config.architecture
+        widths = architecture.channels[1:-2]
+        if not widths:
+            raise InputError(
+                f"loss.deep_supervision=true: a network of {len(architecture.channels)} levels has nothing to supervise beside its "
+                "finest. Set model.channels of at least 4 levels, or loss.deep_supervision=false."
+            )
+        assert isinstance(network.head, nn.Conv2d | nn.Conv3d)
+        logits = network.head.out_channels
+        self.network = network
+        self.heads = nn.ModuleList(convolution(architecture.spatial_dims, width, logits, 1, bias=True) for width in widths)
+        for head in self.heads:
+            initialise_head(head)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, in_channels, *size) → logits, finest first: level i is (N, 1 or num_classes, *ceil(size / 2^i))."""
+        levels = self.network.levels(x)[:-1]
+        heads = [self.network.head, *self.heads]
+        return [head(level) for head, level in zip(heads, levels, strict=True)]
+
+
+def supervised_loss(
+    logits: Sequence[Tensor], labels: Tensor, loss: Callable[[Tensor, Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The weighted sum of `loss` over the levels, and the finest level's terms.
+
+    Args:
+        logits: finest first, as `Supervised` gives them.
+        labels: (N, *size) of the finest.
+        loss: logits and labels of a level → {"loss", and its terms}.
+    """
+    levels = [loss(one, coarser(labels, level)) for level, one in enumerate(logits)]
+    weighted = [weight * one["loss"] for weight, one in zip(level_weights(len(levels)), levels, strict=True)]
+    return levels[0] | {"loss": torch.stack(weighted).sum()}
+
+
+def level_weights(count: int) -> list[float]:
+    """1, 1/2, 1/4 … of their sum, finest first (nnU-Net: Isensee et al. 2021, doi 10.1038/s41592-020-01008-z)."""
+    weights = [0.5**level for level in range(count)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def coarser(labels: Tensor, level: int) -> Tensor:
+    """(N, *size) → (N, *ceil(size / 2^level)): the label, `IGNORE` too, of the pixel on which a coarse one is centred.
+
+    The networks' strided convolutions put the output i on the input 2^level · i.
+    """
+    return labels[(slice(None), *[slice(None, None, 2**level)] * (labels.ndim - 1))]
