@@ -8,6 +8,7 @@ import numpy as np
 from finetune.facts import CaseFacts, PartFacts
 from finetune.geometry import Mismatch
 from finetune.recipe import FinetuneRecipe
+from finetune.targets import targets_of
 from resunet.config import PercentileZScore
 from resunet.errors import InputError
 
@@ -55,6 +56,11 @@ def warnings_of(recipe: FinetuneRecipe, has_groups: bool, parts: Sequence[PartFa
             "the figures be too good. Write groups.csv (stem,group)."
         )
     found += _absent_classes(parts, names)
+    found += [
+        f"The classes {its} are of the same data.regions: nothing teaches the network to tell them apart, and in its "
+        "masks either may stand for both. Add a region that holds one of them, if that matters."
+        for its in targets_of(recipe.data.classes, recipe.data.regions).alike()
+    ]
     found += _unequal_shares(train, [part for part in held_out if part.cases], names)
     found += _small_objects(train, names)
     found += _lost_in_coarse_scans(parts, names, whole=recipe.model.spatial_dims == 3)

@@ -184,6 +184,12 @@ def _distinct_names(runs: Sequence[Path]) -> list[str]:
 
 
 def _refuse_other_cases(first: Arm, other: Arm) -> None:
+    judged = [", ".join(arm.summary["classes"]) for arm in (first, other)]
+    if judged[0] != judged[1]:
+        raise InputError(
+            f"{first.folder} is judged by {judged[0]}, {other.folder} by {judged[1]}. Compare runs of the same data.classes and "
+            "data.regions."
+        )
     mine, theirs = set(first.groups), set(other.groups)
     if mine != theirs or first.scores.keys() != other.scores.keys():
         differing = sorted(mine ^ theirs)

@@ -202,7 +202,12 @@ def write_evaluation(
     done = config.postprocessing.described() if config.postprocessing is not None else NO_POSTPROCESSING
     predict = _predicting(model, config, device, precision)
     targets = targets_of(config.classes, config.regions)
-    return write(out, measured, targets, split, notes, precision, predict, point, done, title)
+    remarks = [
+        f"The classes {its} are of the same regions: nothing taught the network to tell them apart, and in its "
+        "masks either may stand for both."
+        for its in targets.alike()
+    ]
+    return write(out, measured, targets, split, [*notes, *remarks], precision, predict, point, done, title)
 
 
 def evaluation_sections(

@@ -163,7 +163,11 @@ def sections_of(
         for found in wrong_objects(measured[i].case, predict(measured[i].case), math.prod(cases[i].spacing), wanted, targets)
     ]
     return [
-        Section(f"On the {summary['split']} cases", table=figures_table({"": summary})),
+        Section(
+            f"On the {summary['split']} cases",
+            table=figures_table({"": summary}),
+            text=[] if targets.are_classes else [f"Of regions, which may overlap: {targets.described()}."],
+        ),
         *operating_point_section(summary),
         *telling_section(telling),
         *size_section(cases),

@@ -324,7 +324,7 @@ def _of_classes(config: ModelConfig) -> list[str]:
     if config.regions is None:
         return []
     assert config.classes is not None
-    described = "; ".join(targets_of(config.classes, config.regions).described(list(config.classes.values())))
+    described = targets_of(config.classes, config.regions).described()
     return [
         f"The model was trained on regions ({described}). Maps and lesions here are of its classes, one at a time; what is taken "
         "for another class of the same region counts as missed and as false here, and as right in the evaluation."

@@ -149,8 +149,7 @@ def _regions(plan: Plan) -> str:
     data = plan.given.data
     if data.regions is None:
         return ""
-    described = targets_of(data.classes, data.regions).described(list(data.classes.values()))
-    return "\n".join(["\n\nTrained and judged by regions, unions of these classes:", *(f"  {one}" for one in described)])
+    return f"\n\nTrained and judged by regions: {targets_of(data.classes, data.regions).described()}"
 
 
 def _objects(train: PartFacts, names: Sequence[str]) -> list[list[str]]:

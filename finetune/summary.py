@@ -11,11 +11,6 @@ from resunet.data.cases import IGNORE
 
 NO_POSTPROCESSING = "None: predictions are counted as they are."
 _MM3_A_ML = 1000
-_OF_REGIONS = (
-    "The model was trained on regions, unions of classes that may overlap, and every figure is of them: where a class is spoken "
-    "of, a region is meant. Each is measured by itself, as what it is and what it is not, so that a voxel and an object count in "
-    "every region that they belong to. A foreground class that is taken for another of the same regions is right."
-)
 
 
 def policy(tolerance: float, postprocessing: str = NO_POSTPROCESSING) -> dict[str, str]:
@@ -94,8 +89,16 @@ def summarise(
         "classes": {name: all_metrics(of_target(index)) for index, name in enumerate(targets.names)},
         "lesions": _lesions(cases, spatial, volumes),
         "false_alarms": _false_alarms(cases),
-        "policy": policy(tolerance, postprocessing) | ({} if targets.are_classes else {"regions": _OF_REGIONS}),
+        "policy": policy(tolerance, postprocessing) | ({} if targets.are_classes else {"regions": _of_regions(targets)}),
     }
+
+
+def _of_regions(targets: Targets) -> str:
+    return (
+        f"Every figure is of regions, unions of classes that may overlap: {targets.described()}. Where a class is spoken of, a "
+        "region is meant. Each is measured by itself, as what it is and what it is not, so that a voxel and an object count in every "
+        "region that they belong to. A foreground class that is taken for another of the same regions is right."
+    )
 
 
 def _volume_errors(

@@ -14,11 +14,16 @@ FOUND, FALSE, MISSED = 1, 2, 3
 
 @dataclass(frozen=True)
 class Targets:
-    """names[i] is the union of the class indices members[i]; num_classes counts the background."""
+    """names[i] is the union of the class indices members[i]. class_names: of every index, the background first."""
 
     names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
-    num_classes: int
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """The background included."""
+        return len(self.class_names)
 
     @property
     def are_classes(self) -> bool:
@@ -33,12 +38,17 @@ class Targets:
         mask: NDArray[np.uint8] = table[labels]
         return mask
 
-    def described(self, class_names: Sequence[str]) -> list[str]:
-        """Of regions, each in words: whole = edema + core."""
-        return [
-            f"{name} = {' + '.join(class_names[index] for index in its)}"
-            for name, its in zip(self.names, self.members, strict=True)
-        ]
+    def described(self) -> str:
+        """Regions in words: whole = edema + core; core = core."""
+        parts = (" + ".join(self.class_names[index] for index in its) for its in self.members)
+        return "; ".join(f"{name} = {part}" for name, part in zip(self.names, parts, strict=True))
+
+    def alike(self) -> list[str]:
+        """Classes that belong to the same targets, in words: neither the loss nor a figure tells them apart."""
+        by_targets: dict[tuple[bool, ...], list[str]] = {}
+        for index, name in enumerate(self.class_names):
+            by_targets.setdefault(tuple(index in its for its in self.members), []).append(name)
+        return [" and ".join(names) for names in by_targets.values() if len(names) > 1]
 
     def errors(self, truth: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """FOUND, FALSE or MISSED for every pixel; 0 for background on both sides and for what the truth ignores.
@@ -59,7 +69,7 @@ class Targets:
 
 def targets_of(classes: Mapping[int, str], regions: Mapping[str, Sequence[str]] | None = None) -> Targets:
     """The regions of some classes, or the classes but the background where there are none."""
-    names = list(classes.values())
+    class_names = tuple(classes.values())
     if regions is None:
-        return Targets(tuple(names[1:]), tuple((index,) for index in range(1, len(names))), len(names))
-    return Targets(tuple(regions), members_of(classes, regions), len(names))
+        return Targets(class_names[1:], tuple((index,) for index in range(1, len(class_names))), class_names)
+    return Targets(tuple(regions), members_of(classes, regions), class_names)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from finetune.losses import SMOOTHING, component_dice_loss, dice_loss, focal_loss, segmentation_loss
+from finetune.losses import (
+    SMOOTHING,
+    component_dice_loss,
+    dice_loss,
+    focal_loss,
+    region_logits,
+    region_truth,
+    segmentation_loss,
+)
 from resunet.data.cases import IGNORE
 
 
@@ -253,3 +261,129 @@ def test_without_components_there_is_nothing_to_find_and_a_gradient_all_the_same
     loss = component_dice_loss(logits, torch.zeros(2, 6, 6, dtype=torch.uint8))
     loss.backward()
     assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
+
+
+NESTED = ((1, 2, 3), (2, 3), (3,))
+OVERLAPPING = ((1, 3), (2, 3))
+
+
+def test_a_region_has_the_sum_of_its_classes_probabilities():
+    logits, target = pair(4, 9, 7)
+    target[0, 0] = IGNORE
+    for regions in (NESTED, OVERLAPPING):
+        found, truth = region_logits(logits, regions).sigmoid(), region_truth(target, regions)
+        for number, members in enumerate(regions):
+            torch.testing.assert_close(found[:, number], logits.softmax(dim=1)[:, list(members)].sum(dim=1))
+            assert np.array_equal(truth[:, number], np.isin(target, members))
+
+
+def test_neither_certain_nor_impossible_regions_are_rounded():
+    logits = torch.tensor([0.0, 60.0, 60.0, -60.0]).view(1, 4, 1, 1)
+    sure, impossible = region_logits(logits, ((1, 2), (3,)))[0, :, 0, 0].tolist()
+    assert sure == pytest.approx(60 + math.log(2), rel=1e-6) and impossible == pytest.approx(-120 - math.log(2), rel=1e-6)
+
+
+def slow_regions(logits: Tensor, target: Tensor, regions, weights, gamma: float) -> tuple[float, float]:
+    """Focal and Dice pixel by pixel and region by region, in double precision."""
+    p = logits.double().softmax(dim=1).numpy()
+    focal, count = 0.0, 0.0
+    overlap, sizes = np.zeros(len(regions)), np.zeros(len(regions))
+    for index in np.ndindex(*target.shape):
+        true = int(target[index])
+        if true == IGNORE:
+            continue
+        for number, members in enumerate(regions):
+            inside = true in members
+            probability = sum(p[index[0], member, index[1], index[2]] for member in members)
+            right = probability if inside else 1 - probability
+            focal -= weights[number] * (1 - right) ** gamma * math.log(right)
+            count += weights[number]
+            overlap[number] += probability * inside
+            sizes[number] += probability + inside
+    dice = (2 * overlap + SMOOTHING) / (sizes + SMOOTHING)
+    return focal / count, 1 - float((dice * weights).sum() / sum(weights))
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0, 0.5]])
+@pytest.mark.parametrize("regions", [NESTED, (*OVERLAPPING, (1,))], ids=["nested", "overlapping"])
+def test_the_terms_of_regions_are_those_of_a_slow_loop(regions, weights):
+    logits, target = pair(4, 6, 5)
+    target[1, 2:4] = IGNORE
+    terms = segmentation_loss(logits, target, 1.5, class_weights=weights, regions=regions)
+    focal, dice = slow_regions(logits, target, regions, weights or [1.0] * 3, 1.5)
+    assert terms["focal"].item() == pytest.approx(focal, rel=1e-5)
+    assert terms["dice"].item() == pytest.approx(dice, rel=1e-5)
+
+
+def test_one_region_of_everything_is_the_binary_task():
+    logits, target = pair(4, 8, 8)
+    whole = ((1, 2, 3),)
+    binary = logits[:, 1:].logsumexp(dim=1, keepdim=True) - logits[:, :1]
+    ours = segmentation_loss(logits, target, component_weight=1, regions=whole)
+    theirs = segmentation_loss(binary, (target > 0).to(torch.uint8), component_weight=1)
+    for name in ("loss", "focal", "dice", "component"):
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_with_a_region_for_each_class_dice_is_that_of_the_classes():
+    logits, target = pair(4, 12, 9)
+    target[2, :3] = IGNORE
+    single = ((1,), (2,), (3,))
+    weights = [0.7, 3.0, 1.0, 2.0]
+    torch.testing.assert_close(dice_loss(logits, target, regions=single), dice_loss(logits, target))
+    torch.testing.assert_close(dice_loss(logits, target, weights[1:], regions=single), dice_loss(logits, target, weights))
+    torch.testing.assert_close(component_dice_loss(logits, target, regions=single), component_dice_loss(logits, target))
+
+
+def test_the_components_are_of_regions():
+    """Two classes that touch are one object of their region: what is found of it is weighed as a whole."""
+    target = torch.zeros(1, 12, 12, dtype=torch.uint8)
+    target[0, 2:5, 2:5], target[0, 5:8, 2:5], target[0, 10, 10] = 1, 2, 3
+    logits, _ = pair(4, 12, 12)
+    p = logits[:1].softmax(dim=1)[0]
+    both, right = p[1] + p[2], p[3]
+    scores = []
+    for probability, own in ((both, (target[0] == 1) | (target[0] == 2)), (right, target[0] == 3)):
+        scores.append(2 * probability[own].sum() / (probability.sum() + own.sum()))
+    found = component_dice_loss(logits[:1], target, regions=((1, 2), (3,)))
+    assert float(found) == pytest.approx(1 - float(sum(scores) / 2), rel=1e-4)
+    # an object that lies in two regions is one of each
+    twice = component_dice_loss(logits[:1], target, regions=((1, 2), (3,), (3,)))
+    assert float(twice) == pytest.approx(1 - float((scores[0] + 2 * scores[1]) / 3), rel=1e-4)
+
+
+@pytest.mark.parametrize("regions", [NESTED, OVERLAPPING], ids=["nested", "overlapping"])
+def test_the_gradient_of_regions_is_that_of_finite_differences_and_ignored_pixels_have_none(regions):
+    logits, target = pair(4, 3, 4, spread=1)
+    target[0, 0, 0] = IGNORE
+    given = logits.clone().requires_grad_()
+    segmentation_loss(given, target, component_weight=0.5, regions=regions)["loss"].backward()
+    assert not given.grad[0, :, 0, 0].any()
+    step = 1e-2
+    for index in np.ndindex(*logits.shape):
+        up, down = logits.clone(), logits.clone()
+        up[index] += step
+        down[index] -= step
+        high, low = (segmentation_loss(one, target, component_weight=0.5, regions=regions)["loss"] for one in (up, down))
+        assert given.grad[index].item() == pytest.approx(((high - low) / (2 * step)).item(), abs=5e-5)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 2])
+def test_extreme_logits_of_regions_have_finite_gradients(gamma):
+    logits = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4]).view(1, 1, 1, 5).repeat(1, 4, 4, 1)
+    logits = (logits * torch.tensor([1.0, -1.0, 0.5, 0.0]).view(1, 4, 1, 1)).requires_grad_()
+    target = torch.arange(4, dtype=torch.uint8).view(1, 4, 1).repeat(1, 1, 5)
+    loss = segmentation_loss(logits, target, gamma, component_weight=1, regions=OVERLAPPING)["loss"]
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_ranks_with_halves_of_a_batch_agree_with_one_on_regions():
+    logits, target = pair(4, 7, 7)
+    halves = [(logits[:1], target[:1]), (logits[1:], target[1:])]
+    sums: list[list[Tensor]] = [[], []]
+    for record, (part, labels) in zip(sums, halves, strict=True):
+        segmentation_loss(part, labels, total=lambda values, record=record: record.append(values) or values, regions=NESTED)
+    added = iter([a + b for a, b in zip(*sums, strict=True)])
+    together = segmentation_loss(*halves[0], total=lambda _: next(added), regions=NESTED)
+    torch.testing.assert_close(together["loss"], segmentation_loss(logits, target, regions=NESTED)["loss"])

@@ -12,6 +12,10 @@ def data(**changes: object) -> dict:
     return {"data": LEAST["data"] | changes}
 
 
+def regions(named: dict) -> dict:
+    return data(classes={0: "background", 1: "rim", 2: "core"}, regions=named)
+
+
 FAULTS = {
     "labelled between groups": (data(labelled=1.5), r"data\.labelled=1\.5: a share is below 1, a number of groups is whole"),
     "labelled nothing": (data(labelled=0), r"data\.labelled=0: .*greater than 0"),
@@ -50,6 +54,29 @@ FAULTS = {
     "clip": ({"optimizer": {"clip": 0}}, r"optimizer\.clip=0: "),
     "allow": ({"allow": ["everything"]}, r"allow\.0='everything': .*'leak' or 'input_channels'"),
     "validate_every": ({"validate_every": 0}, r"validate_every=0: "),
+    "regions of one class": (data(regions={"all": ["lesion"]}), r"regions of one class are that class"),
+    "empty region": (
+        regions({"all": ["rim", "core"], "none": []}),
+        r"region 'none' is empty; name at least one of \['rim', 'core'\]",
+    ),
+    "region of what is no class": (
+        regions({"all": ["rim", "cores"]}),
+        r"region 'all' names \['cores'\]; the foreground classes",
+    ),
+    "region with background": (regions({"all": ["background", "rim"]}), r"region 'all' names \['background'\]"),
+    "class twice": (regions({"all": ["rim", "core", "rim"]}), r"region 'all' names a class twice"),
+    "class of no region": (regions({"core": ["core"]}), r"no region holds \['rim'\]"),
+    "no region": (regions({}), r"no region holds \['rim', 'core'\]"),
+    "equal regions": (regions({"all": ["rim", "core"], "both": ["core", "rim"]}), r"regions 'all' and 'both' are the same"),
+    "region with a class's name": (regions({"core": ["rim", "core"], "r": ["rim"]}), r"region 'core' has the name of a class"),
+    "weights of regions": (
+        regions({"all": ["rim", "core"]}) | {"loss": {"class_weights": {"rim": 2}}},
+        r"loss\.class_weights names \['rim'\]; the regions are \['all'\]",
+    ),
+    "regions and postprocessing": (
+        regions({"all": ["rim", "core"]}) | {"postprocess": "validate"},
+        r"postprocess='validate': removes objects of single classes",
+    ),
 }
 
 
@@ -92,3 +119,11 @@ def test_the_architecture_is_that_of_the_recipe(name):
     architecture = recipe.model.architecture(in_channels=3, num_classes=5, norm="group")
     assert (architecture.name, architecture.in_channels, architecture.num_classes) == (name, 3, 5)
     assert (architecture.channels, architecture.norm) == ((4, 8), "group")
+
+
+def test_regions_survive_json_and_may_have_the_name_of_a_class_that_they_are():
+    given = regions({"whole": ["core", "rim"], "core": ["core"]}) | {"loss": {"class_weights": {"whole": 2}}}
+    recipe = validate(FinetuneRecipe, LEAST | given, "recipe")
+    assert recipe.data.region_members() == ((1, 2), (2,))
+    assert FinetuneRecipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert validate(FinetuneRecipe, LEAST, "recipe").data.region_members() is None

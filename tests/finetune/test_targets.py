@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,9 @@ OVERLAPPING = targets_of(
 )
 
 
+TOGETHER = {"whole": ("edema", "core", "enhancing"), "enhancing": ("enhancing",)}  # nothing tells edema and core apart
+
+
 def random_pair(seed: int, *size: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     truth, predicted = ((random.integers(1, 4, size) * (random.random(size) < 0.2)).astype(np.uint8) for _ in range(2))
@@ -47,7 +51,9 @@ def random_pair(seed: int, *size: int) -> tuple[np.ndarray, np.ndarray]:
 def test_members_are_class_indices_in_the_order_of_the_classes():
     assert NESTED.names == ("whole", "inner", "enhancing") and NESTED.members == ((1, 2, 3), (2, 3), (3,))
     assert OVERLAPPING.members == ((1, 3), (2, 3)) and not OVERLAPPING.are_classes
-    assert OVERLAPPING.described(["none", "scratch", "stain", "both"]) == ["a = scratch + both", "b = stain + both"]
+    assert OVERLAPPING.described() == "a = scratch + both; b = stain + both"
+    assert targets_of(CLASSES, TOGETHER).alike() == ["edema and core"]
+    assert NESTED.alike() == targets_of(CLASSES).alike() == []
     plain = targets_of(CLASSES)
     assert plain.are_classes and plain.names == ("edema", "core", "enhancing") and plain.num_classes == 4
 
@@ -63,7 +69,7 @@ def test_a_region_is_measured_as_what_it_is_and_what_it_is_not(targets, size):
     for members, its in zip(targets.members, found.classes, strict=True):
         inside = np.where(truth == IGNORE, IGNORE, np.isin(truth, members)).astype(np.uint8)
         assert its == measure_case(inside, np.isin(predicted, members).astype(np.uint8), 2, spacing).classes[0]
-        assert its.lesion_sizes and 0 < its.dice < 1
+    assert 0 < found.classes[0].dice < 1 and all(its.lesion_sizes for its in found.classes)
 
 
 def test_regions_of_single_classes_are_the_classes():
@@ -152,7 +158,9 @@ def test_a_run_is_trained_judged_compared_and_explained_by_regions(nested, sourc
     run = finetune(ours)
     assert read_config(run / "model").regions == REGIONS
     summary = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
-    assert list(summary["classes"]) == list(REGIONS) and "whole" in (run / "report.html").read_text(encoding="utf-8")
+    assert list(summary["classes"]) == list(REGIONS) and "may overlap: whole = edema" in (run / "report.html").read_text(
+        "utf-8"
+    )
     with open(run / "evaluation" / "cases.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     truth = {row["id"]: {} for row in rows}
@@ -165,32 +173,39 @@ def test_a_run_is_trained_judged_compared_and_explained_by_regions(nested, sourc
     again = evaluate(run, EvaluateRequest(source=source, salt_file=source.parent / "salt", names="keep"), tmp_path / "again")
     assert json.loads((again / "summary.json").read_text(encoding="utf-8"))["classes"] == summary["classes"]
 
-    other = finetune(nested(name="other", seed=1))
+    other = shutil.copytree(run, tmp_path / "other")
     record = json.loads((compare([run, other], tmp_path / "compared") / "compare.json").read_text(encoding="utf-8"))
     assert record["paired_dice_difference"]["run - other"]["n"] == 6
-    single = finetune(nested(name="single", data={"regions": None}))
-    with pytest.raises(InputError, match="in the classes they hold"):
-        compare([run, single], tmp_path / "unlike")
+    path = other / "evaluation" / "summary.json"
+    classes = {name: figures for name, figures in summary["classes"].items() if name != "inner"}
+    path.write_text(json.dumps(summary | {"classes": classes}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"run is judged by whole, inner, enhancing, .*other by whole, enhancing\."):
+        compare([run, other], tmp_path / "unlike")
 
-    request = ExplainRequest(inputs=(source,), salt_file=source.parent / "salt", lesions=1, class_name="core")
+    scan = source / "images" / "c10a.png"
+    request = ExplainRequest(inputs=(scan,), salt_file=source.parent / "salt", lesions=1, class_name="core")
     page_of = explain(run, request, tmp_path / "why")
     notes = json.loads((page_of / "explain.json").read_text(encoding="utf-8"))["notes"]
     assert any("regions (whole = edema + core + enhancing; inner = core + enhancing" in note for note in notes)
-    with pytest.raises(InputError, match="'whole' is a region: explain one of its classes. Its classes: background, edema"):
+    with pytest.raises(InputError, match=r"'whole' is a region: explain one of its classes\. Its classes: background, edema"):
         explain(run, request.model_copy(update={"class_name": "whole"}), tmp_path / "region")
 
 
 def test_folds_and_their_ensemble_are_judged_by_regions(nested):
-    run = train(nested(data={"folds": 2}, false_alarms_per_1000=None))
+    run = train(nested(data={"folds": 2, "regions": TOGETHER}, steps=1))
     for folder in ("cross_validation", "evaluation"):
         summary = json.loads((run / folder / "summary.json").read_text(encoding="utf-8"))
-        assert list(summary["classes"]) == list(REGIONS) and "regions" in summary["policy"]
-    assert read_config(run / "model").regions == REGIONS
+        assert list(summary["classes"]) == list(TOGETHER) and "regions" in summary["policy"]
+    assert any("edema and core are of the same regions" in note for note in summary["notes"])
+    assert read_config(run / "model").regions == TOGETHER
 
 
 def test_a_plan_names_the_regions_and_writes_them(nested, tmp_path):
     plan = make_plan(nested())
-    assert "  inner = core + enhancing" in page(plan)
+    assert "by regions: whole = edema + core + enhancing; inner = core + enhancing; enhancing = enhancing\n" in page(plan)
     write_recipe(plan, tmp_path / "mine.yaml")
     assert load_recipe(FinetuneRecipe, "finetune", str(tmp_path / "mine.yaml"), []).data.regions == REGIONS
-    assert "unions of these classes" not in page(make_plan(nested(data={"regions": None})))
+    assert not any("same data.regions" in one for one in plan.warnings)
+    plain, together = (make_plan(nested(data={"regions": given})) for given in (None, TOGETHER))
+    assert "judged by regions" not in page(plain)
+    assert any("edema and core are of the same data.regions" in one for one in together.warnings)

@@ -318,3 +318,17 @@ def test_what_val_chose_is_kept_and_older_models_have_none(tmp_path):
         write_text(tmp_path / "model" / CONFIG, json.dumps(raw | {"postprocessing": wrong}))
         with pytest.raises(InputError, match=rf"postprocessing names \['{name}'\]"):
             read_config(tmp_path / "model")
+
+
+def test_regions_are_kept_and_are_of_the_classes(tmp_path):
+    model, regions = ResUNet(1, 3, (4, 8)), {"both": ("rim", "core"), "core": ("core",)}
+    model.config = model.config.model_copy(update=dict(classes={0: "none", 7: "rim", 3: "core"}, regions=regions))
+    model.save_pretrained(tmp_path / "model")
+    assert read_config(tmp_path / "model").regions == regions
+    raw = json.loads((tmp_path / "model" / CONFIG).read_text(encoding="utf-8"))
+    write_text(tmp_path / "model" / CONFIG, json.dumps(raw | {"regions": {"both": ["rim", "tumour"]}}))
+    with pytest.raises(InputError, match=r"region 'both' names \['tumour'\]"):
+        read_config(tmp_path / "model")
+    del raw["regions"]
+    write_text(tmp_path / "model" / CONFIG, json.dumps(raw))
+    assert read_config(tmp_path / "model").regions is None

@@ -136,3 +136,15 @@ def test_two_encoders_are_no_ensemble(tmp_path):
         folders.append(tmp_path / name)
     with pytest.raises(InputError, match="holds an encoder, not a segmenter"):
         make_ensemble(folders, tmp_path / "all")
+
+
+def test_members_that_were_trained_on_other_regions_are_refused(write_run, tmp_path):
+    regions = {"both": ("left", "right"), "left": ("left",)}
+    alike = [
+        write_run(name, network=ResUNet(num_classes=3, channels=(4, 6)), classes=TWO_MORE, regions=regions)
+        for name in ("a", "b")
+    ]
+    assert read_config(make_ensemble(alike, tmp_path / "all")).regions == regions
+    other = write_run("c", network=ResUNet(num_classes=3, channels=(4, 6)), classes=TWO_MORE)
+    with pytest.raises(InputError, match=r"regions: \{'both': \['left', 'right'\], 'left': \['left'\]\} there, None here"):
+        make_ensemble([alike[0], other], tmp_path / "unlike")
