@@ -47,6 +47,7 @@ from finetune.metrics import values_by_group
 from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
 from finetune.statistics import group_means
+from finetune.targets import targets_of
 from resunet.config import Precision
 from resunet.data.cases import LoadedCase
 from resunet.files import folder_aside, write_text
@@ -177,7 +178,7 @@ def prepared(network: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]
 
 def group_dice(network: nn.Module, cases: Sequence[LoadedCase]) -> dict[str, float]:
     """group → mean Dice of its whole scans."""
-    measured = measure_cases(network, cases, 2, CPU, "bf16", quiet=True)
+    measured = measure_cases(network, cases, targets_of({0: "background", 1: "target"}), CPU, "bf16", quiet=True)
     return group_means(values_by_group([one.row() for one in measured], lambda case: case.macro("dice")))
 
 

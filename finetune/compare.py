@@ -184,7 +184,7 @@ def _distinct_names(runs: Sequence[Path]) -> list[str]:
 
 
 def _refuse_other_cases(first: Arm, other: Arm) -> None:
-    judged = [", ".join(arm.summary["classes"]) for arm in (first, other)]
+    judged = [_judged_by(arm.recipe) for arm in (first, other)]
     if judged[0] != judged[1]:
         raise InputError(
             f"{first.folder} is judged by {judged[0]}, {other.folder} by {judged[1]}. Compare runs of the same data.classes and "
@@ -198,6 +198,11 @@ def _refuse_other_cases(first: Arm, other: Arm) -> None:
             f"{', for example ' + differing[0] if differing else ' in the classes they hold'}. "
             "Evaluate both on the same split of the same source."
         )
+
+
+def _judged_by(recipe: FinetuneRecipe) -> str:
+    targets = targets_of(recipe.data.classes, recipe.data.regions)
+    return ", ".join(sorted(targets.names)) if recipe.data.regions is None else targets.described()
 
 
 def _learning(arms: Sequence[Arm]) -> list[Picture]:

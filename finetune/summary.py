@@ -96,8 +96,8 @@ def summarise(
 def _of_regions(targets: Targets) -> str:
     return (
         f"Every figure is of regions, unions of classes that may overlap: {targets.described()}. Where a class is spoken of, a "
-        "region is meant. Each is measured by itself, as what it is and what it is not, so that a voxel and an object count in every "
-        "region that they belong to. A foreground class that is taken for another of the same regions is right."
+        "region is meant. Each is measured by itself, as what it is and what it is not, so that a voxel and an object count in "
+        "every region that they belong to. A foreground class that is taken for another of the same regions is right."
     )
 
 

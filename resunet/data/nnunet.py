@@ -190,11 +190,11 @@ def _check_classes(
     if not faults:
         if not regions:
             return []
-        return [f"dataset.json names regions ({', '.join(regions)}): here every mask value is a class of its own."]
+        return [
+            f"dataset.json names regions ({', '.join(regions)}): here every mask value is a class of its own; data.regions trains on their unions."
+        ]
     if regions:
-        wanted = (
-            f"Regions ({', '.join(regions)}) are not trained on; name every mask value in data.classes: {_and(sorted(known))}"
-        )
+        wanted = f"Regions ({', '.join(regions)}) are named in data.regions; name every mask value in data.classes: {_and(sorted(known))}"
     else:
         by_value = sorted((value, name) for name, values in labels.items() if name != _IGNORE for value in values)
         wanted = f"Set data.classes={{{', '.join(f'{value}: {name}' for value, name in by_value)}}}"

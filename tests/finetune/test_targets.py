@@ -4,22 +4,29 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from finetune.checks import overfit
 from finetune.compare import compare
-from finetune.evaluate import EvaluateRequest, evaluate
+from finetune.evaluate import EvaluateRequest, evaluate, measure_cases
 from finetune.explain import ExplainRequest, explain
 from finetune.folds import train
+from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune
+from finetune.losses import segmentation_loss
 from finetune.metrics import measure_case, measure_targets
 from finetune.objects import caption_of, largest_wrong, wrong_objects
+from finetune.patches import PatchSampler
 from finetune.plan import make_plan
 from finetune.planned import page, write_recipe
 from finetune.recipe import FinetuneRecipe
+from finetune.step import build, loss_of
 from finetune.summary import case_rows, policy, summarise
 from finetune.surface import TOLERANCE
 from finetune.targets import FALSE, FOUND, MISSED, targets_of
@@ -29,6 +36,7 @@ from resunet.data.cases import IGNORE, Case, LoadedCase
 from resunet.data.perceptual import look
 from resunet.errors import InputError
 from resunet.runtime import percentile_intensity
+from resunet.training import start_ranks
 
 CLASSES = {0: "background", 60: "edema", 160: "core", 255: "enhancing"}
 REGIONS = {"whole": ("edema", "core", "enhancing"), "inner": ("core", "enhancing"), "enhancing": ("enhancing",)}
@@ -152,6 +160,34 @@ def nested(source: Path, recipe: Callable[..., FinetuneRecipe]) -> Callable[...,
     return make
 
 
+def test_the_loss_and_the_dice_of_one_batch_are_of_regions(nested):
+    """With nothing but the Dice in the loss, and no step to speak of, the batch's Dice is what the loss leaves of 1."""
+    ours = resolve(nested(loss={"focal_weight": 0, "class_weights": None}, optimizer={"lr": 1e-12}))
+    accelerator = start_ranks(ours, ours.batch, "patches")
+    model, train_on = build(ours)[0], read_labelled(ours, quiet=True).train
+    done = overfit(ours, model, train_on, accelerator, transferred=False, steps=1, quiet=True)
+    assert done.dice_training == pytest.approx(1 - done.last_loss, abs=1e-4)
+
+    batch = PatchSampler(train_on, ours.patch, 1.0).batch(2, (0,))
+    with torch.no_grad():
+        logits = 3 * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        found = loss_of(nested(loss={"class_weights": {"inner": 2}}), logits, batch.labels, accelerator)
+        wanted = segmentation_loss(logits, batch.labels, class_weights=[1, 2, 1], regions=NESTED.members)
+    assert found == wanted
+
+
+def test_the_peaks_of_an_operating_point_are_of_the_objects_of_regions(nested):
+    """As many as lesions are counted: each object once in every region that it belongs to."""
+    ours = resolve(nested())
+    model, cases = build(ours)[0].eval(), read_labelled(ours, quiet=True).val
+    for one in measure_cases(model, cases, NESTED, torch.device("cpu"), "fp32", quiet=True):
+        assert one.probabilities is not None
+        assert len(one.probabilities.object_peaks) == len(one.measures.lesions_found()) == 3
+    outer = replace(cases[0], labels=np.where(cases[0].labels == 1, 1, 0).astype(np.uint8))  # a ring is of one region only
+    (one,) = measure_cases(model, [outer], NESTED, torch.device("cpu"), "fp32", quiet=True)
+    assert one.probabilities is not None and len(one.probabilities.object_peaks) == 1
+
+
 def test_a_run_is_trained_judged_compared_and_explained_by_regions(nested, source, tmp_path):
     terms = {"component_weight": 1, "deep_supervision": True, "class_weights": {"inner": 2}}
     ours = nested(loss=terms, model={"channels": [4, 6, 8, 8]}, patch=[16, 16], steps=4)
@@ -176,10 +212,10 @@ def test_a_run_is_trained_judged_compared_and_explained_by_regions(nested, sourc
     other = shutil.copytree(run, tmp_path / "other")
     record = json.loads((compare([run, other], tmp_path / "compared") / "compare.json").read_text(encoding="utf-8"))
     assert record["paired_dice_difference"]["run - other"]["n"] == 6
-    path = other / "evaluation" / "summary.json"
-    classes = {name: figures for name, figures in summary["classes"].items() if name != "inner"}
-    path.write_text(json.dumps(summary | {"classes": classes}), encoding="utf-8")
-    with pytest.raises(InputError, match=r"run is judged by whole, inner, enhancing, .*other by whole, enhancing\."):
+    changed = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    changed["data"]["regions"]["inner"] = ["edema", "core"]  # the same name
+    (other / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(InputError, match=r"run is judged by .*inner = core \+ enhancing; .*other by .*inner = edema \+ core"):
         compare([run, other], tmp_path / "unlike")
 
     scan = source / "images" / "c10a.png"
