@@ -3,7 +3,7 @@
     python -m benchmarks.coverage [--repetitions 4000]
 
 Group means are drawn from distributions such as segmentation has them. Printed for each interval: the share of samples whose
-interval holds the true mean, and the mean width. `finetune.statistics` uses the last one.
+interval holds the true mean, and the mean width. `finetune.evaluation.statistics` uses the last one.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 
-from finetune.statistics import bounded_interval
+from finetune.evaluation.statistics import bounded_interval
 
 GROUPS = (5, 10, 40, 100)
 _RESAMPLED = 2000

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from finetune.evaluation.statistics import FEWEST_GROUPS
 from finetune.label_curve.statistics import LEVEL, MeanSquares, half_width, mean_squares
-from finetune.statistics import FEWEST_GROUPS
 
 GROUPS = (4, 10, 23, 106)
 DRAWS = 3

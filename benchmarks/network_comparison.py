@@ -39,15 +39,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.augment import augment
-from finetune.evaluate import measure_cases
+from finetune.evaluation.evaluate import measure_cases
+from finetune.evaluation.metrics import values_by_group
+from finetune.evaluation.statistics import group_means
+from finetune.evaluation.targets import targets_of
 from finetune.labelled import LabelledData, read_labelled, resolve
-from finetune.losses import segmentation_loss
-from finetune.metrics import values_by_group
-from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
-from finetune.statistics import group_means
-from finetune.targets import targets_of
+from finetune.training.augment import augment
+from finetune.training.losses import segmentation_loss
+from finetune.training.patches import PatchSampler
 from resunet.config import Precision
 from resunet.data.cases import LoadedCase
 from resunet.files import folder_aside, write_text

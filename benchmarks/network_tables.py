@@ -18,7 +18,7 @@ from benchmarks.network_comparison import (
     read_results,
     record_score,
 )
-from finetune.statistics import figure, paired_difference
+from finetune.evaluation.statistics import figure, paired_difference
 
 TRAILING = 10  # steps that a training loss is averaged over
 HEADING = (

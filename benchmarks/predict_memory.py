@@ -1,4 +1,4 @@
-"""Peak memory of `resunet predict`, each scan in a process of its own: what `finetune.window` plans against what it takes.
+"""Peak memory of `resunet predict`, each scan in a process of its own: what was planned against what it takes.
 
     python -m benchmarks.predict_memory [--widths 8,32] [--memory 4] [--scans image,volume] [--tta] [--probabilities]
         [--spatial-dims 3] FOLDER

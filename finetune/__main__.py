@@ -8,7 +8,7 @@ from resunet.exits import exit_code_of, is_main_rank
 
 def main(arguments: Sequence[str]) -> None:
     """Fine-tune by a recipe; the run directory is the last line on standard output."""
-    from finetune.folds import train
+    from finetune.cross_validation.folds import train
     from finetune.recipe import FinetuneRecipe
     from resunet.config import load_recipe, split_arguments
 

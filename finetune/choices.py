@@ -6,11 +6,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from finetune.alarms import choose_threshold, is_without_target, refuse_val_without_clean
-from finetune.calibration import decide_by, foreground_of
-from finetune.evaluate import case_probabilities
+from finetune.evaluation.alarms import choose_threshold, is_without_target, refuse_val_without_clean
+from finetune.evaluation.calibration import decide_by, foreground_of
+from finetune.evaluation.evaluate import case_probabilities
+from finetune.inference.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.labelled import LabelledData
-from finetune.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.recipe import FinetuneRecipe
 from resunet.decision import OperatingPoint, Postprocessing
 from resunet.progress import progress

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetune.overlay import SWATCHES, error_picture, grey_picture, label_picture, side_by_side, telling_slice
-from finetune.predict import predict_case
+from finetune.evaluation.overlay import SWATCHES, error_picture, grey_picture, label_picture, side_by_side, telling_slice
+from finetune.evaluation.page import figures_table
+from finetune.evaluation.statistics import group_means, paired_difference
+from finetune.evaluation.targets import targets_of
+from finetune.inference.predict import predict_case
 from finetune.recipe import FinetuneRecipe
-from finetune.results import figures_table
-from finetune.statistics import group_means, paired_difference
-from finetune.targets import targets_of
 from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.source import open_source
 from resunet.errors import InputError

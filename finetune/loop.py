@@ -9,17 +9,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from finetune.alarms import notes_of
-from finetune.averaging import averaged
-from finetune.batch_statistics import share_statistics
 from finetune.choices import Choices, choose_on_val, refuse_impossible
-from finetune.evaluate import Measured, measure_cases, write_evaluation
+from finetune.evaluation.alarms import notes_of
+from finetune.evaluation.evaluate import Measured, measure_cases, write_evaluation
+from finetune.evaluation.metrics import METRICS, values_by_group
+from finetune.evaluation.statistics import figure
+from finetune.evaluation.targets import targets_of
 from finetune.labelled import LabelledData, read_labelled, resolve
-from finetune.metrics import METRICS, values_by_group
-from finetune.patches import PatchSampler
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
-from finetune.statistics import figure
 from finetune.step import (
     apply_gradients,
     build,
@@ -29,8 +27,10 @@ from finetune.step import (
     start_step,
     supervise,
 )
-from finetune.supervision import Supervised
-from finetune.targets import targets_of
+from finetune.training.averaging import averaged
+from finetune.training.batch_statistics import share_statistics
+from finetune.training.patches import PatchSampler
+from finetune.training.supervision import Supervised
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import LoadedCase, source_digest
 from resunet.data.leakage import ARCHIVE, evidence_of_cases, merge_archives, write_archive
@@ -59,7 +59,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     Raises:
         ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; see `resunet.errors`.
     """
-    assert recipe.data.folds is None or recipe.data.fold is not None, "finetune.folds trains them one after another"
+    assert recipe.data.folds is None or recipe.data.fold is not None, "cross_validation.folds trains them one after another"
     recipe = resolve(recipe)
     check_out(recipe)
     if is_done(recipe.out):

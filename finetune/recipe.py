@@ -24,7 +24,7 @@ class LabelledSettings(DataSettings):
     regions: Regions | None = Field(
         None,
         description="name → classes that it is the union of; regions may overlap. The loss and all figures are then of the regions "
-        "instead of the classes (see `finetune.losses`); masks and predictions stay maps of the classes; null: of the classes",
+        "instead of the classes; masks and predictions stay maps of the classes. null: of the classes",
     )
     ignore: tuple[int, ...] = Field((), description="raw mask values that nobody labelled: left out of every count")
     labelled: float | None = Field(
@@ -124,7 +124,7 @@ class NetworkSettings(Frozen):
 
 
 class ElasticSettings(Frozen):
-    """Simard's elastic deformation; see `finetune.augment`. The defaults move a pixel by about half a pixel."""
+    """Simard's elastic deformation; see `finetune.training.augment`. The defaults move a pixel by about half a pixel."""
 
     probability: Probability = 0.5
     sigma: float = Field(10.0, gt=0, description="pixels, of the Gaussian that smooths the field")
@@ -132,7 +132,7 @@ class ElasticSettings(Frozen):
 
 
 class AugmentSettings(Frozen):
-    """What every training patch goes through, image and mask alike; see `finetune.augment`."""
+    """What every training patch goes through, image and mask alike; see `finetune.training.augment`."""
 
     rotation: float = Field(15.0, ge=0, le=180, description="degrees, either way; of volumes about every axis")
     elastic: ElasticSettings = ElasticSettings()
@@ -148,7 +148,7 @@ class AugmentSettings(Frozen):
 
 
 class LossSettings(Frozen):
-    """Focal + Dice, and for small objects a Dice of every component; see `finetune.losses`."""
+    """Focal + Dice, and for small objects a Dice of every component; see `finetune.training.losses`."""
 
     gamma: float = Field(2.0, ge=0)
     focal_weight: float = Field(1.0, ge=0)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.evaluate import evaluation_sections
-from finetune.evaluation import Measured
+from finetune.evaluation.evaluate import evaluation_sections
+from finetune.evaluation.outputs import Measured
+from finetune.evaluation.page import figures_table, policy_section
 from finetune.labelled import LabelledData
 from finetune.recipe import FinetuneRecipe
-from finetune.results import figures_table, policy_section
 from resunet.checkpoint import ModelConfig
 from resunet.gradients import gradients_section
 from resunet.model import Segmenter

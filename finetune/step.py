@@ -15,13 +15,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from finetune.augment import augment
-from finetune.batch_statistics import batch_norms, moving, recompute_statistics, refuse_without_batch_norm
-from finetune.losses import segmentation_loss
-from finetune.patches import Patches
 from finetune.recipe import FinetuneRecipe
-from finetune.schedule import encoder_stands_still, rates
-from finetune.supervision import Supervised, supervised_loss
+from finetune.training.augment import augment
+from finetune.training.batch_statistics import batch_norms, moving, recompute_statistics, refuse_without_batch_norm
+from finetune.training.losses import segmentation_loss
+from finetune.training.patches import Patches
+from finetune.training.schedule import encoder_stands_still, rates
+from finetune.training.supervision import Supervised, supervised_loss
 from resunet.data.images import channel_count
 from resunet.errors import CheckFailed
 from resunet.layout import channels_last

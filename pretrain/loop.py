@@ -118,7 +118,11 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                 stopping = any_rank(bool(stop), accelerator)
                 if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping:
                     state = training_state(done, network, optimizer, accelerator)
-                    state |= {"loss": loss_state(criterion), "skipped_in_a_row": non_finite.in_a_row, "seconds": clock.seconds()}
+                    state |= {
+                        "loss": loss_state(criterion),
+                        "skipped_in_a_row": non_finite.in_a_row,
+                        "seconds": clock.seconds(),
+                    }
                     run.save_checkpoint(done, state)
                 if stopping and done < recipe.steps:
                     stop.stop(run, done)
@@ -127,9 +131,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         if main:
             _save_encoder(recipe, network.encoder, archive)
             write_report(recipe, archive, _example(recipe, sets))
-        run.finish(
-            "done", step=recipe.steps, seconds=round(clock.seconds(), 1), seconds_per_step=clock.seconds_per_step()
-        )
+        run.finish("done", step=recipe.steps, seconds=round(clock.seconds(), 1), seconds_per_step=clock.seconds_per_step())
     accelerator.wait_for_everyone()
     return recipe.out
 

@@ -114,7 +114,7 @@ def finetune(
     if not modes:
         print(_finetune(recipe, overrides or ()))
         return
-    from finetune.command import before_training
+    from finetune.planning.command import before_training
     from finetune.recipe import FinetuneRecipe
     from resunet.config import load_recipe
 
@@ -138,7 +138,7 @@ def evaluate(
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="evaluate cases that were trained on")] = False,
 ) -> None:
     """A segmenter, or another program's masks, on labelled scans → report.html, summary.json, cases.csv, overlays/."""
-    from finetune.evaluate import EvaluateRequest, evaluate
+    from finetune.evaluation.evaluate import EvaluateRequest, evaluate
     from resunet.config import validate
 
     request = dict(source=data, split=split, names=names, salt_file=salt_file, precision=precision, tolerance=tolerance)
@@ -165,7 +165,7 @@ def predict(
     overlap: Annotated[float, typer.Option(help="of windows, 0 to 0.75")] = 0.25,
 ) -> None:
     """A segmenter on scans → masks in their own format and geometry."""
-    from finetune.predict import PredictRequest, predict
+    from finetune.inference.predict import PredictRequest, predict
     from resunet.config import validate
     from resunet.exits import is_main_rank
 
@@ -199,7 +199,7 @@ def explain(
     overlap: Annotated[float, typer.Option(help="share of a window that the next one sees again")] = 0.25,
 ) -> None:
     """Grad-CAM: where a layer holds what a prediction, a missed lesion or a false alarm is decided by."""
-    from finetune.explain import ExplainRequest, explain
+    from finetune.explanation.explain import ExplainRequest, explain
     from resunet.config import validate
 
     inference = dict(memory=memory, window=window, overlap=overlap)
@@ -266,7 +266,7 @@ def _pretrain(recipe: str, overrides: Sequence[str]) -> Path:
 
 
 def _finetune(recipe: str, overrides: Sequence[str]) -> Path:
-    from finetune.folds import train
+    from finetune.cross_validation.folds import train
     from finetune.recipe import FinetuneRecipe
     from resunet.config import load_recipe
 

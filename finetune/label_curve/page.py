@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from finetune.evaluation.statistics import FEWEST_GROUPS
 from finetune.label_curve.figures import cost_figure, curve_figure, difference_figure
 from finetune.label_curve.result import Curve
 from finetune.label_curve.verdict import needed, saved, signed, verdicts
-from finetune.statistics import FEWEST_GROUPS
 from resunet.files import file_aside
 from resunet.report import Section, svg, write_page
 from resunet.runs import without_paths

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 
-from finetune.statistics import FEWEST_GROUPS, Bounds, bounded_interval
+from finetune.evaluation.statistics import FEWEST_GROUPS, Bounds, bounded_interval
 
 FEWEST_DRAWS = 2  # of one nobody knows what another would have given
 LEVEL = 0.05

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetune.evaluation.statistics import FEWEST_GROUPS
 from finetune.label_curve.statistics import FEWEST_DRAWS, Labels
-from finetune.statistics import FEWEST_GROUPS
 
 Record = Mapping[str, Any]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from finetune.alarms import notes_of
-from finetune.evaluate import measure_cases, write_evaluation
+from finetune.evaluation.alarms import notes_of
+from finetune.evaluation.evaluate import measure_cases, write_evaluation
+from finetune.evaluation.targets import targets_of
 from finetune.label_curve.cells import Cell, Point
 from finetune.labelled import read_labelled
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
-from finetune.targets import targets_of
 from resunet.checkpoint import model_folder
 from resunet.errors import EnvironmentFault, InputError
 from resunet.layout import place

@@ -191,10 +191,11 @@ def _check_classes(
         if not regions:
             return []
         return [
-            f"dataset.json names regions ({', '.join(regions)}): here every mask value is a class of its own; data.regions trains on their unions."
+            f"dataset.json names regions ({', '.join(regions)}): here every value is a class; data.regions trains on unions."
         ]
     if regions:
-        wanted = f"Regions ({', '.join(regions)}) are named in data.regions; name every mask value in data.classes: {_and(sorted(known))}"
+        values = _and(sorted(known))
+        wanted = f"Regions ({', '.join(regions)}) belong in data.regions; name every mask value in data.classes: {values}"
     else:
         by_value = sorted((value, name) for name, values in labels.items() if name != _IGNORE for value in values)
         wanted = f"Set data.classes={{{', '.join(f'{value}: {name}' for value, name in by_value)}}}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.folds import train
+from finetune.cross_validation.folds import train
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import ModelConfig

@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from finetune.calibration import decide_by
 from finetune.choices import choose_on_val
-from finetune.evaluate import EvaluateRequest, case_probabilities, evaluate
+from finetune.evaluation.calibration import decide_by
+from finetune.evaluation.evaluate import EvaluateRequest, case_probabilities, evaluate
+from finetune.inference.postprocess import choose_postprocessing, predicted_objects
+from finetune.inference.predict import PredictRequest, predict
 from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune
-from finetune.postprocess import choose_postprocessing, predicted_objects
-from finetune.predict import PredictRequest, predict
 from resunet.checkpoint import read_config
 from resunet.cli import main
 from resunet.errors import InputError

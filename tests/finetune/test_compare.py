@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from finetune.compare import compare, read_arm, recipe_differences, verdict
+from finetune.evaluation.overlay import error_picture
+from finetune.evaluation.targets import targets_of
+from finetune.inference.predict import predict_case
 from finetune.loop import finetune
-from finetune.overlay import error_picture
-from finetune.predict import predict_case
 from finetune.recipe import FinetuneRecipe
-from finetune.targets import targets_of
 from resunet.data.cases import load_cases
 from resunet.data.source import open_source
 from resunet.errors import InputError

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from finetune.evaluate import EvaluateRequest, evaluate
+from finetune.evaluation.evaluate import EvaluateRequest, evaluate
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
 from finetune.step import make_optimizer, start_step

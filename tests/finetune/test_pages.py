@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from finetune.compare import compare
-from finetune.evaluate import EvaluateRequest, evaluate
-from finetune.explain import ExplainRequest, explain
+from finetune.evaluation.evaluate import EvaluateRequest, evaluate
+from finetune.explanation.explain import ExplainRequest, explain
 
 
 def request_for(run) -> EvaluateRequest:

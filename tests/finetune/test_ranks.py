@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from finetune.batch_statistics import batch_norms, recompute_statistics, share_statistics
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
+from finetune.training.batch_statistics import batch_norms, recompute_statistics, share_statistics
 from resunet.checkpoint import read_weights
 from resunet.report import read_metrics
 from resunet.training import sum_over_ranks

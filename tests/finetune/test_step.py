@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.batch_statistics import batch_norms
 from finetune.labelled import read_labelled, resolve
-from finetune.patches import PatchSampler
 from finetune.step import _STATISTICS, _TRAINING, _batch, apply_gradients, build, make_optimizer, start_step, supervise
+from finetune.training.batch_statistics import batch_norms
+from finetune.training.patches import PatchSampler
 from resunet.checkpoint import ModelConfig
 from resunet.config import FixedNormalisation
 from resunet.encoder import ResidualEncoder

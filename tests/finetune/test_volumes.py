@@ -12,16 +12,16 @@ import SimpleITK as sitk
 import torch
 from PIL import Image
 
-from finetune.evaluate import EvaluateRequest, evaluate
-from finetune.explain import ExplainRequest, explain
-from finetune.gradcam import grad_cam, layers_of, tile
+from finetune.evaluation.evaluate import EvaluateRequest, evaluate
+from finetune.explanation.explain import ExplainRequest, explain
+from finetune.explanation.gradcam import grad_cam, layers_of, tile
+from finetune.inference.predict import PredictRequest, predict
+from finetune.inference.window import predict_values
 from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune
-from finetune.plan import make_plan
-from finetune.planned import page
-from finetune.predict import PredictRequest, predict
+from finetune.planning.page import page
+from finetune.planning.plan import make_plan
 from finetune.recipe import FinetuneRecipe
-from finetune.window import predict_values
 from resunet.checkpoint import ModelConfig, read_config, read_weights
 from resunet.config import validate
 from resunet.data.leakage import ARCHIVE

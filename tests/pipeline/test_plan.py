@@ -30,14 +30,14 @@ def test_the_planned_recipe_trains(tmp_path: Path, arguments: list[str], capsys:
 def test_checks_and_their_exit_codes(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.command.SWEEP_STEPS", 40)
+    monkeypatch.setattr("finetune.planning.command.SWEEP_STEPS", 40)
     page = tmp_path / "lr.html"
     assert main([*arguments, "--find-lr", "--write", str(page), "optimizer.lr=0.03"]) == 0
     told = capsys.readouterr().out
     assert "optimizer.lr=" in told and "<svg" in page.read_text(encoding="utf-8")
     assert main([*arguments, "--overfit", "optimizer.lr=0.03"]) == 0
     assert "overfit: passed" in capsys.readouterr().out
-    monkeypatch.setattr("finetune.command.OVERFIT_STEPS", 3)
+    monkeypatch.setattr("finetune.planning.command.OVERFIT_STEPS", 3)
     assert main([*arguments, "--overfit", "optimizer.lr=1e-9"]) == 1
     assert "overfit: FAILED" in capsys.readouterr().err
     assert main([*arguments, "--overfit", "--plan"]) == 2

@@ -16,6 +16,7 @@ from benchmarks.curve_coverage import (
     satterthwaite,
     true_mean,
 )
+from finetune.evaluation.statistics import bounded_interval
 from finetune.label_curve.statistics import (
     LEVEL,
     Labels,
@@ -27,7 +28,6 @@ from finetune.label_curve.statistics import (
     p_value,
     score,
 )
-from finetune.statistics import bounded_interval
 
 
 @pytest.fixture

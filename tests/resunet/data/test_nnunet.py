@@ -252,7 +252,7 @@ def test_what_is_to_be_ignored(root):
 def test_regions_are_read_as_the_mask_values_they_are_made_of(root):
     describe(root, labels={"background": 0, "whole": [1, 2], "core": [1]}, regions_class_order=[2, 1])
     text = fault(root, classes={0: "background", 1: "whole"})
-    assert "Regions (whole = 1+2) are not trained on; name every mask value in data.classes: 0, 1 and 2" in text
+    assert "Regions (whole = 1+2) belong in data.regions; name every mask value in data.classes: 0, 1 and 2" in text
     assert "whole has another value there" in text
     source = opened(root, classes=CLASSES)
     assert any("names regions (whole = 1+2)" in note for note in source.notes())

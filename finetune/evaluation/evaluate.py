@@ -1,0 +1,225 @@
+"""Evaluation of a segmenter: whole scans, voxels, surfaces and lesions, figures over groups."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import nn
+
+from finetune.evaluation.alarms import choose_threshold, is_without_target, notes_of, refuse_val_without_clean
+from finetune.evaluation.calibration import Probabilities, decide_by, foreground_of
+from finetune.evaluation.metrics import measure_targets
+from finetune.evaluation.outputs import (
+    EvaluateRequest,
+    Measured,
+    Predict,
+    cases_of_split,
+    new_folder,
+    overlay_name,
+    sections_of,
+    telling_cases,
+    write,
+)
+from finetune.evaluation.predictions import evaluate_masks
+from finetune.evaluation.summary import NO_POSTPROCESSING
+from finetune.evaluation.surface import TOLERANCE
+from finetune.evaluation.targets import Targets, targets_of
+from finetune.inference.predict import predict_case
+from finetune.inference.window import predict_values
+from resunet.checkpoint import CONFIG, ModelConfig, model_folder
+from resunet.config import Precision
+from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
+from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, evidence_of_cases, find_leaks, read_archive, refuse_leaks
+from resunet.data.source import Source, open_source
+from resunet.decision import OperatingPoint
+from resunet.errors import InputError
+from resunet.layout import place
+from resunet.model import Segmenter, load_finetuned
+from resunet.progress import progress, say
+from resunet.report import Section
+from resunet.runtime import ObjectRule, remove_objects
+
+__all__ = [
+    "EvaluateRequest",
+    "Measured",
+    "case_probabilities",
+    "evaluate",
+    "evaluation_sections",
+    "measure_cases",
+    "overlay_name",
+    "telling_cases",
+    "write_evaluation",
+]
+
+
+def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, allow_leak: bool = False) -> Path:
+    """Evaluate a segmenter, or masks that another program made, on a source; the folder with the results.
+
+    Args:
+        model: a fine-tuning run, a segmenter's model directory, or a folder of masks with the images' stems.
+        request: the source and the part of it; a source without splits is evaluated whole, and the summary says so.
+        out: a new folder; without it `evaluation-SPLIT` in the model's, or beside a folder of masks.
+
+    Raises:
+        InputError: the model, the masks, the source or `out`.
+        CheckFailed: cases of the split were in the model's training data, and `allow_leak` is not set.
+    """
+    folder = model_folder(model)
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return evaluate_masks(folder, request, out)
+    out = new_folder(out if out is not None else model / f"evaluation-{request.split}")
+    network, config = load_finetuned(folder)
+    assert config.classes is not None
+    if request.ignore:
+        raise InputError(
+            f"--ignore {list(request.ignore)}: is for masks of another program; this model ignores {config.ignore}."
+        )
+    settings = request.model_copy(update={"channels": config.input_channels})
+    source = open_source(settings, masks=True, classes=config.classes, ignore=config.ignore)
+    cases, notes = cases_of_split(source, request)
+    notes += [f"Allowed when the model was trained: {one}." for one in config.allowed]
+    # where nobody made a split nothing claims to be unseen: the figures are given, with what they are
+    load = partial(_load_unseen, folder, config, source, allowed=allow_leak or not source.has_splits)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = place(network, device)
+    point = config.operating_point
+    if (budget := request.false_alarms_per_1000) is not None:
+        if not source.has_splits or request.split == "val":
+            raise InputError(
+                f"--false-alarms-per-1000 {budget:g}: its threshold is chosen on the val part, and --split {request.split} of this "
+                "source is not evaluated apart from it. Give the source a splits.json, and evaluate test."
+            )
+        val, remarks = load(source.part("val"), "val")
+        refuse_val_without_clean(val, f"--false-alarms-per-1000 {budget:g}")
+        point = choose_threshold(_clean_peaks(network, val, device, request.precision), budget)
+        notes += remarks
+    notes += notes_of(point) if point is not None else []
+    loaded, remarks = load(cases, request.split)
+    notes = list(dict.fromkeys(notes + remarks))  # val and test may have one in common
+    for note in notes:
+        say(note)
+    targets, rules = targets_of(config.classes, config.regions), config.object_rules()
+    measured = measure_cases(network, loaded, targets, device, request.precision, tolerance=request.tolerance, rules=rules)
+    title = f"Evaluation on {request.split}"
+    write_evaluation(out, network, measured, config, request.split, notes, device, request.precision, point, title)
+    return out
+
+
+def _load_unseen(
+    folder: Path, config: ModelConfig, source: Source, cases: Sequence[Case], split: str, allowed: bool
+) -> tuple[list[LoadedCase], list[str]]:
+    """Cases as the model reads them, none of which it was trained on; and notes."""
+    loaded = load_cases(
+        cases,
+        config.input_channels,
+        config.normalisation,
+        config.classes,
+        config.ignore,
+        progress=lambda items, total: progress(items, total, "read"),
+    )
+    refuse_images(loaded, config.architecture.spatial_dims)
+    notes: list[str] = []
+    if (folder / ARCHIVE).exists():
+        archive = read_archive(folder)
+        if archive.salt_fingerprint != source.salt_fingerprint:
+            notes.append(NO_GROUP_EVIDENCE)
+        leaks = find_leaks(archive, evidence_of_cases(loaded, source.salt_fingerprint))
+        notes += refuse_leaks(leaks, cases, split, "the model's training data", allowed)
+    return loaded, notes
+
+
+def _clean_peaks(network: nn.Module, cases: Sequence[LoadedCase], device: torch.device, precision: Precision) -> list[float]:
+    """The greatest foreground probability of every case without target."""
+    labelled = [(case, case.labels) for case in cases if case.labels is not None]
+    clean = [(case, Probabilities(), labels) for case, labels in labelled if is_without_target(labels)]
+    for case, kept, labels in progress(clean, len(clean), "threshold"):
+        kept.add(labels, foreground_of(case_probabilities(network, case, device, precision)))
+    return [kept.peak for _, kept, _ in clean]
+
+
+def case_probabilities(network: nn.Module, case: LoadedCase, device: torch.device, precision: Precision) -> NDArray[np.float32]:
+    """(1 or K, *size): of the foreground, or of every class."""
+    found: NDArray[np.float32] = predict_values(
+        network, case.values, case.axis, case.intensities, device, precision, probabilities=True
+    )
+    return found
+
+
+def measure_cases(
+    model: nn.Module,
+    cases: Sequence[LoadedCase],
+    targets: Targets,
+    device: torch.device,
+    precision: Precision,
+    accelerator: Accelerator | None = None,
+    quiet: bool = False,
+    tolerance: float = TOLERANCE,
+    rules: Sequence[ObjectRule] = (),
+) -> list[Measured]:
+    """Predict and measure every case; with an accelerator each rank takes its share and all get the whole.
+
+    rules: post-processing. The probabilities that are kept are as the network gives them.
+    """
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    share = range(rank, len(cases), ranks)
+    found = []
+    for i in progress(share, len(share), "evaluate", quiet=quiet):
+        case = cases[i]
+        assert case.labels is not None
+        probabilities = case_probabilities(model, case, device, precision)
+        kept, foreground = Probabilities(), foreground_of(probabilities)
+        kept.add(case.labels, foreground)
+        for target in range(len(targets.names)):
+            kept.add_objects(targets.mask(case.labels, target), foreground)
+        predicted = remove_objects(decide_by(probabilities), rules)
+        measures = measure_targets(case.labels, predicted, targets, case.spacing, tolerance)
+        found.append((i, measures, kept))
+    if ranks > 1:
+        found = gather_object(found)
+    return [Measured(cases[i], measures, kept) for i, measures, kept in sorted(found, key=lambda one: one[0])]
+
+
+def write_evaluation(
+    out: Path,
+    model: nn.Module,
+    measured: Sequence[Measured],
+    config: ModelConfig,
+    split: str,
+    notes: Sequence[str],
+    device: torch.device,
+    precision: Precision,
+    point: OperatingPoint | None = None,
+    title: str | None = None,
+) -> dict[str, Any]:
+    """`finetune.evaluation.outputs.write` for a segmenter, with the post-processing of its config; the summary."""
+    assert config.classes is not None
+    done = config.postprocessing.described() if config.postprocessing is not None else NO_POSTPROCESSING
+    predict = _predicting(model, config, device, precision)
+    targets = targets_of(config.classes, config.regions)
+    remarks = [
+        f"The classes {its} are of the same regions: nothing taught the network to tell them apart, and in its "
+        "masks either may stand for both."
+        for its in targets.alike()
+    ]
+    return write(out, measured, targets, split, [*notes, *remarks], precision, predict, point, done, title)
+
+
+def evaluation_sections(
+    folder: Path, model: Segmenter, measured: Sequence[Measured], summary: dict[str, Any], precision: Precision
+) -> list[Section]:
+    """What a page shows of an evaluation that was written into a folder."""
+    config = model.config
+    assert config.classes is not None
+    predict = _predicting(model, config, next(model.parameters()).device, precision)
+    return sections_of(summary, measured, targets_of(config.classes, config.regions), folder / "overlays", predict)
+
+
+def _predicting(model: nn.Module, config: ModelConfig, device: torch.device, precision: Precision) -> Predict:
+    rules = config.object_rules()
+    return lambda case: remove_objects(predict_case(model, case, device, precision), rules)

@@ -1,0 +1,108 @@
+"""What a recipe costs on this machine, from a few steps of the step that training takes."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from finetune.loop import validate
+from finetune.recipe import FinetuneRecipe
+from finetune.step import (
+    apply_gradients,
+    build,
+    forward_backward,
+    make_optimizer,
+    refresh_statistics,
+    start_step,
+    supervise,
+)
+from finetune.training.patches import PatchSampler
+from resunet.data.cases import LoadedCase
+from resunet.layout import place
+
+_STEPS = 5
+_ENOUGH_SECONDS = 20.0  # of measured steps: fewer of them where one takes long
+_VAL_CASES = 4
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was measured.
+
+    step: seconds of one, the median; the first is left out, as it allocates.
+    case_slice: seconds to predict and measure one slice of a val case.
+    statistics: seconds to recompute batch statistics before a validation; 0 where the recipe does not.
+    memory: bytes; of the process at its peak, its data included, on a CPU; of the device's tensors on a GPU.
+    device: 'cpu' or 'cuda'.
+    busy: processes that wanted a core meanwhile, this one's threads among them, for each core there is.
+    """
+
+    step: float
+    steps_measured: int
+    case_slice: float
+    statistics: float
+    memory: int
+    device: str
+    busy: float
+
+
+def measure_cost(
+    recipe: FinetuneRecipe, train: Sequence[LoadedCase], val: Sequence[LoadedCase], accelerator: Accelerator
+) -> Cost:
+    """Take a few steps of a fresh network and predict a few val cases; the network is thrown away.
+
+    Raises:
+        CheckFailed: a loss that is not finite.
+    """
+    device = accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model, receipt = build(recipe)
+    model = place(model, device)
+    trained = supervise(recipe, model)
+    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(recipe, trained, receipt))
+    sampler = PatchSampler(train, recipe.patch, recipe.foreground)
+
+    def take(step: int) -> None:
+        start_step(recipe, model, optimizer, min(step, recipe.steps - 1), transferred=receipt is not None)
+        optimizer.zero_grad(set_to_none=True)
+        metrics = forward_backward(recipe, wrapped, sampler, step, accelerator)
+        apply_gradients(recipe, trained, optimizer, metrics["loss"], step, accelerator)
+
+    take(0)
+    seconds: list[float] = []
+    while len(seconds) < _STEPS and sum(seconds) < _ENOUGH_SECONDS:
+        seconds.append(_timed(lambda: take(len(seconds) + 1)))
+    for_statistics = _timed(lambda: refresh_statistics(recipe, model, model, sampler, accelerator))
+    some = val[:_VAL_CASES]
+    for_val = _timed(lambda: validate(model, some, recipe, accelerator)) if some else 0.0
+    return Cost(
+        step=float(np.median(seconds)),
+        steps_measured=len(seconds),
+        case_slice=for_val / max(1, sum(case.num_slices for case in some)),
+        statistics=for_statistics,
+        memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory(),
+        device=device.type,
+        busy=os.getloadavg()[0] / (os.cpu_count() or 1),
+    )
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at its peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

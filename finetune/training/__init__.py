@@ -1,0 +1,1 @@
+"""Learning: patches, augmentation, losses, schedules, and what keeps statistics and weights steady."""
