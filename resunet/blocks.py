@@ -4,8 +4,10 @@ Nothing here knows how deep or how wide a network is; `spatial_dims` picks the l
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,6 +41,17 @@ def normalisation_layer(kind: NormKind, spatial_dims: int, channels: int) -> nn.
     raise InputError(f"norm={kind!r}: allowed are 'batch', 'instance' and 'group'.")
 
 
+def full_precision_if_small(x: Tensor, stride: int = 1) -> tuple[AbstractContextManager[object], Tensor]:
+    """Under which 3×3 convolutions of x are computed, and x for it: no autocast on a CPU where a side has 2 positions or fewer.
+
+    There the gradients of bfloat16 convolutions are memory that nobody wrote, in torch 2.14.1: of a side of 2 in 3D, and of a side
+    of 1 with stride 2 in 2D and 3D (benchmarks/LOG.md).
+    """
+    if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and min(x.shape[2:]) <= 2 * stride:
+        return torch.autocast("cpu", enabled=False), x.float()
+    return nullcontext(), x
+
+
 class ResidualUnit(nn.Module):
     """ReLU(norm(conv3(ReLU(norm(conv3(x))))) + shortcut(x)).
 
@@ -64,12 +77,14 @@ class ResidualUnit(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.activation(self.norm1(self.conv1(x)))
-        residual = self.norm2(self.conv2(residual))
-        # The stride of the 1×1 convolution, taken as a slice. The same numbers; a strided one corrupts memory in its
-        # backward pass on CPUs (torch 2.14.1, channels_last, float32, 8 input channels).
-        skipped = x[(slice(None), slice(None), *[slice(None, None, self.stride)] * (x.ndim - 2))]
-        out: Tensor = self.activation(residual + self.shortcut(skipped))
+        precision, x = full_precision_if_small(x, self.stride)
+        with precision:
+            residual = self.activation(self.norm1(self.conv1(x)))
+            residual = self.norm2(self.conv2(residual))
+            # The stride of the 1×1 convolution, taken as a slice. The same numbers; a strided one corrupts memory in its
+            # backward pass on CPUs (torch 2.14.1, channels_last, float32, 8 input channels).
+            skipped = x[(slice(None), slice(None), *[slice(None, None, self.stride)] * (x.ndim - 2))]
+            out: Tensor = self.activation(residual + self.shortcut(skipped))
         return out
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resunet.architecture import Architecture, ResUNetArchitecture, UNetArchitecture
-from resunet.blocks import NormKind, convolution, crop_to, normalisation_layer, transposed_convolution
+from resunet.blocks import NormKind, convolution, crop_to, full_precision_if_small, normalisation_layer, transposed_convolution
 from resunet.checkpoint import Checkpointed, ModelConfig, model_folder, read_config
 from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder, initialise, initialise_head
@@ -98,12 +98,12 @@ class UNet(nn.Module, Checkpointed):
         widths = tuple(channels)
         self.pool = F.max_pool2d if spatial_dims == 2 else F.max_pool3d
         self.down = nn.ModuleList(
-            _double_convolution(spatial_dims, before, width, norm)
+            _DoubleConvolution(spatial_dims, before, width, norm)
             for before, width in zip((in_channels, *widths), widths, strict=False)
         )
         pairs = list(zip(widths[::-1], widths[-2::-1], strict=False))  # (coarser, finer), coarsest first
         self.up = nn.ModuleList(transposed_convolution(spatial_dims, coarse, fine) for coarse, fine in pairs)
-        self.merge = nn.ModuleList(_double_convolution(spatial_dims, 2 * fine, fine, norm) for _, fine in pairs)
+        self.merge = nn.ModuleList(_DoubleConvolution(spatial_dims, 2 * fine, fine, norm) for _, fine in pairs)
         self.head = convolution(spatial_dims, widths[0], logit_channels(num_classes), 1, bias=True)
         self.config = ModelConfig(
             architecture=UNetArchitecture.model_validate(
@@ -192,12 +192,21 @@ NETWORKS: dict[str, type[ResidualEncoder] | type[ResUNet] | type[UNet] | type[En
 }
 
 
-def _double_convolution(spatial_dims: int, in_channels: int, out_channels: int, norm: NormKind) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before in (in_channels, out_channels):
-        layers += [
-            convolution(spatial_dims, before, out_channels, 3),
-            normalisation_layer(norm, spatial_dims, out_channels),
-            nn.ReLU(inplace=True),
-        ]
-    return nn.Sequential(*layers)
+class _DoubleConvolution(nn.Sequential):
+    """Twice a 3×3 convolution, norm and ReLU."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm: NormKind) -> None:
+        layers: list[nn.Module] = []
+        for before in (in_channels, out_channels):
+            layers += [
+                convolution(spatial_dims, before, out_channels, 3),
+                normalisation_layer(norm, spatial_dims, out_channels),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        precision, x = full_precision_if_small(x)
+        with precision:
+            out: Tensor = super().forward(x)
+        return out

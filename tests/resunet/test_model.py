@@ -157,3 +157,22 @@ def test_load_model_of_what_is_not_there(tmp_path):
         load_model(tmp_path / "none")
     with pytest.raises(InputError, match="not a model directory"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("dims", "size"), [(2, (16, 2)), (3, (4, 8, 8)), (3, (8, 8, 8))])
+@pytest.mark.parametrize("network", [ResUNet, UNet])
+def test_gradients_in_bf16_are_those_of_float32_however_small_the_coarsest_level(network, dims, size):
+    """torch's own are memory that nobody wrote, where a side has one or two positions; see benchmarks/LOG.md."""
+    torch.manual_seed(0)
+    model = network(channels=(8, 16, 16), spatial_dims=dims)
+    x = torch.randn(2, 1, *size)
+
+    def gradients(bf16: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(x)
+        weights = [one.weight for one in model.modules() if isinstance(one, nn.Conv2d | nn.Conv3d) and one.kernel_size[0] == 3]
+        return list(torch.autograd.grad(logits.float().square().mean(), weights))
+
+    for _ in range(3):
+        for exact, found in zip(gradients(False), gradients(True), strict=True):
+            assert found.isfinite().all() and (found - exact).norm() < 0.3 * exact.norm() + 1e-3

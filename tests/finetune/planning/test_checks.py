@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetune import checks, command
 from finetune.labelled import read_labelled, resolve
+from finetune.planning import checks, command
 from finetune.planning.checks import find_rate, overfit, read_sweep
 from finetune.planning.command import before_training
 from finetune.step import build
