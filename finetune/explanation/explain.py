@@ -43,7 +43,7 @@ from resunet.errors import InputError
 from resunet.files import folder_aside
 from resunet.model import Segmenter, load_finetuned
 from resunet.progress import progress, say
-from resunet.runtime import normalise
+from resunet.runtime import normalise, remove_objects
 
 SCHEMA_VERSION = 1
 _BACKWARD = 2.5  # times the values that are alive at the peak of a forward pass: a backward pass keeps them
@@ -97,7 +97,9 @@ class Explainer:
         return loaded[0]
 
     def predict(self, case: LoadedCase) -> NDArray[np.uint8]:
-        return predict_values(self.model, case.values, case.axis, case.intensities, self.device, inference=self.inference)
+        """As evaluation judges it: a lesion that post-processing removed is missed."""
+        found = predict_values(self.model, case.values, case.axis, case.intensities, self.device, inference=self.inference)
+        return remove_objects(found, self.config.object_rules())
 
     def tiling(self, case: LoadedCase) -> Tiling | None:
         """The windows of inference; None where a slice's backward pass fits into `inference.memory` whole."""

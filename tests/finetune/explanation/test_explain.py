@@ -374,6 +374,25 @@ def test_explaining_writes_its_files(runs, tmp_path):
     assert {path.name for path in out.iterdir()} <= {"explain.json", "explain.html", "overlays", "lesions"}
 
 
+def test_what_post_processing_removes_is_explained_as_missed(runs, tmp_path):
+    source = some_cases(runs, tmp_path / "source", 3)
+    model = tmp_path / "model"
+    shutil.copytree(runs[0] / "model", model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    rule = {"name": list(config["classes"].values())[1], "largest_only": False, "smallest": 10**6}
+    config["postprocessing"] = {
+        "rules": [rule], "val_groups": 2, "val_dice": [0.1, 0.2], "val_lesion_recall": [1.0, 1.0],
+    }  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = {}
+    for name, folder in (("plain", runs[0]), ("removed", model)):
+        record = json.loads(
+            (explain(folder, request_for(source), tmp_path / name) / "explain.json").read_text(encoding="utf-8")
+        )
+        found[name] = [one["kind"] for one in record["lesions"]]
+    assert found["plain"].count("missed") < len(found["removed"]) == found["removed"].count("missed")
+
+
 def test_a_volume_is_explained_by_the_slices_with_most_of_a_class(runs, tmp_path):
     images = sorted((runs[0].parent / "labelled" / "images").iterdir())[:5]
     values = np.stack([np.asarray(Image.open(path)) for path in images])
