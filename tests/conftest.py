@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -181,6 +182,13 @@ def open_browser(profile: Path) -> Iterator[Browser]:
             process.wait()
         os.close(to)
         os.close(back)
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> None:
+    """Accelerate keeps the precision of the first test that names one, and hands it to those that name none."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
