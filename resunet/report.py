@@ -86,7 +86,7 @@ def curves(
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         axes = figure.subplots()
         for (name, (x, y)), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
-            axes.plot(x, y, label=name, color=colour, linewidth=1.8)
+            axes.plot(x, y, label=name, color=colour, linewidth=1.8, marker="o" if len(x) == 1 else None)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if from_zero:
