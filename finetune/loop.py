@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -205,11 +206,17 @@ def _save(
         write_archive(aside / ARCHIVE, archive)
     summary = None
     if measured:
-        device = next(model.parameters()).device
-        point = model.config.operating_point
-        notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
-        summary = write_evaluation(
-            run.folder / "evaluation", model, measured, model.config, "test", notes, device, recipe.precision, point
-        )
+        summary = write_test_evaluation(run.folder, model, measured, data, recipe)
         run.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
     write_report(recipe, data, receipt, measured, summary, model)
+
+
+def write_test_evaluation(
+    folder: Path, model: Segmenter, measured: Sequence[Measured], data: LabelledData, recipe: FinetuneRecipe
+) -> dict[str, Any]:
+    """evaluation/ of a run, from its measured test cases; the summary."""
+    device, point = next(model.parameters()).device, model.config.operating_point
+    notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
+    return write_evaluation(
+        folder / "evaluation", model, measured, model.config, "test", notes, device, recipe.precision, point
+    )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resunet.errors import InputError
 
@@ -75,10 +75,19 @@ class DataSettings(Frozen):
     stratify: bool = Field(False, description="that split, and labelled draws, balanced over what each group's masks hold")
 
 
+def _not_empty(path: Path) -> Path:
+    if path == Path():
+        raise ValueError("must be the path of a new folder")
+    return path
+
+
+NewFolder = Annotated[Path, AfterValidator(_not_empty)]
+
+
 class Recipe(Frozen):
     """The keys that every stage shares."""
 
-    out: Path
+    out: NewFolder
     resume: bool = False
     seed: int = 0
     steps: int = Field(ge=1)
@@ -92,13 +101,6 @@ class Recipe(Frozen):
     def sha256(self) -> str:
         """Identifies what was asked for, wherever it is written and however often it was resumed."""
         return hashlib.sha256(self.model_dump_json(exclude={"out", "resume"}).encode()).hexdigest()
-
-    @field_validator("out")
-    @classmethod
-    def _not_empty(cls, out: Path) -> Path:
-        if out == Path():
-            raise ValueError("must be the path of a new folder")
-        return out
 
 
 R = TypeVar("R", bound=Frozen)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from finetune.recipe import FinetuneRecipe
-from resunet.config import Frozen, load_recipe, validate
+from resunet.config import Frozen, NewFolder, load_recipe, validate
 from resunet.errors import InputError
 
 Values = dict[str, Any]
@@ -40,7 +40,7 @@ class LabelCurveRecipe(Frozen):
     Once validated, `finetune` holds all keys and `recipe` is null: what is written down can be run again wherever it is read.
     """
 
-    out: Path
+    out: NewFolder
     resume: bool = Field(False, description="continue; and for every process of several on one `out`")
     seed: int = Field(0, ge=0, description="draw d trains with seed + d in every arm")
     recipe: str | None = Field(None, description="a fine-tuning recipe, by name or path; null: `finetune` has all keys")
@@ -52,13 +52,6 @@ class LabelCurveRecipe(Frozen):
     )
     draws: int = Field(3, ge=1, description="nested random draws of the labelled groups, the same in every arm")
     steps: tuple[Steps, ...] = Field(min_length=1, description="the grid that every arm gets; val chooses from it")
-
-    @field_validator("out")
-    @classmethod
-    def _not_empty(cls, out: Path) -> Path:
-        if out == Path():
-            raise ValueError("must be the path of a new folder")
-        return out
 
     @field_validator("budgets")
     @classmethod

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from finetune.evaluation.alarms import notes_of
-from finetune.evaluation.evaluate import measure_cases, write_evaluation
+from finetune.evaluation.evaluate import measure_cases
 from finetune.evaluation.targets import targets_of
 from finetune.label_curve.cells import Cell, Point
 from finetune.labelled import read_labelled
-from finetune.loop import finetune
+from finetune.loop import finetune, write_test_evaluation
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import model_folder
 from resunet.errors import EnvironmentFault, InputError
@@ -88,9 +87,7 @@ def evaluate_on_test(run: Path) -> None:
     network = place(network, device)
     targets, rules = targets_of(recipe.data.classes, recipe.data.regions), config.object_rules()
     measured = measure_cases(network, data.test, targets, device, recipe.precision, rules=rules)
-    point = config.operating_point
-    notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
-    write_evaluation(run / "evaluation", network, measured, config, "test", notes, device, recipe.precision, point)
+    write_test_evaluation(run, network, measured, data, recipe)
 
 
 @contextmanager
