@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pretrain.recipe import Range, ViewSettings
 
+VIEWS_STREAM = 1  # names the random stream of the views in step_generator
 _BLUR_RADIUS = 4  # pixels: covers 2.5 standard deviations of the widest default blur
 
 

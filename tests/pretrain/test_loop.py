@@ -183,8 +183,8 @@ def test_the_loss_that_is_logged_is_the_objective(recipe):
 
     from pretrain.archive import read_archive as read_sources
     from pretrain.loader import ContrastiveSets
-    from pretrain.loop import _views
     from pretrain.objective import SimCLR
+    from pretrain.step import views_of_set
     from pretrain.views import stack_scans
     from resunet.data.cases import load_cases
     from resunet.data.order import batch_order
@@ -198,7 +198,7 @@ def test_the_loss_that_is_logged_is_the_objective(recipe):
     chosen = batch_order(9, 4, ours.seed, 0)
     scans, sizes = stack_scans([cases[i].image_slice(0) for i in chosen])
     read = ContrastiveSets(read_sources(ours, Accelerator()).scans, ours, 0).read(0)
-    views = _views(ours, read._replace(windows=scans, sizes=sizes), 0, Accelerator())
+    views = views_of_set(ours, read._replace(windows=scans, sizes=sizes), 0, Accelerator())
     assert views.shape == (8, 1, 12, 12)
     assert contrast(*network(views), nt_xent(ours.temperature))["loss"].item() == pytest.approx(logged, rel=1e-5)
 

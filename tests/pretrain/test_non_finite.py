@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from pretrain.archive import read_archive
-from pretrain.loop import _fault, _gradient_norm, pretrain
+from pretrain.loop import pretrain
 from pretrain.non_finite import suspects, to_blame
 from pretrain.recipe import PretrainRecipe
+from pretrain.step import fault_of, gradient_norm
 from resunet.data.order import batch_order
 from resunet.errors import CheckFailed, Stopped
 
@@ -97,10 +98,10 @@ def test_a_gradient_that_is_not_finite_counts():
     optimizer = accelerator.prepare(torch.optim.SGD(layer.parameters()))
     for gradient, norm in ([3.0, 0.0, 4.0], 5.0), ([1.0, torch.inf, 0.0], torch.inf):
         layer.weight.grad = torch.tensor([gradient])
-        assert _gradient_norm(layer, optimizer, accelerator) == norm
-    assert _fault({"loss": 1.0, "gradient_norm": 5.0}, layer, accelerator) is None
-    assert _fault({"loss": 1.0, "gradient_norm": torch.inf}, layer, accelerator) == "the gradient is not finite (inf)"
-    assert _fault({"loss": torch.nan, "gradient_norm": torch.nan}, layer, accelerator) == "the loss is not finite (nan)"
+        assert gradient_norm(layer, optimizer, accelerator) == norm
+    assert fault_of({"loss": 1.0, "gradient_norm": 5.0}, layer, accelerator) is None
+    assert fault_of({"loss": 1.0, "gradient_norm": torch.inf}, layer, accelerator) == "the gradient is not finite (inf)"
+    assert fault_of({"loss": torch.nan, "gradient_norm": torch.nan}, layer, accelerator) == "the loss is not finite (nan)"
 
 
 def test_a_resumed_run_left_out_the_same_steps(huge, tmp_path, sigterm_after):

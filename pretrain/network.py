@@ -1,0 +1,37 @@
+"""The network of a pretraining run on its device, and the optimiser of it."""
+
+import torch
+from accelerate import Accelerator
+from lightly.utils.lars import LARS
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from pretrain.objective import SimCLR
+from pretrain.recipe import PretrainRecipe
+from resunet.data.images import channel_count
+from resunet.encoder import ResidualEncoder
+from resunet.progress import say
+from resunet.training import parameter_groups
+
+
+def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> SimCLR:
+    architecture = recipe.model.architecture(channel_count(recipe.data.channels))
+    network = SimCLR(ResidualEncoder(**architecture.model_dump(exclude={"name"})), recipe.head)
+    if accelerator.num_processes > 1:
+        if accelerator.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        elif accelerator.is_main_process and (recipe.model.norm == "batch" or recipe.head.batch_norm):
+            say(
+                "batch norm on CPUs has each rank's own statistics, so that the result depends on the number of ranks; exact are "
+                "model.norm=group head.batch_norm=false"
+            )
+    placed: SimCLR = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed
+
+
+def build_optimizer(recipe: PretrainRecipe, network: SimCLR) -> Optimizer:
+    groups = parameter_groups({"network": network}, recipe.optimizer.weight_decay)
+    if recipe.optimizer.name == "lars":
+        lars: Optimizer = LARS(groups, lr=recipe.peak_lr, momentum=0.9)
+        return lars
+    return AdamW(groups, lr=recipe.peak_lr)

@@ -1,0 +1,88 @@
+"""One step of pretraining: the gradients of its contrastive sets, and whether they can be used."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pretrain.archive import Archive
+from pretrain.backward import backward_in_chunks, backward_whole
+from pretrain.loader import ContrastiveSet
+from pretrain.losses import Items
+from pretrain.non_finite import suspects
+from pretrain.objective import contrast
+from pretrain.ranks import on_every_rank
+from pretrain.recipe import PretrainRecipe
+from pretrain.views import VIEWS_STREAM, make_views
+from resunet.training import step_generator
+
+
+def add_gradients(
+    recipe: PretrainRecipe,
+    archive: Archive,
+    reader: Iterator[ContrastiveSet],
+    step: int,
+    network: nn.Module,
+    criterion: nn.Module,
+    accelerator: Accelerator,
+) -> tuple[dict[str, float], Tensor]:
+    """The gradients of one step's contrastive sets; what they say, averaged over the sets, and this rank's `suspects`."""
+    metrics: dict[str, float] = {}
+    rows: list[Tensor] = []
+    backward = backward_whole if recipe.cache_chunk is None else partial(backward_in_chunks, chunk=recipe.cache_chunk)
+    for part in range(recipe.accumulate):
+        windows = on_every_rank(partial(next, reader), accelerator)
+        views = views_of_set(recipe, windows, step * recipe.accumulate + part, accelerator)
+        score = partial(contrast, criterion=criterion, items=_items(archive, windows, accelerator.device))
+        last = part == recipe.accumulate - 1
+        terms, projection = backward(
+            network, views, score=score, weight=1 / recipe.accumulate, accelerator=accelerator, synchronise=last
+        )
+        rows.append(suspects(windows.scan, views, projection))
+        for name, value in terms.items():
+            metrics[name] = metrics.get(name, 0.0) + float(value) / recipe.accumulate
+    return metrics, torch.cat(rows)
+
+
+def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Tensor:
+    """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, S, S)."""
+    device = accelerator.device
+    generator = step_generator(
+        device, recipe.seed, VIEWS_STREAM, index, rank=0
+    )  # one stream, of which each rank takes its share
+    first = accelerator.process_index * len(windows.windows)
+    scans = windows.windows.to(device, non_blocking=True)
+    views = make_views(scans, windows.sizes, windows.anchors, recipe.views, generator, first, recipe.batch)
+    return views.contiguous(memory_format=torch.channels_last)
+
+
+def _items(archive: Archive, windows: ContrastiveSet, device: torch.device) -> Items:
+    group = torch.from_numpy(archive.groups[windows.scan.numpy()])
+    return Items(group.to(device), windows.axis.to(device), windows.position.to(device))
+
+
+def gradient_norm(network: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> float:
+    """L2, over all parameters; the same on every rank."""
+    accelerator.unscale_gradients(optimizer)
+    return float(nn.utils.get_total_norm([one.grad for one in network.parameters() if one.grad is not None]))
+
+
+def fault_of(metrics: dict[str, float], network: nn.Module, accelerator: Accelerator) -> str | None:
+    """What is not finite on any rank. With fp16 gradients may overflow: the scaler leaves such steps out and scales less."""
+    kept = [buffer.isfinite().all() for buffer in network.buffers()]
+    # batch norm makes zeros of scans that are beyond all others: the loss is finite, what it keeps for later is not
+    statistics = 0.0 if not kept or torch.stack(kept).all() else math.nan
+    gradient = metrics["gradient_norm"] if accelerator.scaler is None else 0.0
+    values = torch.tensor([metrics["loss"], statistics, gradient], device=accelerator.device)
+    if accelerator.num_processes > 1:
+        values = accelerator.reduce(values, reduction="mean")  # one rank's NaN is everyone's
+    loss, statistics, gradient = values.tolist()
+    if not math.isfinite(loss):
+        return f"the loss is not finite ({loss})"
+    if not math.isfinite(statistics):
+        return "the running statistics of batch norm are not finite"
+    return None if math.isfinite(gradient) else f"the gradient is not finite ({gradient})"
