@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.compare import Arm, read_arm
+from finetune.comparison.arms import Arm, read_arm
 from finetune.evaluation.statistics import paired_difference
 from resunet.cli import main as resunet
 from resunet.report import shown

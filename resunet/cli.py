@@ -28,7 +28,7 @@ def demo(
     seconds: Annotated[float, typer.Option(help="about how long it may take")] = 480,
 ) -> None:
     """The whole chain on simulated patients; prints where the report is."""
-    from finetune.compare import compare
+    from finetune.comparison.compare import compare
     from resunet.demo import Stages, run_demo
 
     print(run_demo(out, seconds, Stages(_pretrain, _finetune, compare)))
@@ -239,7 +239,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="a new folder")] = Path("runs/compare"),
 ) -> None:
     """Runs side by side: figures, paired differences, curves, overlays."""
-    from finetune.compare import compare
+    from finetune.comparison.compare import compare
 
     print(compare(runs, out))
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from finetune.compare import read_arm
+from finetune.comparison.arms import read_arm
 from finetune.label_curve.cells import Budget, Point, count_labels
 from finetune.label_curve.cost import Cost, cost_of
 from finetune.label_curve.recipe import LabelCurveRecipe

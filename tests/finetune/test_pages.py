@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from finetune.compare import compare
+from finetune.comparison.compare import compare
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate
 from finetune.explanation.explain import ExplainRequest, explain
 
@@ -50,7 +50,7 @@ def test_the_page_of_an_evaluation_lists_what_is_missed_and_false(runs, tmp_path
 
 def test_the_page_of_a_comparison(runs, tmp_path, look_at):
     seen = look_at(compare(runs, tmp_path / "out") / "report.html")
-    assert {"Paired by group", "Where they differ most", "Learning"} <= set(seen.headings)
+    assert {"Paired", "Size and speed", "Where they differ most", "Learning"} <= set(seen.headings)
 
 
 def test_the_page_of_an_explanation(runs, tmp_path, look_at):

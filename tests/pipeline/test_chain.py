@@ -86,7 +86,7 @@ def test_test_is_not_read_while_val_chooses(tmp_path: Path, recipes: dict[str, l
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from finetune.compare import compare
+    from finetune.comparison.compare import compare
     from resunet.cli import _finetune, _pretrain
     from resunet.data.phantom import PhantomConfig
     from resunet.demo import Stages, run_demo

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.compare import compare
+from finetune.comparison.compare import compare
 from finetune.cross_validation.folds import train
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate, measure_cases
 from finetune.evaluation.metrics import measure_case, measure_targets

@@ -4,22 +4,20 @@ Runs are compared only on the same test cases. A difference is taken per group o
 find, where Dice is defined whatever was predicted; false alarms stand apart in the table.
 """
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
+from finetune.comparison.arms import Arm, distinct_names, read_arm, recipe_differences, refuse_other_cases
+from finetune.comparison.cost import cost_section, costs_of, record_of
 from finetune.evaluation.overlay import SWATCHES, error_picture, grey_picture, label_picture, side_by_side, telling_slice
 from finetune.evaluation.page import figures_table
-from finetune.evaluation.statistics import group_means, paired_difference
+from finetune.evaluation.statistics import paired_difference
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
-from finetune.recipe import FinetuneRecipe
 from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.source import open_source
 from resunet.errors import InputError
@@ -27,39 +25,9 @@ from resunet.files import folder_aside
 from resunet.model import load_model
 from resunet.progress import say
 from resunet.report import COLOURS, Picture, Section, curves, drawing, image, read_metrics, shown, svg, write_page
-from resunet.runs import without_paths
 from resunet.runtime import remove_objects
-from resunet.transfer import Receipt
 
 _OVERLAYS = 6
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One finished fine-tuning run. scores: (case, class) → Dice, of classes that the truth has; groups: case → group."""
-
-    name: str
-    folder: Path
-    recipe: FinetuneRecipe
-    record: Mapping[str, Any]
-    summary: dict[str, Any]
-    scores: dict[tuple[str, str], float]
-    groups: dict[str, str]
-    receipt: Receipt | None
-
-    def case_dice(self) -> dict[str, float]:
-        """Dice of every case that has something to find: the mean over the classes that its truth has."""
-        by_case: dict[str, list[float]] = {}
-        for (case, _), dice in self.scores.items():
-            by_case.setdefault(case, []).append(dice)
-        return {case: float(np.mean(values)) for case, values in by_case.items()}
-
-    def group_dice(self) -> dict[str, float]:
-        """The mean over the cases of each group."""
-        by_group: dict[str, list[float]] = {}
-        for case, dice in self.case_dice().items():
-            by_group.setdefault(self.groups[case], []).append(dice)
-        return group_means(by_group)
 
 
 def compare(
@@ -87,16 +55,17 @@ def compare(
         raise InputError(f"compare needs at least two runs, {len(runs)} given.")
     if out.exists():
         raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
-    arms = [read_arm(run, name) for run, name in zip(runs, names or _distinct_names(runs), strict=True)]
+    arms = [read_arm(run, name) for run, name in zip(runs, names or distinct_names(runs), strict=True)]
     for other in arms[1:]:
-        _refuse_other_cases(arms[0], other)
+        refuse_other_cases(arms[0], other)
     differences = {other.name: paired_difference(arms[0].group_dice(), other.group_dice()) for other in arms[1:]}
     pictures, missing = _overlays(arms)
+    costs = costs_of({arm.name: arm.folder for arm in arms})
     sections = [
         Section(lead=[verdict(arms[0].name, name, figure) for name, figure in differences.items()], notes=[*notes, *missing]),
         *preamble,
         Section("On the test cases", table=figures_table({arm.name: arm.summary for arm in arms})),
-        Section("Paired by group", pictures=[_paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
+        Section("Paired", pictures=[_paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
         Section("What differs", table=recipe_differences(arms)),
         Section("Learning", pictures=_learning(arms)),
         Section(
@@ -105,6 +74,7 @@ def compare(
             legend=SWATCHES,
             pictures=pictures,
         ),
+        cost_section(costs),
         Section("What came from pretraining", text=_receipts(arms)),
     ]
     record = {
@@ -112,40 +82,12 @@ def compare(
         "runs": [arm.name for arm in arms],
         "dice": {arm.name: arm.summary["dice"] for arm in arms},
         "paired_dice_difference": {f"{arms[0].name} - {name}": figure for name, figure in differences.items()},
+        "cost": record_of(costs),
     }
     with folder_aside(out) as aside:
         (aside / "compare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_page(aside / "report.html", title, sections)
     return out
-
-
-def read_arm(folder: Path, name: str) -> Arm:
-    """A finished run.
-
-    Raises:
-        InputError: it is not one, or it has no evaluation.
-    """
-    try:
-        recipe = FinetuneRecipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        summary = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))
-        with open(folder / "evaluation" / "cases.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        receipt = folder / "receipt.json"
-        return Arm(
-            name=name,
-            folder=folder,
-            recipe=recipe,
-            record=record,
-            summary=summary,
-            scores={(row["id"], row["class"]): float(row["dice"]) for row in rows if int(row["truth_voxels"])},
-            groups={row["id"]: row["group"] for row in rows},
-            receipt=Receipt.model_validate_json(receipt.read_text(encoding="utf-8")) if receipt.exists() else None,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: not a finished fine-tuning run with an evaluation: {error}. Finish it with resume=true, or leave it out."
-        ) from error
 
 
 def verdict(first: str, second: str, difference: Mapping[str, Any]) -> str:
@@ -161,50 +103,6 @@ def verdict(first: str, second: str, difference: Mapping[str, Any]) -> str:
     return f"No difference shown between {first} and {second}: the interval holds zero. Dice difference {figure}."
 
 
-def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
-    """The recipe keys in which the runs differ, and what each cost."""
-    recipes = [_flat(without_paths(json.loads(arm.recipe.model_dump_json(exclude={"steps"})))) for arm in arms]
-    keys = sorted({key for recipe in recipes for key in recipe})
-    rows = [["Recipe key", *(arm.name for arm in arms)]]
-    for key in keys:
-        values = [str(recipe.get(key)) for recipe in recipes]
-        if len(set(values)) > 1:
-            rows.append([key, *values])
-    rows.append(["encoder", *("from scratch" if arm.receipt is None else "pretrained" for arm in arms)])
-    rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])
-    rows.append(["step chosen on val", *(str(arm.record.get("best_step")) for arm in arms)])
-    rows.append(["seconds of training", *(str(arm.record.get("seconds")) for arm in arms)])
-    return rows
-
-
-def _distinct_names(runs: Sequence[Path]) -> list[str]:
-    """The folders' names; those that occur twice are numbered."""
-    names = [run.resolve().name for run in runs]
-    return [f"{name}-{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def _refuse_other_cases(first: Arm, other: Arm) -> None:
-    judged = [_judged_by(arm.recipe) for arm in (first, other)]
-    if judged[0] != judged[1]:
-        raise InputError(
-            f"{first.folder} is judged by {judged[0]}, {other.folder} by {judged[1]}. Compare runs of the same data.classes and "
-            "data.regions."
-        )
-    mine, theirs = set(first.groups), set(other.groups)
-    if mine != theirs or first.scores.keys() != other.scores.keys():
-        differing = sorted(mine ^ theirs)
-        raise InputError(
-            f"{first.folder} and {other.folder} were evaluated on different test cases: {len(differing)} differ"
-            f"{', for example ' + differing[0] if differing else ' in the classes they hold'}. "
-            "Evaluate both on the same split of the same source."
-        )
-
-
-def _judged_by(recipe: FinetuneRecipe) -> str:
-    targets = targets_of(recipe.data.classes, recipe.data.regions)
-    return ", ".join(sorted(targets.names)) if recipe.data.regions is None else targets.described()
-
-
 def _learning(arms: Sequence[Arm]) -> list[Picture]:
     metrics = {arm.name: read_metrics(arm.folder) for arm in arms}
     return [
@@ -215,17 +113,20 @@ def _learning(arms: Sequence[Arm]) -> list[Picture]:
 
 def _paired_picture(first: Arm, other: Arm, difference: Mapping[str, Any]) -> Picture:
     mine, theirs = first.group_dice(), other.group_dice()
-    groups = sorted(mine)
+    groups, told = sorted(mine), "Each point a test group"
     with drawing():
         figure = Figure(figsize=(4.4, 4.2), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="#9aa3ad", linewidth=1)
+        if len(first.case_dice()) > len(groups):
+            its, others = first.case_dice(), other.case_dice()
+            axes.scatter([others[case] for case in its], list(its.values()), color="#9aa3ad", s=8, linewidth=0)
+            told = "Each large point a test group, each small one a case"
         axes.scatter([theirs[g] for g in groups], [mine[g] for g in groups], color=COLOURS[0], alpha=0.75)
         axes.set(xlabel=f"Dice, {other.name}", ylabel=f"Dice, {first.name}", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.grid(alpha=0.3)
-        return svg(
-            figure, f"Each point a test group; above the line {first.name} is better ({difference['wins']} of {len(groups)})"
-        )
+        better = f"above the line {first.name} is better ({difference['wins']} of {len(groups)} groups)"
+        return svg(figure, f"{told}; {better}")
 
 
 def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:
@@ -272,10 +173,3 @@ def _load(arm: Arm, ids: Sequence[str]) -> list[LoadedCase]:
 
 def _receipts(arms: Sequence[Arm]) -> list[str]:
     return [f"{arm.name}: {arm.receipt.line() if arm.receipt else 'nothing; trained from scratch'}." for arm in arms]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

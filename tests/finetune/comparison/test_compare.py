@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.compare import compare, read_arm, recipe_differences, verdict
+from finetune.comparison.arms import read_arm, recipe_differences
+from finetune.comparison.compare import compare, verdict
 from finetune.evaluation.overlay import error_picture
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
@@ -41,7 +42,7 @@ def change_cases(run, change) -> None:
 
 def test_the_record_holds_to_the_contract(runs, compared):
     record = record_of(compared)
-    assert set(record) == {"schema_version", "runs", "dice", "paired_dice_difference"}
+    assert set(record) == {"schema_version", "runs", "dice", "paired_dice_difference", "cost"}
     assert (record["schema_version"], record["runs"]) == (1, ["first", "second"])
     for run in runs:
         assert record["dice"][run.name] == json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))["dice"]
@@ -57,7 +58,7 @@ def test_the_report_holds_what_it_should(compared):
     page = (compared / "report.html").read_text(encoding="utf-8")
     for words in (
         "A note of the caller",
-        "Paired by group",
+        "Paired",
         "trained from scratch",
         "seconds of training",
         "Dice of the val scans",

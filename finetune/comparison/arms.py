@@ -1,0 +1,125 @@
+"""Finished runs as they are compared: their recipes, what they cost, and their Dice by test case and group."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.evaluation.statistics import group_means
+from finetune.evaluation.targets import targets_of
+from finetune.recipe import FinetuneRecipe
+from resunet.errors import InputError
+from resunet.runs import without_paths
+from resunet.transfer import Receipt
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One finished fine-tuning run. scores: (case, class) → Dice, of classes that the truth has; groups: case → group."""
+
+    name: str
+    folder: Path
+    recipe: FinetuneRecipe
+    record: Mapping[str, Any]
+    summary: dict[str, Any]
+    scores: dict[tuple[str, str], float]
+    groups: dict[str, str]
+    receipt: Receipt | None
+
+    def case_dice(self) -> dict[str, float]:
+        """Dice of every case that has something to find: the mean over the classes that its truth has."""
+        by_case: dict[str, list[float]] = {}
+        for (case, _), dice in self.scores.items():
+            by_case.setdefault(case, []).append(dice)
+        return {case: float(np.mean(values)) for case, values in by_case.items()}
+
+    def group_dice(self) -> dict[str, float]:
+        """The mean over the cases of each group."""
+        by_group: dict[str, list[float]] = {}
+        for case, dice in self.case_dice().items():
+            by_group.setdefault(self.groups[case], []).append(dice)
+        return group_means(by_group)
+
+
+def read_arm(folder: Path, name: str) -> Arm:
+    """A finished run.
+
+    Raises:
+        InputError: it is not one, or it has no evaluation.
+    """
+    try:
+        recipe = FinetuneRecipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+        with open(folder / "evaluation" / "cases.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        receipt = folder / "receipt.json"
+        return Arm(
+            name=name,
+            folder=folder,
+            recipe=recipe,
+            record=record,
+            summary=summary,
+            scores={(row["id"], row["class"]): float(row["dice"]) for row in rows if int(row["truth_voxels"])},
+            groups={row["id"]: row["group"] for row in rows},
+            receipt=Receipt.model_validate_json(receipt.read_text(encoding="utf-8")) if receipt.exists() else None,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: not a finished fine-tuning run with an evaluation: {error}. Finish it with resume=true, or leave it out."
+        ) from error
+
+
+def refuse_other_cases(first: Arm, other: Arm) -> None:
+    judged = [_judged_by(arm.recipe) for arm in (first, other)]
+    if judged[0] != judged[1]:
+        raise InputError(
+            f"{first.folder} is judged by {judged[0]}, {other.folder} by {judged[1]}. Compare runs of the same data.classes and "
+            "data.regions."
+        )
+    mine, theirs = set(first.groups), set(other.groups)
+    if mine != theirs or first.scores.keys() != other.scores.keys():
+        differing = sorted(mine ^ theirs)
+        raise InputError(
+            f"{first.folder} and {other.folder} were evaluated on different test cases: {len(differing)} differ"
+            f"{', for example ' + differing[0] if differing else ' in the classes they hold'}. "
+            "Evaluate both on the same split of the same source."
+        )
+
+
+def _judged_by(recipe: FinetuneRecipe) -> str:
+    targets = targets_of(recipe.data.classes, recipe.data.regions)
+    return ", ".join(sorted(targets.names)) if recipe.data.regions is None else targets.described()
+
+
+def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
+    """The recipe keys in which the runs differ, and what each cost."""
+    recipes = [_flat(without_paths(json.loads(arm.recipe.model_dump_json(exclude={"steps"})))) for arm in arms]
+    keys = sorted({key for recipe in recipes for key in recipe})
+    rows = [["Recipe key", *(arm.name for arm in arms)]]
+    for key in keys:
+        values = [str(recipe.get(key)) for recipe in recipes]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    rows.append(["encoder", *("from scratch" if arm.receipt is None else "pretrained" for arm in arms)])
+    rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])
+    rows.append(["step chosen on val", *(str(arm.record.get("best_step")) for arm in arms)])
+    rows.append(["seconds of training", *(str(arm.record.get("seconds")) for arm in arms)])
+    return rows
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names; those that occur twice are numbered."""
+    names = [run.resolve().name for run in runs]
+    return [f"{name}-{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
