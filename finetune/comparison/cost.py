@@ -95,4 +95,4 @@ def _seconds(model: nn.Module, example: torch.Tensor) -> float:
 def _gflop(model: nn.Module, example: torch.Tensor) -> float:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(example)
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops() / 1e9)
