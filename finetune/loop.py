@@ -12,11 +12,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from finetune.choices import Choices, choose_on_val, refuse_impossible
 from finetune.evaluation.alarms import notes_of
-from finetune.evaluation.evaluate import Measured, measure_cases, write_evaluation
-from finetune.evaluation.metrics import METRICS, values_by_group
+from finetune.evaluation.evaluate import Measured, measure_cases, predicting, write_evaluation
+from finetune.evaluation.metrics import values_by_group
 from finetune.evaluation.statistics import figure
 from finetune.evaluation.targets import targets_of
 from finetune.labelled import LabelledData, read_labelled, resolve
+from finetune.mirrored import mirror_evaluation, mirror_segmenter
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
 from finetune.step import (
@@ -207,7 +208,10 @@ def _save(
     summary = None
     if measured:
         summary = write_test_evaluation(run.folder, model, measured, data, recipe)
-        run.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
+        predict = predicting(model, model.config, next(model.parameters()).device, recipe.precision)
+        targets = targets_of(recipe.data.classes, recipe.data.regions)
+        mirror_evaluation(run.mirror, summary, measured, targets, model.config, predict)
+    mirror_segmenter(run, model.config)
     write_report(recipe, data, receipt, measured, summary, model)
 
 

@@ -1,24 +1,71 @@
 """The encoder as a model directory, with what it was trained on beside it."""
 
+import shutil
+from pathlib import Path
+
+import torch
+
 from pretrain.archive import Archive
+from pretrain.probe.scans import ProbeScans
 from pretrain.recipe import PretrainRecipe
-from resunet.checkpoint import ModelConfig, Provenance
-from resunet.data.leakage import ARCHIVE, write_archive
+from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, load_exactly, model_folder, read_config
+from resunet.data.leakage import ARCHIVE, merge_archives, write_archive
 from resunet.encoder import ResidualEncoder
-from resunet.files import folder_aside
-from resunet.runs import versions
+from resunet.errors import InputError
+from resunet.files import folder_aside, sha256
+from resunet.runs import Run, versions
 from resunet.transfer import fingerprint
 
 
-def save_encoder(recipe: PretrainRecipe, encoder: ResidualEncoder, archive: Archive) -> None:
+def mirror_encoder(run: Run, archive: Archive) -> None:
+    """The run's model/ as an artifact in W&B, below the archive that it was trained on; call it after `save_encoder`."""
+    if run.mirror is None:
+        return
+    folder = run.folder / "model"
+    facts = {"sha256": sha256(folder / WEIGHTS), "scans": len(archive.scans.cases), "groups": archive.num_groups}
+    run.mirror.model("encoder", folder, facts, {"manifest": archive.digest})
+
+
+def save_encoder(recipe: PretrainRecipe, encoder: ResidualEncoder, archive: Archive, probe: ProbeScans | None = None) -> None:
+    """model/ of a run; the record beside it holds the labelled scans of the probe, too."""
+    labels = probe.labels if probe is not None else None
     encoder.config = ModelConfig(
         architecture=encoder.config.architecture,
         input_channels=recipe.data.channels,
         normalisation=recipe.normalisation,
-        provenance=Provenance(data_sha256=archive.digest, recipe_sha256=recipe.sha256(), versions=versions()),
+        provenance=Provenance(
+            data_sha256=archive.digest, recipe_sha256=recipe.sha256(), probe=labels, versions=versions()
+        ),
         feature_check=fingerprint(encoder),
         allowed=archive.allowed,
     )
     with folder_aside(recipe.out / "model") as aside:
         encoder.save_pretrained(aside)
-        write_archive(aside / ARCHIVE, archive.evidence)
+        write_archive(aside / ARCHIVE, merge_archives(archive.evidence, probe.evidence if probe is not None else None))
+
+
+def encoder_of_checkpoint(run: Path, step: int, out: Path) -> Path:
+    """The encoder after `step` steps of a finished run, as a model directory like the run's own; `out`.
+
+    Raises:
+        InputError: `out` exists, the run has not finished, or it does not keep the checkpoint of that step (keep_checkpoints).
+    """
+    if out.exists():
+        raise InputError(f"out={out}: exists already. Name another folder, or delete it.")
+    final = model_folder(run)
+    checkpoints = run / "checkpoints"
+    kept = sorted(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+    if step not in kept:
+        raise InputError(
+            f"{checkpoints}: there is no step-{step}; kept are {', '.join(map(str, kept)) or 'none'}. Train with keep_checkpoints "
+            "large enough, and checkpoint_every that divides the step."
+        )
+    encoder = ResidualEncoder.from_pretrained(final)
+    state = torch.load(checkpoints / f"step-{step}" / "state.pt", map_location="cpu", weights_only=True)["network"]
+    weights = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    load_exactly(encoder, weights, f"step {step}")
+    encoder.config = read_config(final).model_copy(update={"feature_check": fingerprint(encoder)})
+    with folder_aside(out) as aside:
+        encoder.save_pretrained(aside)
+        shutil.copyfile(final / ARCHIVE, aside / ARCHIVE)
+    return out

@@ -61,6 +61,10 @@ class WandbSettings(Frozen):
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "resunet"
     group: str | None = None
+    name: str | None = Field(None, description="of the run; null: W&B thinks of one")
+    upload: tuple[Literal["overlays", "weights"], ...] = Field(
+        (), description="beside figures: pictures of scans with their masks, and models; ids and paths never"
+    )
 
 
 class DataSettings(Frozen):
@@ -96,6 +100,7 @@ class Recipe(Frozen):
     warmup: float = Field(0.05, ge=0, le=1, description="share of steps over which the learning rate rises")
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(200, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="so many of the latest stay, and the best")
     wandb: WandbSettings = WandbSettings()
 
     def sha256(self) -> str:

@@ -9,37 +9,71 @@
 The local record is complete without W&B.
 """
 
+import errno
 import json
-import netrc
 import os
 import platform
+import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
 
 from resunet.config import Recipe
-from resunet.errors import EnvironmentFault, InputError
+from resunet.errors import EnvironmentFault, InputError, ResUNetError
 from resunet.files import folder_aside, write_text
-from resunet.progress import say
+from resunet.mirror import Mirror, start_mirror, without_paths
 
 PACKAGES = ("resunet", "torch", "lightly", "accelerate", "numpy", "SimpleITK")
-_KEPT_CHECKPOINTS = 2
-# Values of these keys are the user's paths: they stay in the local config.json and never reach W&B.
-_PATH_KEYS = frozenset({"out", "source", "salt_file", "held_out", "encoder", "store", "splits"})
 # Keys that may differ when a run is resumed.
 _FREE_ON_RESUME = frozenset(
-    {"resume", "out", "wandb", "log_every", "checkpoint_every", "data.workers", "data.store", "on_non_finite"}
+    {"resume", "out", "wandb", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "data.store", "on_non_finite"}
 )
+# Of writing only: what else a system refuses may be a file that is read.
+_REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 Status = Literal["running", "done", "failed", "stopped"]
+
+
+@contextmanager
+def disk_faults(folder: Path) -> Iterator[None]:
+    """What the disk refuses in the block is the environment's fault.
+
+    Raises:
+        EnvironmentFault: with the run directory and the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ResUNetError) or (reason := refusal_of(error)) is None:
+            raise
+        raise EnvironmentFault(
+            f"{folder}: cannot be written: {reason}. Checkpoints stand: free space, and continue with resume=true."
+        ) from error
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """Why the disk refused, or None where it was something else.
+
+    torch.save raises a RuntimeError of its own while it handles the disk's OSError; safetensors has the system's words only.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno in _REFUSALS:
+            return one.strerror
+        if isinstance(one, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(one))):
+            number = int(found[1])
+            return os.strerror(number) if number in _REFUSALS else None
+        one = one.__cause__ or one.__context__
+    return None
 
 
 def check_out(recipe: Recipe) -> None:
@@ -105,7 +139,8 @@ class Run:
         """
         self.folder = recipe.out
         self.writes = writes
-        self._wandb: Any = None
+        self._kept = recipe.keep_checkpoints
+        self._mirror: Mirror | None = None
         self._record: dict[str, Any] = {}
         if not writes:
             return
@@ -127,7 +162,10 @@ class Run:
             "started": self._record.get("started", _now()),
         }
         self.set_status("running")
-        self._start_wandb(recipe, stage)
+        if recipe.wandb.mode != "disabled":
+            self._record.setdefault("wandb_id", uuid.uuid4().hex[:8])
+            config = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": dict(inputs)}
+            self._mirror = start_mirror(recipe.wandb, stage, self._record["wandb_id"], self.folder, config)
         self.set_status("running")
 
     def _refuse_other_inputs(self, inputs: Mapping[str, str]) -> None:
@@ -144,16 +182,22 @@ class Run:
         if not self.writes:
             return
         self._record |= facts | {"status": status, "updated": _now()}
-        write_text(self.folder / "run.json", json.dumps(self._record, indent=2) + "\n")
+        with disk_faults(self.folder):
+            write_text(self.folder / "run.json", json.dumps(self._record, indent=2) + "\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same in W&B."""
         if not self.writes:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with disk_faults(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | dict(metrics)) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+        if self._mirror is not None:
+            self._mirror.log(step, metrics)
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Where W&B may be told more; None where there is none, and on ranks that do not write."""
+        return self._mirror
 
     def rewind(self, step: int) -> None:
         """Drop logged lines after `step`: a resumed run writes them again."""
@@ -164,17 +208,14 @@ class Run:
             ]  # a kill cuts the last one short
             write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
-    def summarise(self, figures: Mapping[str, float]) -> None:
-        """Final figures into the W&B summary."""
-        if self._wandb is not None:
-            self._wandb.summary.update(dict(figures))
-
     def finish(self, status: Status, **facts: Any) -> None:
         """Write the last status and close the mirror."""
-        self.set_status(status, **facts)
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if status == "done" else 1)
-            self._wandb = None
+        try:
+            self.set_status(status, **facts)
+        finally:
+            if self._mirror is not None:
+                self._mirror.finish(status == "done")
+                self._mirror = None
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], best: bool = False) -> None:
         """checkpoints/step-N/state.pt written aside, synced and renamed; then `last` (and `best`) point at it.
@@ -193,8 +234,13 @@ class Run:
                 os.fsync(file.fileno())
             for name in ("best", "last") if best else ("last",):  # a kill in between leaves `last` to be redone
                 _point(folder / name, final.name)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            raise EnvironmentFault(f"{final}: the checkpoint cannot be written: {error}. Those before it stand.") from error
+        except (OSError, RuntimeError) as error:
+            if (reason := refusal_of(error)) is None:
+                raise
+            raise EnvironmentFault(
+                f"{final}: the checkpoint cannot be written: {reason}. Those before it stand: free space, and continue with "
+                "resume=true."
+            ) from error
         self._drop_old_checkpoints()
 
     def load_checkpoint(self, name: Literal["last", "best"]) -> dict[str, Any] | None:
@@ -209,62 +255,9 @@ class Run:
         folder = self.folder / "checkpoints"
         pointed = {(folder / name).readlink().name for name in ("last", "best") if (folder / name).is_symlink()}
         steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-        for path in steps[:-_KEPT_CHECKPOINTS]:
+        for path in steps[: -self._kept]:
             if path.name not in pointed:
                 shutil.rmtree(path)
-
-    def _start_wandb(self, recipe: Recipe, stage: str) -> None:
-        mode = recipe.wandb.mode
-        if mode == "disabled":
-            return
-        import wandb
-
-        if mode == "online" and not _wandb_key(wandb.Settings().base_url):
-            say("W&B: no API key found, so the run is written offline; `wandb sync` uploads it later.")
-            mode = "offline"
-        settings = wandb.Settings(
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-            host="withheld",  # else the machine's name
-            disable_git=True,
-            disable_code=True,
-            console="off",
-            silent=True,
-        )
-        self._record.setdefault("wandb_id", uuid.uuid4().hex[:8])
-
-        def start(mode: Literal["online", "offline"]) -> Any:
-            return wandb.init(
-                project=recipe.wandb.project,
-                group=recipe.wandb.group,
-                job_type=stage,
-                id=self._record["wandb_id"],
-                resume="allow",
-                mode=mode,
-                dir=self.folder,
-                config=without_paths(json.loads(recipe.model_dump_json())),
-                settings=settings,
-            )
-
-        try:
-            self._wandb = start(mode)
-        except (wandb.errors.Error, OSError) as error:
-            if mode != "online":
-                raise
-            say(f"W&B: cannot be reached ({error}); the run is written offline, `wandb sync` uploads it later.")
-            self._wandb = start("offline")
-
-
-def without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values as W&B may have them."""
-    return {
-        key: without_paths(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if key not in _PATH_KEYS
-    }
-
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
@@ -295,25 +288,6 @@ def git_commit() -> str | None:
         return None
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def wandb_state() -> str:
-    """What a recipe's wandb.mode=online would do on this machine."""
-    import wandb
-
-    host = wandb.Settings().base_url
-    if _wandb_key(host):
-        return f"{wandb.__version__}, a key for {host} is there: wandb.mode=online uploads"
-    return f"{wandb.__version__}, no key for {host}: runs are written offline, `wandb sync` uploads them later"
-
-
-def _wandb_key(base_url: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(urlparse(base_url).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _point(link: Path, target: str) -> None:

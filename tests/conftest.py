@@ -1,4 +1,4 @@
-"""What all tests share: a home of their own, and a browser that pages are looked at with.
+"""What all tests share: a home of their own, a browser that pages are looked at with, and a reader of W&B's offline files.
 
 The browser is headless Chromium, over its DevTools protocol on a pair of pipes: nothing to install but the browser itself.
 """
@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -224,3 +225,78 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """What W&B's offline folders of a run hold. records: protobuf records, in order; content: all bytes of all files."""
+
+    records: list[Any]
+    content: bytes
+
+    def run(self) -> Any:
+        return next(one.run for one in self.records if one.WhichOneof("record_type") == "run")
+
+    def config(self) -> dict[str, Any]:
+        return {item.key: json.loads(item.value_json) for item in self.run().config.update}
+
+    def history(self) -> list[dict[str, Any]]:
+        """A line a logged step."""
+        logged = (one.history for one in self.records if one.WhichOneof("record_type") == "history")
+        return [{"/".join(item.nested_key): json.loads(item.value_json) for item in line.item} for line in logged]
+
+    def summary(self) -> dict[str, Any]:
+        """The last value of each key."""
+        found = {}
+        for one in self.records:
+            for item in one.summary.update if one.WhichOneof("record_type") == "summary" else ():
+                found[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        return found
+
+    def artifacts(self) -> list[Any]:
+        asked = (one.request.log_artifact.artifact for one in self.records if one.WhichOneof("record_type") == "request")
+        kept = (one.artifact for one in self.records if one.WhichOneof("record_type") == "artifact")
+        return [one for one in (*asked, *kept) if one.name]
+
+
+@pytest.fixture(scope="session")
+def read_mirror() -> Callable[..., Mirrored]:
+    """Reads wandb/ in a run directory once so many of its runs have ended: LevelDB's log format around protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    block, header = 32768, 7  # bytes; a header: crc32 4, length 2, kind 1, as long as that of the file
+
+    def records(data: bytes) -> Iterator[Any]:
+        place, parts = header, b""
+        while place + header <= len(data):
+            left = block - place % block
+            if left < header:  # the rest of a block that no header fits into
+                place += left
+                continue
+            length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+            payload = data[place + header : place + header + length]
+            place += header + length
+            parts = payload if kind in (1, 2) else parts + payload  # whole, first
+            if kind in (1, 4) and len(payload) == length:  # whole or last; a shorter one is being written
+                yield Record.FromString(parts)
+
+    def read(run: Path, finished: int = 1) -> Mirrored:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            files = [path for path in (run / "wandb").rglob("*") if path.is_file() and "latest-run" not in path.parts]
+            found = [one for path in sorted(files) if path.suffix == ".wandb" for one in records(path.read_bytes())]
+            if sum(one.WhichOneof("record_type") == "exit" for one in found) == finished or time.monotonic() > until:
+                break
+            time.sleep(0.05)  # W&B's own process writes, and may do so after finish() has returned
+        return Mirrored(found, b"".join(path.read_bytes() for path in files if path.suffix != ".log"))
+
+    return read
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """The `wandb` keys of a recipe that mirrors offline, in W&B's homes of this test alone."""
+    for name in ("CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb_home"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return {"mode": "offline", "project": "some_project"}

@@ -13,7 +13,7 @@ from finetune.evaluation.statistics import group_means
 from finetune.evaluation.targets import targets_of
 from finetune.recipe import FinetuneRecipe
 from resunet.errors import InputError
-from resunet.runs import without_paths
+from resunet.mirror import without_paths
 from resunet.transfer import Receipt
 
 

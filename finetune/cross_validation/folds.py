@@ -30,13 +30,14 @@ from finetune.cross_validation.out_of_fold import (
 from finetune.cross_validation.page import Evaluated, Fold, counted, write_folds_page
 from finetune.evaluation.alarms import notes_of
 from finetune.evaluation.evaluate import Measured, measure_cases, write_evaluation
-from finetune.evaluation.metrics import METRICS, values_by_group
+from finetune.evaluation.metrics import values_by_group
 from finetune.evaluation.outputs import write
 from finetune.evaluation.statistics import figure
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
 from finetune.labelled import FoldedData, read_folds, resolve
 from finetune.loop import finetune
+from finetune.mirrored import mirror_evaluation, mirror_segmenter
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import WEIGHTS, ModelConfig
 from resunet.data.cases import LoadedCase, source_digest
@@ -216,7 +217,8 @@ def _write_results(
         about = [*data.notes(), *([OF_SINGLE_NETWORKS, *notes_of(point)] if point is not None else [])]
         summary = write_evaluation(run.folder / "evaluation", ensemble, tested, config, "test", about, device, precision, point)
         test = Evaluated("evaluation", summary, tested, by_ensemble)
-        run.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
+        mirror_evaluation(run.mirror, summary, tested, targets, config, by_ensemble)
+    mirror_segmenter(run, config)
     facts = [
         Fold(
             training=counted(data.train(fold)),

@@ -200,7 +200,7 @@ def write_evaluation(
     """`finetune.evaluation.outputs.write` for a segmenter, with the post-processing of its config; the summary."""
     assert config.classes is not None
     done = config.postprocessing.described() if config.postprocessing is not None else NO_POSTPROCESSING
-    predict = _predicting(model, config, device, precision)
+    predict = predicting(model, config, device, precision)
     targets = targets_of(config.classes, config.regions)
     remarks = [
         f"The classes {its} are of the same regions: nothing taught the network to tell them apart, and in its "
@@ -216,10 +216,11 @@ def evaluation_sections(
     """What a page shows of an evaluation that was written into a folder."""
     config = model.config
     assert config.classes is not None
-    predict = _predicting(model, config, next(model.parameters()).device, precision)
+    predict = predicting(model, config, next(model.parameters()).device, precision)
     return sections_of(summary, measured, targets_of(config.classes, config.regions), folder / "overlays", predict)
 
 
-def _predicting(model: nn.Module, config: ModelConfig, device: torch.device, precision: Precision) -> Predict:
+def predicting(model: nn.Module, config: ModelConfig, device: torch.device, precision: Precision) -> Predict:
+    """The labels of a case as a segmenter is measured by: after its post-processing."""
     rules = config.object_rules()
     return lambda case: remove_objects(predict_case(model, case, device, precision), rules)

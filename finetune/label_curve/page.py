@@ -13,8 +13,8 @@ from finetune.label_curve.figures import cost_figure, curve_figure, difference_f
 from finetune.label_curve.result import Curve
 from finetune.label_curve.verdict import needed, saved, signed, verdicts
 from resunet.files import file_aside
+from resunet.mirror import without_paths
 from resunet.report import Section, svg, write_page
-from resunet.runs import without_paths
 
 Record = Mapping[str, Any]
 

@@ -1,5 +1,6 @@
 """The recipe of a label curve: which arms, on how many labels, how often, for how long."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,10 +105,18 @@ class LabelCurveRecipe(Frozen):
         own_keys = {arm: _only(changes, full[arm]) for arm, changes in arms.items()}
         return values | {"recipe": None, "finetune": shared, "arms": own_keys}
 
+    @property
+    def group(self) -> str:
+        """What W&B calls the runs of this curve together, unless the recipe says."""
+        told = self.model_dump_json(exclude={"out", "resume"})
+        return f"label-curve-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
     def cell(self, arm: str, labelled: int, draw: int, steps: int, out: Path) -> FinetuneRecipe:
         """The fine-tuning of one cell, which does not read test; it continues what is there."""
         values = merge(self.finetune, self.arms[arm])
         values = merge(values, {"data": {"labelled": labelled, "draw": draw}})
+        mirrored = {"group": values.get("wandb", {}).get("group") or self.group, "name": f"{arm}-{labelled}-{draw}-{steps}"}
+        values = merge(values, {"wandb": mirrored})
         cell = {"out": str(out), "resume": True, "seed": self.seed + draw, "steps": steps, "evaluate_test": False}
         return validate(FinetuneRecipe, values | cell, f"arm {arm}")
 

@@ -1,8 +1,10 @@
 """Doing the cells of a label curve: one after another, or shared by as many processes as are started on one folder."""
 
 import fcntl
+import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,15 +12,17 @@ from pathlib import Path
 
 import torch
 
-from finetune.evaluation.evaluate import measure_cases
+from finetune.evaluation.evaluate import measure_cases, predicting
 from finetune.evaluation.targets import targets_of
 from finetune.label_curve.cells import Cell, Point
 from finetune.labelled import read_labelled
 from finetune.loop import finetune, write_test_evaluation
+from finetune.mirrored import mirror_evaluation
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import model_folder
 from resunet.errors import EnvironmentFault, InputError
 from resunet.layout import place
+from resunet.mirror import start_mirror, without_paths
 from resunet.model import load_finetuned
 from resunet.progress import say
 from resunet.runs import is_done
@@ -87,7 +91,14 @@ def evaluate_on_test(run: Path) -> None:
     network = place(network, device)
     targets, rules = targets_of(recipe.data.classes, recipe.data.regions), config.object_rules()
     measured = measure_cases(network, data.test, targets, device, recipe.precision, rules=rules)
-    write_test_evaluation(run, network, measured, data, recipe)
+    summary = write_test_evaluation(run, network, measured, data, recipe)
+    before = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    run_id = f"{before['wandb_id']}-test" if "wandb_id" in before else uuid.uuid4().hex[:8]
+    values = without_paths(json.loads(recipe.model_dump_json()))
+    mirror = start_mirror(recipe.wandb, "evaluate", run_id, run, values)
+    if mirror is not None:
+        mirror_evaluation(mirror, summary, measured, targets, config, predicting(network, config, device, recipe.precision))
+        mirror.finish(succeeded=True)
 
 
 @contextmanager

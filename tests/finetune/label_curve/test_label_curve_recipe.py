@@ -46,11 +46,20 @@ def test_a_cell_is_the_named_recipe_with_what_the_curve_sets():
     cell = curve.cell("pretrained", 6, 2, 250, Path("cell"))
     assert (cell.data.labelled, cell.data.draw, cell.seed, cell.steps, cell.out) == (6, 2, 5, 250, Path("cell"))
     assert cell.resume and not cell.evaluate_test and cell.optimizer.lr == 0.5 and cell.encoder is not None
-    own = {"out", "resume", "seed", "steps", "evaluate_test", "encoder", "data", "optimizer"}
+    own = {"out", "resume", "seed", "steps", "evaluate_test", "encoder", "data", "optimizer", "wandb"}
     assert cell.model_dump(exclude=own) == named.model_dump(exclude=own)
     scratch = curve.cell("scratch", 6, 2, 250, Path("cell"))
     differing = {key for key in type(cell).model_fields if getattr(cell, key) != getattr(scratch, key)}
-    assert differing == {"encoder", "optimizer"} and scratch.encoder is None
+    assert differing == {"encoder", "optimizer", "wandb"} and scratch.encoder is None
+
+
+def test_in_wandb_the_cells_of_a_curve_are_one_group_and_have_names(load):
+    recipe = load()
+    cells = [recipe.cell(arm, 2, 1, 10, Path(arm)).wandb for arm in recipe.arms]
+    assert {cell.group for cell in cells} == {recipe.group} and recipe.group.startswith("label-curve-")
+    assert [cell.name for cell in cells] == [f"{arm}-2-1-10" for arm in recipe.arms]
+    assert load("draws=7").group != recipe.group == load("out=elsewhere").group
+    assert load("finetune.wandb.group=mine").cell("other", 2, 1, 10, Path("cell")).wandb.group == "mine"
 
 
 def test_keys_of_an_arm_win_and_keep_their_neighbours(load):

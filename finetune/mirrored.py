@@ -1,0 +1,74 @@
+"""What Weights & Biases is told of a finished fine-tuning run: test figures, each case by a number, and the segmenter."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.evaluation.metrics import METRICS
+from finetune.evaluation.outputs import Measured, Predict, telling_cases
+from finetune.evaluation.overlay import grey_picture, telling_slice
+from finetune.evaluation.targets import Targets
+from resunet.checkpoint import WEIGHTS, ModelConfig
+from resunet.data.cases import take_slice
+from resunet.files import sha256
+from resunet.mirror import Mirror, Overlaid
+from resunet.runs import Run
+
+
+def mirror_segmenter(run: Run, config: ModelConfig) -> None:
+    """The run's model/ as an artifact, below the encoder that it began with."""
+    if run.mirror is None:
+        return
+    folder, its = run.folder / "model", config.provenance
+    facts = {"sha256": sha256(folder / WEIGHTS), "architecture": config.architecture.model_dump(mode="json")}
+    inputs = {"encoder": its.parent_sha256} if its.parent_sha256 is not None else {}
+    run.mirror.model("segmenter", folder, facts, inputs)
+
+
+def mirror_evaluation(
+    mirror: Mirror | None,
+    summary: dict[str, Any],
+    measured: Sequence[Measured],
+    targets: Targets,
+    config: ModelConfig,
+    predict: Predict,
+) -> None:
+    """Figures of the test cases, and of each case; pictures of the telling ones, where the recipe lets them go.
+
+    Args:
+        predict: the labels of a case as they were measured.
+    """
+    if mirror is None:
+        return
+    mirror.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
+    mirror.summarise({"test_cases": case_columns(measured, targets)})
+    if mirror.takes_pictures:
+        mirror.table("test_overlays", ["case", "how", "dice", "overlay"], _overlays(measured, config, predict))
+
+
+def case_columns(measured: Sequence[Measured], targets: Targets) -> dict[str, list[Any]]:
+    """Dice of every case and class that its truth has, by columns; cases and groups are numbers, in the order of their ids."""
+    case_numbers, group_numbers = _numbers([one.row()[0] for one in measured]), _numbers([one.row()[1] for one in measured])
+    rows = sorted(
+        (case_numbers[case], group_numbers[group], name, its.dice)
+        for case, group, measures in (one.row() for one in measured)
+        for name, its in zip(targets.names, measures.classes, strict=True)
+        if its.truth_voxels
+    )
+    return {name: [row[i] for row in rows] for i, name in enumerate(("case", "group", "class", "dice"))}
+
+
+def _overlays(measured: Sequence[Measured], config: ModelConfig, predict: Predict) -> list[list[Any]]:
+    numbers = _numbers([one.row()[0] for one in measured])
+    classes = dict(enumerate((config.classes or {}).values()))
+    rows = []
+    for rank, one in telling_cases(measured):
+        assert one.case.labels is not None
+        index = telling_slice(one.case.labels, one.case.axis)
+        masks = {"truth": one.case.label_slice(index), "prediction": take_slice(predict(one.case), one.case.axis, index)}
+        picture = Overlaid(grey_picture(one.case, index), masks, classes)
+        rows.append([numbers[one.row()[0]], rank, one.measures.macro("dice"), picture])
+    return rows
+
+
+def _numbers(ids: Sequence[str]) -> dict[str, int]:
+    return {one: number for number, one in enumerate(sorted(set(ids)))}
