@@ -1,6 +1,6 @@
 """What Weights & Biases is told of a finished fine-tuning run: test figures, each case by a number, and the segmenter."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from finetune.evaluation.metrics import METRICS
@@ -12,6 +12,8 @@ from resunet.data.cases import take_slice
 from resunet.files import sha256
 from resunet.mirror import Mirror, Overlaid
 from resunet.runs import Run
+
+CASES = "test_cases"  # in W&B's summary
 
 
 def mirror_segmenter(run: Run, config: ModelConfig) -> None:
@@ -40,21 +42,32 @@ def mirror_evaluation(
     if mirror is None:
         return
     mirror.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
-    mirror.summarise({"test_cases": case_columns(measured, targets)})
+    mirror.summarise({CASES: case_columns(measured, targets)})
     if mirror.takes_pictures:
         mirror.table("test_overlays", ["case", "how", "dice", "overlay"], _overlays(measured, config, predict))
 
 
 def case_columns(measured: Sequence[Measured], targets: Targets) -> dict[str, list[Any]]:
-    """Dice of every case and class that its truth has, by columns; cases and groups are numbers, in the order of their ids."""
-    case_numbers, group_numbers = _numbers([one.row()[0] for one in measured]), _numbers([one.row()[1] for one in measured])
-    rows = sorted(
-        (case_numbers[case], group_numbers[group], name, its.dice)
+    """`case_columns_of` measured cases."""
+    rows = [
+        (case, group, name, its.dice)
         for case, group, measures in (one.row() for one in measured)
         for name, its in zip(targets.names, measures.classes, strict=True)
         if its.truth_voxels
-    )
-    return {name: [row[i] for row in rows] for i, name in enumerate(("case", "group", "class", "dice"))}
+    ]
+    return case_columns_of(rows, {one.row()[0]: one.row()[1] for one in measured})
+
+
+def case_columns_of(rows: Iterable[tuple[str, str, str, Any]], groups: Mapping[str, str]) -> dict[str, list[Any]]:
+    """Dice of every case and class that its truth has, by columns; cases and groups are numbers, in the order of their ids.
+
+    Args:
+        rows: case, group, class, Dice.
+        groups: of all test cases, also of those with nothing to find.
+    """
+    cases, numbers = _numbers(groups), _numbers(groups.values())
+    numbered = sorted((cases[case], numbers[group], name, dice) for case, group, name, dice in rows)
+    return {name: [row[i] for row in numbered] for i, name in enumerate(("case", "group", "class", "dice"))}
 
 
 def _overlays(measured: Sequence[Measured], config: ModelConfig, predict: Predict) -> list[list[Any]]:
@@ -70,5 +83,5 @@ def _overlays(measured: Sequence[Measured], config: ModelConfig, predict: Predic
     return rows
 
 
-def _numbers(ids: Sequence[str]) -> dict[str, int]:
+def _numbers(ids: Iterable[str]) -> dict[str, int]:
     return {one: number for number, one in enumerate(sorted(set(ids)))}

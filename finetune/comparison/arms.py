@@ -18,17 +18,12 @@ from resunet.transfer import Receipt
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One finished fine-tuning run. scores: (case, class) → Dice, of classes that the truth has; groups: case → group."""
+class Scored:
+    """Test cases of a run. scores: (case, class) → Dice, of classes that the truth has; groups: case → group."""
 
     name: str
-    folder: Path
-    recipe: FinetuneRecipe
-    record: Mapping[str, Any]
-    summary: dict[str, Any]
     scores: dict[tuple[str, str], float]
     groups: dict[str, str]
-    receipt: Receipt | None
 
     def case_dice(self) -> dict[str, float]:
         """Dice of every case that has something to find: the mean over the classes that its truth has."""
@@ -43,6 +38,17 @@ class Arm:
         for case, dice in self.case_dice().items():
             by_group.setdefault(self.groups[case], []).append(dice)
         return group_means(by_group)
+
+
+@dataclass(frozen=True)
+class Arm(Scored):
+    """One finished fine-tuning run."""
+
+    folder: Path
+    recipe: FinetuneRecipe
+    record: Mapping[str, Any]
+    summary: dict[str, Any]
+    receipt: Receipt | None
 
 
 def read_arm(folder: Path, name: str) -> Arm:
@@ -98,17 +104,23 @@ def _judged_by(recipe: FinetuneRecipe) -> str:
 
 def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
     """The recipe keys in which the runs differ, and what each cost."""
-    recipes = [_flat(without_paths(json.loads(arm.recipe.model_dump_json(exclude={"steps"})))) for arm in arms]
-    keys = sorted({key for recipe in recipes for key in recipe})
-    rows = [["Recipe key", *(arm.name for arm in arms)]]
-    for key in keys:
-        values = [str(recipe.get(key)) for recipe in recipes]
-        if len(set(values)) > 1:
-            rows.append([key, *values])
+    recipes = {arm.name: without_paths(json.loads(arm.recipe.model_dump_json(exclude={"steps"}))) for arm in arms}
+    rows = differing_values(recipes)
     rows.append(["encoder", *("from scratch" if arm.receipt is None else "pretrained" for arm in arms)])
     rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])
     rows.append(["step chosen on val", *(str(arm.record.get("best_step")) for arm in arms)])
     rows.append(["seconds of training", *(str(arm.record.get("seconds")) for arm in arms)])
+    return rows
+
+
+def differing_values(recipes: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A header, and a row for every key in which recipes, name → values, differ."""
+    flat = [_flat(recipe) for recipe in recipes.values()]
+    rows = [["Recipe key", *recipes]]
+    for key in sorted({key for recipe in flat for key in recipe}):
+        values = [str(recipe.get(key)) for recipe in flat]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
     return rows
 
 

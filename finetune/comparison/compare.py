@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from finetune.comparison.arms import Arm, distinct_names, read_arm, recipe_differences, refuse_other_cases
+from finetune.comparison.arms import Arm, Scored, distinct_names, read_arm, recipe_differences, refuse_other_cases
 from finetune.comparison.cost import cost_section, costs_of, record_of
 from finetune.evaluation.overlay import SWATCHES, error_picture, grey_picture, label_picture, side_by_side, telling_slice
 from finetune.evaluation.page import figures_table
@@ -65,7 +65,7 @@ def compare(
         Section(lead=[verdict(arms[0].name, name, figure) for name, figure in differences.items()], notes=[*notes, *missing]),
         *preamble,
         Section("On the test cases", table=figures_table({arm.name: arm.summary for arm in arms})),
-        Section("Paired", pictures=[_paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
+        Section("Paired", pictures=[paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
         Section("What differs", table=recipe_differences(arms)),
         Section("Learning", pictures=_learning(arms)),
         Section(
@@ -111,7 +111,7 @@ def _learning(arms: Sequence[Arm]) -> list[Picture]:
     ]
 
 
-def _paired_picture(first: Arm, other: Arm, difference: Mapping[str, Any]) -> Picture:
+def paired_picture(first: Scored, other: Scored, difference: Mapping[str, Any]) -> Picture:
     mine, theirs = first.group_dice(), other.group_dice()
     groups, told = sorted(mine), "Each point a test group"
     with drawing():

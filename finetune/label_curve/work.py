@@ -20,6 +20,7 @@ from finetune.loop import finetune, write_test_evaluation
 from finetune.mirrored import mirror_evaluation
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import model_folder
+from resunet.data.cases import source_digest
 from resunet.errors import EnvironmentFault, InputError
 from resunet.layout import place
 from resunet.mirror import start_mirror, without_paths
@@ -94,7 +95,7 @@ def evaluate_on_test(run: Path) -> None:
     summary = write_test_evaluation(run, network, measured, data, recipe)
     before = json.loads((run / "run.json").read_text(encoding="utf-8"))
     run_id = f"{before['wandb_id']}-test" if "wandb_id" in before else uuid.uuid4().hex[:8]
-    values = without_paths(json.loads(recipe.model_dump_json()))
+    values = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": {"test": source_digest(data.test)}}
     mirror = start_mirror(recipe.wandb, "evaluate", run_id, run, values)
     if mirror is not None:
         mirror_evaluation(mirror, summary, measured, targets, config, predicting(network, config, device, recipe.precision))
