@@ -46,6 +46,11 @@ class Mirror:
         for name, best in _BEST.items():
             run.define_metric(name, summary=best)
 
+    @property
+    def id(self) -> str:
+        """Of the W&B run: the one asked for; in a sweep the agent's."""
+        return str(self._run.id)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step's figures."""
         self._run.log(dict(metrics), step=step)

@@ -35,7 +35,17 @@ from resunet.mirror import Mirror, start_mirror, without_paths
 PACKAGES = ("resunet", "torch", "lightly", "accelerate", "numpy", "SimpleITK")
 # Keys that may differ when a run is resumed.
 _FREE_ON_RESUME = frozenset(
-    {"resume", "out", "wandb", "log_every", "checkpoint_every", "keep_checkpoints", "data.workers", "data.store", "on_non_finite"}
+    {
+        "resume",
+        "out",
+        "wandb",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "data.workers",
+        "data.store",
+        "on_non_finite",
+    }
 )
 # Of writing only: what else a system refuses may be a file that is read.
 _REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
@@ -166,6 +176,8 @@ class Run:
             self._record.setdefault("wandb_id", uuid.uuid4().hex[:8])
             config = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": dict(inputs)}
             self._mirror = start_mirror(recipe.wandb, stage, self._record["wandb_id"], self.folder, config)
+            if self._mirror is not None:
+                self._record["wandb_id"] = self._mirror.id
         self.set_status("running")
 
     def _refuse_other_inputs(self, inputs: Mapping[str, str]) -> None:
@@ -258,6 +270,7 @@ class Run:
         for path in steps[: -self._kept]:
             if path.name not in pointed:
                 shutil.rmtree(path)
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
