@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
@@ -22,6 +23,7 @@ from resunet.data.manifest_source import ManifestCases
 from resunet.data.scans import Looked, Prepared, Scans, evidence_of_scans, look_at_cases, prepare_scans
 from resunet.data.source import Source, assign_parts, open_source
 from resunet.data.store import Store
+from resunet.errors import InputError
 from resunet.progress import say
 
 
@@ -29,12 +31,14 @@ from resunet.progress import say
 class Archive:
     """The scans, and what the guard and a reader of the results have to know of them.
 
-    evidence: without thumbnails.
+    groups: a number for each scan's patient or item, the same on every rank.
+    evidence: of the scans that are trained on, without thumbnails.
     digest: sha256 over the sorted hashes of the files: which images these are, whatever they are called.
     allowed: what the recipe let pass; complete on the main rank.
     """
 
     scans: Scans
+    groups: NDArray[np.int64]
     evidence: Evidence
     digest: str
     notes: list[str]
@@ -44,19 +48,12 @@ class Archive:
     def num_groups(self) -> int:
         return len(self.evidence.table.column("group").unique())
 
-    @cached_property
-    def groups(self) -> NDArray[np.int64]:
-        """A number for each scan's patient or item, the same on every rank."""
-        column = self.evidence.table.column("group").combine_chunks().dictionary_encode()
-        numbers: NDArray[np.int64] = column.indices.to_numpy().astype(np.int64)
-        return numbers
-
 
 def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:
     """Check and prepare the recipe's archive; every rank reads its own share of the files.
 
     Raises:
-        InputError: whatever is wrong with the source or a file of it.
+        InputError: whatever is wrong with the source or a file of it; for a network of volumes, that there are none.
         CheckFailed: held-out images are in it.
         EnvironmentFault: the store's disk.
     """
@@ -68,6 +65,10 @@ def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:
     store = on_every_rank(partial(_open_store, recipe.data.store), accelerator)
     prepared = _prepare(recipe, cases, store, accelerator)
     evidence = _evidence(source, cases, [one.looked for one in prepared if one.looked is not None])
+    groups, notes = _group_numbers(evidence), source.notes()
+    if recipe.model.spatial_dims == 3:
+        evidence, left_out = _of_volumes(evidence, cases, prepared, accelerator.is_main_process)
+        notes += left_out
     allowed: list[str] = []
     for held_out, its in _held_out(recipe, source, accelerator):
         leaks = find_leaks(evidence, its) if accelerator.is_main_process else []
@@ -77,10 +78,11 @@ def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:
             allowed.append(NO_GROUP_EVIDENCE)
     files = sorted(evidence.table.column("file_sha256").to_pylist())
     return Archive(
-        scans=Scans(cases, prepared, recipe.data.channels, recipe.normalisation, store),
+        scans=Scans(cases, prepared, recipe.data.channels, recipe.normalisation, store, recipe.model.spatial_dims),
+        groups=groups,
         evidence=replace(evidence, thumbnail=None),
         digest=sha256("".join(files).encode()).hexdigest(),
-        notes=source.notes(),
+        notes=notes,
         allowed=allowed,
     )
 
@@ -97,7 +99,8 @@ def _prepare(recipe: PretrainRecipe, cases: Sequence[Case], store: Store, accele
     """Of every case, in their order; each rank prepares its share, and every machine's store holds the whole."""
 
     def prepare(chosen: Sequence[int]) -> Iterator[Prepared]:
-        return prepare_scans((cases[i] for i in chosen), recipe.data.channels, recipe.normalisation, store)
+        its = (cases[i] for i in chosen)
+        return prepare_scans(its, recipe.data.channels, recipe.normalisation, store, recipe.model.spatial_dims)
 
     prepared = in_shares(prepare, len(cases), "read archive", accelerator)
     stored = sum(1 for one in prepared if one.key)
@@ -110,6 +113,38 @@ def _prepare(recipe: PretrainRecipe, cases: Sequence[Case], store: Store, accele
         missing = [i for i in share if prepared[i].key and prepared[i].key not in store]
         on_every_rank(lambda: list(prepare(missing)), accelerator)
     return prepared
+
+
+def _group_numbers(evidence: Evidence) -> NDArray[np.int64]:
+    column = evidence.table.column("group").combine_chunks().dictionary_encode()
+    numbers: NDArray[np.int64] = column.indices.to_numpy().astype(np.int64)
+    return numbers
+
+
+def _of_volumes(
+    evidence: Evidence, cases: Sequence[Case], prepared: Sequence[Prepared], main: bool
+) -> tuple[Evidence, list[str]]:
+    """Without the images and single slices, of which an archive may have many, and what is to be said of them.
+
+    Raises:
+        InputError: there is nothing else.
+    """
+    rows = np.flatnonzero([one.is_volume for one in prepared])
+    count = len(prepared) - len(rows)
+    if not count:
+        return evidence, []
+    first = cases[next(i for i, one in enumerate(prepared) if not one.is_volume)].where()
+    if not len(rows):
+        raise InputError(
+            f"model.spatial_dims=3: none of the {count} scans of the archive is a volume of more than one slice (the first: "
+            f"{first}). Set model.spatial_dims=2, or give volumes: slices in files of their own are one only as a DICOM series."
+        )
+    note = f"{count:,} of {len(prepared):,} scans are images or single slices, and were left out: model.spatial_dims=3."
+    if main:
+        say(f"{note} The first: {first}")
+    thumbnail = evidence.thumbnail
+    assert thumbnail is not None
+    return Evidence(evidence.table.take(pa.array(rows)), evidence.salt_fingerprint, lambda i: thumbnail(int(rows[i]))), [note]
 
 
 def _held_out(recipe: PretrainRecipe, source: Source, accelerator: Accelerator) -> Iterator[tuple[Sequence[Case], Evidence]]:

@@ -29,12 +29,13 @@ _DIED = (
 class ContrastiveSet(NamedTuple):
     """A rank's share of a set, or all of it.
 
-    windows: (N, C, Y, X), padded at the end.
-    sizes: (N, 2), of each window without the padding.
-    anchors: (N, 2, 2), a place (y, x) with content for each view.
+    windows: (N, C, Y, X) or (N, C, Z, Y, X), padded at the end.
+    sizes: (N, dimensions), of each window without the padding.
+    anchors: (N, 2, dimensions), a place with content for each view, in array order.
     scan: (N,) int64, which of the archive's scans each is from.
-    axis: (N,) int64, of the volume it is a slice along; -1 for an image.
+    axis: (N,) int64, of the volume it is a slice along; -1 for an image and for a volume as it is.
     position: (N,) float32, in [0, 1] along that axis; NaN where it is not known.
+    spacing: (N, dimensions) float32, mm in array order, of volumes; of slices and images 1.
     """
 
     windows: Tensor
@@ -43,6 +44,7 @@ class ContrastiveSet(NamedTuple):
     scan: Tensor
     axis: Tensor
     position: Tensor
+    spacing: Tensor
 
 
 class ContrastiveSets(Dataset[ContrastiveSet | Exception]):
@@ -60,11 +62,12 @@ class ContrastiveSets(Dataset[ContrastiveSet | Exception]):
         """
         recipe, rank = self._recipe, self._rank
         share = recipe.batch // recipe.processes
-        items = batch_order(self._scans.num_slices, recipe.batch, recipe.seed, index)
+        window = recipe.views.sides_of_window(recipe.model.spatial_dims)
+        items = batch_order(self._scans.num_items, recipe.batch, recipe.seed, index)
         windows = []
         for place in range(rank * share, (rank + 1) * share):
             rng = np.random.default_rng([recipe.seed, _WINDOWS, index, place])
-            windows.append(self._scans.window(int(items[place]), recipe.views.window, rng))
+            windows.append(self._scans.window(int(items[place]), window, rng))
         values, sizes = stack_scans([window.values for window in windows])
         return ContrastiveSet(
             windows=values,
@@ -73,6 +76,7 @@ class ContrastiveSets(Dataset[ContrastiveSet | Exception]):
             scan=torch.tensor([window.scan for window in windows]),
             axis=torch.tensor([-1 if window.axis is None else window.axis for window in windows]),
             position=torch.tensor([window.position for window in windows]),
+            spacing=torch.tensor([window.spacing for window in windows]),
         )
 
     def __getitem__(self, index: int) -> ContrastiveSet | Exception:

@@ -1,6 +1,5 @@
 """The network of a pretraining run on its device, and the optimiser of it."""
 
-import torch
 from accelerate import Accelerator
 from lightly.utils.lars import LARS
 from torch import nn
@@ -10,6 +9,7 @@ from pretrain.objective import SimCLR
 from pretrain.recipe import PretrainRecipe
 from resunet.data.images import channel_count
 from resunet.encoder import ResidualEncoder
+from resunet.layout import place
 from resunet.progress import say
 from resunet.training import parameter_groups
 
@@ -25,8 +25,7 @@ def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> SimCLR:
                 "batch norm on CPUs has each rank's own statistics, so that the result depends on the number of ranks; exact are "
                 "model.norm=group head.batch_norm=false"
             )
-    placed: SimCLR = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return placed
+    return place(network, accelerator.device)
 
 
 def build_optimizer(recipe: PretrainRecipe, network: SimCLR) -> Optimizer:

@@ -18,6 +18,7 @@ from pretrain.objective import contrast
 from pretrain.ranks import on_every_rank
 from pretrain.recipe import PretrainRecipe
 from pretrain.views import VIEWS_STREAM, make_views
+from resunet.layout import channels_last
 from resunet.training import step_generator
 
 
@@ -49,15 +50,17 @@ def add_gradients(
 
 
 def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Tensor:
-    """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, S, S)."""
+    """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, *size)."""
     device = accelerator.device
     generator = step_generator(
         device, recipe.seed, VIEWS_STREAM, index, rank=0
     )  # one stream, of which each rank takes its share
     first = accelerator.process_index * len(windows.windows)
     scans = windows.windows.to(device, non_blocking=True)
-    views = make_views(scans, windows.sizes, windows.anchors, recipe.views, generator, first, recipe.batch)
-    return views.contiguous(memory_format=torch.channels_last)
+    views = make_views(
+        scans, windows.sizes, windows.anchors, recipe.views, generator, first, recipe.batch, spacing=windows.spacing
+    )
+    return channels_last(views)
 
 
 def _items(archive: Archive, windows: ContrastiveSet, device: torch.device) -> Items:

@@ -3,9 +3,8 @@
 Rotation, elastic deformation and flip make one displacement, so that the image is interpolated once. Every random
 number comes from the generator that is handed in.
 
-Patches of volumes are turned in mm, so that nothing is sheared where voxels are no cubes. Where slices are thick, a turn or a
-deformation across them would make up what was never measured: all happens within the slices, alike in each (as in nnU-Net: Isensee
-et al. 2021, doi 10.1038/s41592-020-01008-z, supplementary note 4).
+Patches of volumes are turned in mm. Where slices are thick, they are turned and deformed within themselves, alike in each
+(`resunet.turn`).
 """
 
 import math
@@ -16,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.recipe import AugmentSettings
-
-_THICK = 3.0  # times the finest spacing, nnU-Net's limit
+from resunet.turn import thick_axis, turn
 
 
 def augment(
@@ -66,8 +64,6 @@ def _volume_grids(
     for mm in spacing.tolist():
         thick = thick_axis(mm)
         angles = torch.deg2rad(_uniform(-settings.rotation, settings.rotation, 3, generator)).tolist()
-        if thick is not None:
-            angles = [angle if axis == thick else 0.0 for axis, angle in enumerate(angles)]
         flip = bool(_uniform(0, 1, 1, generator) < settings.flip)
         displacement = None
         if bool(_uniform(0, 1, 1, generator) < elastic.probability):
@@ -75,12 +71,6 @@ def _volume_grids(
             squares.append(float(displacement.square().sum(dim=0).mean()))
         grids.append(_volume_grid(size, mm, angles, flip, displacement, generator.device))
     return torch.stack(grids), math.sqrt(sum(squares) / len(squares)) if squares else 0.0
-
-
-def thick_axis(spacing: Sequence[float]) -> int | None:
-    """The axis across the slices of a volume whose voxels are more than three times as long as wide; else None."""
-    coarsest = max(range(3), key=lambda axis: spacing[axis])
-    return coarsest if spacing[coarsest] > _THICK * min(spacing) else None
 
 
 def volume_displacement(
@@ -121,25 +111,11 @@ def _volume_grid(
     if flip:
         axes[2] = -axes[2]
     at = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (3, Z, Y, X): z, y, x in voxels
-    mm = torch.tensor(spacing, dtype=torch.float64)
-    turn = (rotation(angles) * mm / mm[:, None]).to(at)  # voxels → mm, turned, mm → voxels
-    source = torch.einsum("ij,jzyx->izyx", turn, at)
+    source = torch.einsum("ij,jzyx->izyx", turn(angles, spacing).to(at), at)
     if displacement is not None:
         source = source + displacement
     scale = 2 / torch.tensor(tuple(size), device=device, dtype=at.dtype)
     return (source * scale.view(3, 1, 1, 1)).flip(0).movedim(0, -1)  # grid_sample wants x, y, z
-
-
-def rotation(angles: Sequence[float]) -> Tensor:
-    """The product of rotations (3, 3) about z, y and x in that order, of coordinates (z, y, x); float64."""
-    made = torch.eye(3, dtype=torch.float64)
-    for axis, angle in enumerate(angles):
-        first, second = [other for other in range(3) if other != axis]
-        about = torch.eye(3, dtype=torch.float64)
-        about[first, first] = about[second, second] = math.cos(angle)
-        about[first, second], about[second, first] = -math.sin(angle), math.sin(angle)
-        made = made @ about
-    return made
 
 
 def elastic_displacement(count: int, height: int, width: int, sigma: float, alpha: float, generator: torch.Generator) -> Tensor:

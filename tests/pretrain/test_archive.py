@@ -138,6 +138,6 @@ def test_a_manifest_whose_files_moved_is_told_before_training(recipe: Make, arch
 
 def test_no_thumbnail_is_kept(recipe: Make):
     ours = read(recipe())
-    assert ours.evidence.thumbnail is None and ours.num_groups == 9 and ours.scans.num_slices == 9
+    assert ours.evidence.thumbnail is None and ours.num_groups == 9 and ours.scans.num_items == 9
     out = pretrain(recipe(steps=1))
     assert read_record(out / "model").table.num_rows == 9

@@ -5,8 +5,11 @@ import pytest
 import scipy.ndimage
 import torch
 
+from pretrain.crop import Grid, _mirror, crop, crop_grid
+from pretrain.draws import Draws
+from pretrain.intensity import _blur, _gamma
 from pretrain.recipe import ViewSettings
-from pretrain.views import Draws, _blur, _crop_grid, _gamma, _mirror, crop, make_views, stack_scans
+from pretrain.views import make_views, stack_scans
 from resunet.runtime import normalise, percentile_intensity
 
 # one view pixel is one scan pixel where the scan is of `size`
@@ -29,8 +32,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draws(count: int) -> Draws:
-    return Draws(generator(), range(count), count)
+def grid_of(sizes: torch.Tensor, anchors: torch.Tensor, settings: ViewSettings) -> Grid:
+    draws = Draws(generator(), range(len(sizes)), len(sizes))
+    return crop_grid(sizes, anchors, torch.ones(sizes.shape), settings, draws)
 
 
 def random_scans(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -96,13 +100,13 @@ def test_reading_through_a_quarter_turn(turns):
     line = torch.arange(11.0)
     y, x = torch.meshgrid(line, line, indexing="ij")
     positions = torch.rot90(torch.stack([x, y], dim=-1), turns, (0, 1)).expand(2, -1, -1, -1)
-    turned = crop(scans, positions, torch.full((2, 2), 11.0), torch.ones(2))
+    turned = crop(scans, Grid(positions, torch.ones(2, 2)), torch.full((2, 2), 11))
     torch.testing.assert_close(turned, torch.rot90(scans, turns, (2, 3)), atol=2e-5, rtol=0)
 
 
 def test_the_grid_is_turned_rigidly_about_the_centre_within_the_limits():
-    grid, _, _ = _crop_grid(torch.tensor([[13, 13]] * 200), torch.full((200, 2), 6), still(13, rotation=30), draws(200))
-    straight, _, _ = _crop_grid(torch.tensor([[13, 13]]), torch.tensor([[6, 6]]), still(13), draws(1))
+    grid, _ = grid_of(torch.tensor([[13, 13]] * 200), torch.full((200, 2), 6), still(13, rotation=30))
+    straight, _ = grid_of(torch.tensor([[13, 13]]), torch.tensor([[6, 6]]), still(13))
     from_centre, wanted = (torch.view_as_complex((one - 6).contiguous()) for one in (grid, straight))
     corner = from_centre[:, 0, 0] / wanted[:, 0, 0]
     torch.testing.assert_close(corner.abs(), torch.ones(200))
@@ -114,7 +118,7 @@ def test_the_grid_is_turned_rigidly_about_the_centre_within_the_limits():
 def test_reading_is_that_of_scipy():
     scan = random_scans(1, 1, 14, 10)
     positions = torch.rand(1, 20, 20, 2, generator=generator(1)) * 50 - 20  # far outside on all sides
-    read = crop(scan, positions, torch.tensor([[10.0, 14.0]]), torch.ones(1))
+    read = crop(scan, Grid(positions, torch.ones(1, 2)), torch.tensor([[14, 10]]))
     x, y = positions[0].double().numpy().transpose(2, 0, 1)
     oracle = scipy.ndimage.map_coordinates(scan[0, 0].double().numpy(), [y, x], order=1, mode="mirror")
     np.testing.assert_allclose(read[0, 0].numpy(), oracle, atol=5e-5)
@@ -122,13 +126,13 @@ def test_reading_is_that_of_scipy():
 
 def test_crops_cover_the_share_of_the_scan_they_are_told_to():
     sizes = torch.tensor([[40, 60]] * 300)
-    grid, _, zoom = _crop_grid(sizes, sizes // 2, still(10, scale=(0.2, 0.5), ratio=(0.5, 2)), draws(len(sizes)))
+    grid, zoom = grid_of(sizes, sizes // 2, still(10, scale=(0.2, 0.5), ratio=(0.5, 2)))
     width = (grid[:, 0, 1, 0] - grid[:, 0, 0, 0]) * 10
     height = (grid[:, 1, 0, 1] - grid[:, 0, 0, 1]) * 10
     share = width * height / (40 * 60)
     assert 0.199 < share.min() < 0.22 and 0.48 < share.max() < 0.501
     assert 0.499 < (width / height).min() < 0.55 and 1.8 < (width / height).max() < 2.001
-    torch.testing.assert_close(zoom, torch.minimum(width, height) / 10, atol=1e-4, rtol=0)
+    torch.testing.assert_close(zoom, (torch.minimum(width, height) / 10)[:, None].expand(-1, 2), atol=1e-4, rtol=0)
     assert grid.min() > -0.5 and grid[..., 0].max() < 59.5 and grid[..., 1].max() < 39.5  # inside without rotation
 
 
@@ -292,7 +296,7 @@ def test_every_crop_holds_its_anchor_and_stays_inside():
     anchors = torch.stack([torch.randint(n, (count,), generator=draw) for n in (height, width)], dim=1)
     anchors[:4] = torch.tensor([[0, 0], [0, width - 1], [height - 1, 0], [height - 1, width - 1]])
     sizes = torch.tensor([[height, width]] * count)
-    grid, _, _ = _crop_grid(sizes, anchors, still(10, scale=(0.02, 1), ratio=(0.5, 2)), draws(len(sizes)))
+    grid, _ = grid_of(sizes, anchors, still(10, scale=(0.02, 1), ratio=(0.5, 2)))
     for axis, extent in ((0, width), (1, height)):  # of (x, y)
         line = grid[..., axis]
         first, last = line.amin(dim=(1, 2)), line.amax(dim=(1, 2))
@@ -305,7 +309,7 @@ def test_every_crop_holds_its_anchor_and_stays_inside():
 def test_crops_of_one_anchor_are_where_they_can_be():
     """Uniform over all places that hold it: at the middle of a long line from one end of the anchor to the other."""
     sizes, anchors = torch.tensor([[100, 100]] * 2000), torch.full((2000, 2), 50)
-    grid, _, _ = _crop_grid(sizes, anchors, still(8, scale=(0.04, 0.04)), draws(len(sizes)))
+    grid, _ = grid_of(sizes, anchors, still(8, scale=(0.04, 0.04)))
     first = grid[:, 0, 0, 0] + 0.5 - 1.25  # half a view pixel of 2.5: the crop's left edge
     assert 30.5 <= first.min() < 31 and 50 < first.max() <= 50.5
     assert abs(first.mean() - 40.5) < 0.8 and abs(first.std() - 20 / 12**0.5) < 0.4
@@ -317,3 +321,15 @@ def test_views_have_anchors_of_their_own():
     anchors = torch.tensor([[[2, 20], [37, 20]]])
     views = make_views(scans, whole(scans), anchors, still(8, scale=(0.01, 0.01)), generator())
     assert (views[0] == 1).all() and (views[1] == 0).all()
+
+
+def test_views_of_images_are_as_ever():
+    """Golden: what this gave before volumes came, to float32's rounding."""
+    y, x = torch.meshgrid(torch.arange(70.0), torch.arange(90.0), indexing="ij")
+    scans = torch.stack([(y * (i + 1) / 17).sin() + (x / (3 + i)).cos() for i in range(3)])[:, None]
+    sizes = torch.tensor([[70, 90], [24, 90], [70, 31]])
+    views = views_of(scans, sizes, ViewSettings(size=16, noise=1, blur=0.5), generator(11))
+    assert views[:, 0, 8, 5].tolist() == pytest.approx([0.347727, 0.459149, -0.313559, 0.611436, 0.725692, -0.008753], abs=2e-5)
+    assert views.mean(dim=(1, 2, 3)).tolist() == pytest.approx(
+        [0.565033, 0.374974, -0.143699, 0.686175, 0.668086, -0.108173], abs=2e-5
+    )

@@ -6,7 +6,7 @@ import scipy.ndimage
 import torch
 
 from finetune.recipe import AugmentSettings
-from finetune.training.augment import augment, elastic_displacement, rotation, thick_axis, volume_displacement
+from finetune.training.augment import augment, elastic_displacement, volume_displacement
 from resunet.data.cases import IGNORE
 
 STILL = {"rotation": 0, "elastic": {"probability": 0}, "contrast": (1, 1), "flip": 0}
@@ -208,11 +208,6 @@ def test_still_settings_change_no_volume():
     assert torch.equal(moved_labels, labels) and moved_labels.dtype == torch.uint8 and rms == 0
 
 
-def test_thick_slices_are_more_than_three_times_as_coarse():
-    assert thick_axis((3.0, 1.0, 1.0)) is None and thick_axis(CUBES) is None
-    assert thick_axis((3.1, 1.0, 2.0)) == 0 and thick_axis((0.5, 2.0, 0.6)) == 1 and thick_axis((1.0, 1.0, 5.0)) == 2
-
-
 @pytest.mark.parametrize("spacing", [CUBES, (2.5, 1.0, 1.0), (1.0, 2.0, 3.0)])
 def test_a_volume_turns_in_mm(spacing):
     """Distances in mm from the centre are kept: of two balls, and between them; in voxels they are not."""
@@ -233,16 +228,6 @@ def test_a_volume_turns_in_mm(spacing):
         assert np.linalg.norm(found[0] - found[1]) == pytest.approx(np.linalg.norm(np.subtract(*places)), abs=0.25)
         angles.append(np.abs(found - places).max(axis=0))
     assert (np.max(angles, axis=0) > 1).all()  # about every axis
-
-
-def test_the_rotation_is_that_of_scipy():
-    from scipy.spatial.transform import Rotation
-
-    angles = (0.3, -0.7, 1.1)
-    # scipy's coordinates are (x, y, z); a turn about y from z to x is there positive, here from z to x in (z, x)
-    expected = Rotation.from_euler("ZYX", [-0.3, -0.7, -1.1]).as_matrix()
-    np.testing.assert_allclose(rotation(angles).numpy(), expected[::-1, ::-1], atol=1e-12)
-    assert torch.linalg.det(rotation(angles)).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -79,7 +79,7 @@ def test_a_window_says_where_it_is_from(tmp_path, store):
     sideways = volume(tmp_path / "c.mha", random(20, 3, 24), (1, 4, 1))
     single = volume(tmp_path / "d.mha", random(20, 1, 24), (1, 4, 1))
     scans = scans_of(store, png(tmp_path / "e.png", random(20, 20)), upright, case(tmp_path / "b.nii.gz"), sideways, single)
-    windows = [scans.window(i, 64, rng()) for i in range(scans.num_slices)]
+    windows = [scans.window(i, 64, rng()) for i in range(scans.num_items)]
     places = [(window.scan, window.axis, window.position) for window in windows]
     along = [0, 0.4, 0.6, 0.8, 1]
     assert places[0][:2] == (0, None) and np.isnan(places[0][2])
@@ -107,7 +107,7 @@ def test_a_whole_window_is_the_normalised_slice_of_the_whole_scan(tmp_path, stor
         slices = [normalised if axis is None else normalised.take(i, axis=axis) for i in range(count)]
         expected += [one for i, one in enumerate(slices) if not (axis == 2 and i == 3)]
     scans = scans_of(store, *pieces)
-    assert scans.num_slices == len(expected) == 3 + 6 + 6
+    assert scans.num_items == len(expected) == 3 + 6 + 6
     for item, wanted in enumerate(expected):
         np.testing.assert_array_equal(scans.window(item, 64, rng(item)).values, wanted)
     assert store.size()[0] == 2  # images are read as they are
@@ -140,7 +140,7 @@ def test_a_window_is_a_part_of_the_slice_and_holds_its_anchors(tmp_path, store, 
     values = np.where(disc, 1000 + y * 200 + x, 0).astype(np.uint16)  # no value twice
     stack = np.stack([values, np.zeros_like(values), values])
     scans = scans_of(store, png(tmp_path / "a.png", values), volume(tmp_path / "a.nii", stack), normalisation=RAW)
-    assert scans.num_slices == 3
+    assert scans.num_items == 3
     image, its_slices = foreground_map(values[None], BLOCK).mask, foreground_map(stack[None], (1, BLOCK, BLOCK)).mask
     content_of = [image, its_slices[0], its_slices[2]]
     assert all(content.mean() < 0.3 for content in content_of)
@@ -168,7 +168,7 @@ def test_a_volume_and_its_slice_as_an_image_give_the_same_windows(tmp_path, stor
     values[30:90, 20:130] = random(60, 110, high=900) + 100
     direct, stored = png(tmp_path / "a.png", values), volume(tmp_path / "a.nrrd", values[None], (5, 1, 1))
     scans = scans_of(store, direct, stored, normalisation=RAW)
-    assert store.size()[0] == 1 and scans.num_slices == 2
+    assert store.size()[0] == 1 and scans.num_items == 2
     for seed in range(20):
         one, other = (scans.window(item, 40, rng(seed)) for item in range(2))
         np.testing.assert_array_equal(one.values, other.values)
@@ -180,7 +180,7 @@ def test_large_images_are_stored(tmp_path, store):
     values = (np.add.outer(np.arange(side), 2 * np.arange(side)) % 251).astype(np.uint8)
     one = png(tmp_path / "large.png", values)
     scans = scans_of(store, one, normalisation=RAW)
-    assert store.size()[0] == 1 and scans.num_slices == 1
+    assert store.size()[0] == 1 and scans.num_items == 1
     window = scans.window(0, 64, rng())
     assert window.values.shape == (1, 64, 64)
     first = int(window.values[0, 0, 0])
@@ -223,7 +223,7 @@ def test_scans_without_any_content_have_no_slices(tmp_path, store):
         assert [one.num_slices for one in prepared] == [0, 1, 0, 0, 1]
         scans = Scans(its, prepared, "grey", ZSCORE, store)
         assert [scans.window(i, 64, rng()).values.shape[1] for i in range(2)] == [20, 22]
-    assert Scans([], [], "grey", ZSCORE, store).num_slices == 0
+    assert Scans([], [], "grey", ZSCORE, store).num_items == 0
 
 
 def test_what_a_manifest_knows_is_not_read(tmp_path, store):
@@ -265,7 +265,7 @@ def test_what_the_store_knows_needs_no_file(tmp_path, store):
     (first,) = prepare_scans([one], "grey", ZSCORE, store)
     one.files[0].unlink()
     scans = scans_of(store, one)
-    assert first.num_slices == scans.num_slices == 3 and scans.window(2, 64, rng()).values.shape == (1, 20, 30)
+    assert first.num_slices == scans.num_items == 3 and scans.window(2, 64, rng()).values.shape == (1, 20, 30)
 
 
 def test_files_and_stored_scans_that_vanish(tmp_path, store):
@@ -314,7 +314,7 @@ def test_an_epoch_visits_every_slice_once(tmp_path, store):
     image[0, 0] = 5000
     cases.insert(1, png(tmp_path / "a.png", image))
     scans = scans_of(store, *cases, normalisation=RAW)
-    order = shuffled_places(np.arange(scans.num_slices), scans.num_slices, 0, 0)
+    order = shuffled_places(np.arange(scans.num_items), scans.num_items, 0, 0)
     seen = [int(scans.window(int(item), 64, rng()).values[0, 0, 0]) for item in order]
     assert sorted(seen) == sorted([*numbers, 5000]) and seen != sorted(seen)
 

@@ -1,0 +1,63 @@
+"""Changes of a view's intensities: scale, shift and gamma, blur, noise; in 2D and in 3D from one definition."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain.draws import Draws
+from pretrain.recipe import Range, ViewSettings
+
+_BLUR_RADIUS = 4  # pixels: covers 2.5 standard deviations of the widest default blur
+
+
+def change_intensity(view: Tensor, settings: ViewSettings, draws: Draws) -> Tensor:
+    """(N, C, *size) → the same; each scan's own change, of all its channels alike."""
+    each = (-1, *[1] * (view.ndim - 1))
+
+    def sometimes(probability: float, changed: Tensor, unchanged: Tensor) -> Tensor:
+        chosen = draws.uniform((0, 1)) < probability
+        return torch.where(chosen.view(each), changed, unchanged)
+
+    def per_scan(limits: Range) -> Tensor:
+        return draws.uniform(limits).view(each)
+
+    curved = _gamma(view, per_scan(settings.gamma))
+    changed = curved * per_scan(settings.intensity_scale) + per_scan(settings.intensity_shift)
+    view = sometimes(settings.intensity, changed, view)
+    if settings.blur:
+        view = sometimes(settings.blur, _blur(view, per_scan(settings.blur_sigma).flatten()), view)
+    if settings.noise:
+        noise = draws.normal(*view.shape[1:])
+        view = sometimes(settings.noise, view + noise * per_scan(settings.noise_sigma), view)
+    return view
+
+
+def _gamma(view: Tensor, gamma: Tensor) -> Tensor:
+    """A power of the intensity within each view's own range, which is kept (Isensee et al., batchgenerators)."""
+    over = tuple(range(1, view.ndim))
+    low, high = view.amin(dim=over, keepdim=True), view.amax(dim=over, keepdim=True)
+    span = (high - low).clamp_min(1e-6)
+    return ((view - low) / span).clamp_min(0) ** gamma * span + low
+
+
+def _blur(view: Tensor, sigma: Tensor) -> Tensor:
+    """A Gaussian of each scan's own width, separable. view (N, C, *size), sigma (N,) in voxels."""
+    *size, height, width = view.shape[1:]
+    offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=view.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    planes = math.prod(size)  # of a scan: channels, times the slices of a volume
+    flat = F.pad(view.reshape(1, -1, height, width), [_BLUR_RADIUS] * 4, mode="reflect")
+    flat = _convolve(flat, kernel.repeat_interleave(planes, dim=0)[..., None])
+    flat = _convolve(flat, kernel.repeat_interleave(planes, dim=0)[..., None, :])
+    if view.ndim == 5:  # across the slices, as the rows of an image; faster than a convolution of volumes
+        flat = F.pad(flat.reshape(1, -1, view.shape[2], height * width), [0, 0, _BLUR_RADIUS, _BLUR_RADIUS], mode="reflect")
+        flat = _convolve(flat, kernel.repeat_interleave(view.shape[1], dim=0)[..., None])
+    return flat.reshape(view.shape)
+
+
+def _convolve(planes: Tensor, kernel: Tensor) -> Tensor:
+    """(1, M, Y, X), each with its own kernel of (M, *size)."""
+    return F.conv2d(planes, kernel.view(len(kernel), 1, *kernel.shape[-2:]), groups=planes.shape[1])
