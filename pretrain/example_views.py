@@ -1,28 +1,97 @@
 """A few scans beside their views, as pictures: what the network is shown."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.loader import ContrastiveSets
 from pretrain.recipe import PretrainRecipe
-from pretrain.views import VIEWS_STREAM, make_views
-from resunet.training import step_generator
+from pretrain.step import views_of_set
 
-_SHOWN = 8  # scans
+SHOWN = 8  # scans
+
+Picture = NDArray[np.float32]
 
 
-def example_views(recipe: PretrainRecipe, sets: ContrastiveSets) -> list[NDArray[np.float32]]:
-    """A few windows with their two views, one row each side by side, for the report: (S, 3 S) greys in [0, 1]."""
-    scans, sizes, anchors = (part[:_SHOWN] for part in sets.read(0)[:3])
-    generator = step_generator(torch.device("cpu"), recipe.seed, VIEWS_STREAM, 0, rank=0)
-    views = make_views(scans, sizes, anchors, recipe.views, generator, 0, recipe.batch).mean(dim=1).chunk(2)
-    size = (recipe.views.size, recipe.views.size)
-    rows = []
-    for i, (height, width) in enumerate(sizes.tolist()):
-        scan = scans[i, :, :height, :width]
-        whole = F.interpolate(scan[None], size, mode="area")[0].mean(dim=0)
-        row = torch.cat([whole, views[0][i], views[1][i]], dim=1)
-        rows.append(((row - whole.min()) / (whole.max() - whole.min())).clamp(0, 1).numpy())
-    return rows
+@dataclass(frozen=True)
+class Example:
+    """A scan's window and its two views: (y, x) greys or (y, x, 3) colours in [0, 1]; of volumes three planes in the middle.
+
+    scan: which of the archive's. size: of the window, in array order. position: of a slice in its volume, else NaN.
+    """
+
+    window: Picture
+    views: tuple[Picture, Picture]
+    scan: int
+    size: tuple[int, ...]
+    position: float
+
+
+def examples(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Accelerator) -> Iterator[Example]:
+    """The first scans of this rank's share of the first contrastive set, with the views that training makes of them.
+
+    A scan and its views share one scale, from the darkest to the brightest of the window, so that a change of intensity is seen.
+    """
+    read = sets.read(0)
+    views = views_of_set(recipe, read, 0, accelerator).float().cpu().chunk(2)
+    for i in range(min(SHOWN, len(read.sizes))):
+        size = tuple(read.sizes[i].tolist())
+        window = read.windows[i][(slice(None), *map(slice, size))]
+        shown = [_shown(one, _limits(window)) for one in (window, views[0][i], views[1][i])]
+        yield Example(shown[0], (shown[1], shown[2]), int(read.scan[i]), size, float(read.position[i]))
+
+
+def example_views(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Accelerator) -> list[Picture]:
+    """The same, each as one row (y, x) or (y, x, 3) of window, first and second view, for the report."""
+    return [
+        np.concatenate([resized(one.window, one.views[0].shape[:2]), *one.views], axis=1)
+        for one in examples(recipe, sets, accelerator)
+    ]
+
+
+def resized(picture: Picture, size: tuple[int, ...]) -> Picture:
+    """Fitted into `size` with its proportions kept, and white around it."""
+    values = torch.from_numpy(picture).reshape(*picture.shape[:2], -1).permute(2, 0, 1)[None]  # (1, C, y, x)
+    ratio = min(size[0] / picture.shape[0], size[1] / picture.shape[1])
+    height, width = (min(limit, max(1, round(n * ratio))) for n, limit in zip(picture.shape[:2], size, strict=True))
+    fitted = F.interpolate(values, (height, width), mode="area" if ratio < 1 else "nearest")
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    padded = F.pad(fitted, [left, size[1] - width - left, top, size[0] - height - top], value=1.0)[0].permute(1, 2, 0)
+    return padded.reshape(*size[:2], *picture.shape[2:]).numpy()
+
+
+def _limits(window: Tensor) -> tuple[Tensor, Tensor]:
+    """(C, 1) the darkest and the brightest: of each colour its own, as normalisation is; of other channels their mean's."""
+    flat = _channels(window).flatten(1)
+    return flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
+
+
+def _channels(image: Tensor) -> Tensor:
+    """Three channels as colours; of another number the mean, as grey."""
+    return image if len(image) == 3 else image.mean(dim=0, keepdim=True)
+
+
+def _shown(image: Tensor, limits: tuple[Tensor, Tensor]) -> Picture:
+    """(C, *size) → (y, x) or (y, x, 3) in [0, 1]."""
+    values = _channels(image)
+    low, high = (one.reshape(-1, *[1] * (values.ndim - 1)) for one in limits)
+    # a channel without contrast is black: normalisation gives it zeros
+    scaled = ((values - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    flat = torch.stack([_flat(one) for one in scaled], dim=-1).numpy().astype(np.float32)
+    return flat[..., 0] if flat.shape[-1] == 1 else flat
+
+
+def _flat(view: Tensor) -> Tensor:
+    """An image as it is; of a volume (Z, Y, X) the planes across z, y and x in its middle, one below the other, z upwards."""
+    if view.ndim == 2:
+        return view
+    depth, height, width = view.shape
+    planes = [view[depth // 2], view[:, height // 2].flip(0), view[:, :, width // 2].flip(0)]
+    widest = max(height, width)
+    return torch.cat([F.pad(plane, [0, widest - plane.shape[1]], value=1.0) for plane in planes])

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from resunet.config import Recipe
 from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
 from resunet.progress import say
-from resunet.runs import Run
+from resunet.runs import Run, disk_faults
 
 Decay = Literal["cosine", "polynomial"]
 _POWER = 0.9
@@ -253,10 +253,11 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
 def failing_as(run: Run) -> Iterator[None]:
     """Whatever leaves the block as an error leaves the run as failed; a stopped run stays stopped."""
     try:
-        yield
+        with disk_faults(run.folder):
+            yield
     except Stopped:
         raise
     except BaseException:
-        with suppress(OSError):  # a full disk must not hide what went wrong
+        with suppress(OSError, EnvironmentFault):  # a full disk must not hide what went wrong
             run.finish("failed")
         raise

@@ -8,17 +8,16 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from finetune.evaluation.targets import targets_of
 from finetune.planning.facts import PERCENTILES, PartFacts
 from finetune.planning.plan import Plan, reasons
-from finetune.planning.timing import GIB
 from resunet.errors import InputError
 from resunet.files import write_text
+from resunet.measuring import BUSY, GIB
+from resunet.plain import WIDTH, bullet, duration, table, times, value_range
+from resunet.plain import blocks as joined
 
-_WIDTH = 110
-_BUSY = 1.25  # load for each core
 # What YAML reads as itself without quotes, and as nothing else.
 _PLAIN = re.compile(r"(?!(?i:true|false|yes|no|on|off|null|y|n|inf|nan)$)[A-Za-z_./][\w./-]*$")
 
@@ -28,21 +27,21 @@ def page(plan: Plan) -> str:
     train = plan.parts[0]
     names = list(plan.given.data.classes.values())[1:]
     blocks = [
-        ("Cases", _table([["part", "cases", "groups", "slices", "with a class"], *map(_counts, filter(_any, plan.parts))])),
+        ("Cases", table([["part", "cases", "groups", "slices", "with a class"], *map(_counts, filter(_any, plan.parts))])),
         ("Sizes and spacing", "\n".join(_sizes(plan.parts, plan.given.model.spatial_dims))),
         (
             "Intensities, the median over the cases of each part's percentiles",
-            _table([["part", *(f"{p:g} %" for p in PERCENTILES)], *map(_intensities, filter(_any, plan.parts))]),
+            table([["part", *(f"{p:g} %" for p in PERCENTILES)], *map(_intensities, filter(_any, plan.parts))]),
         ),
-        ("Classes", _table([["class", "part", "cases", "of pixels"], *_shares(plan.parts, names)]) + _regions(plan)),
-        (f"Objects of train ({'8' if train.dimensions == 2 else '26'}-connected)", _table(_objects(train, names))),
+        ("Classes", table([["class", "part", "cases", "of pixels"], *_shares(plan.parts, names)]) + _regions(plan)),
+        (f"Objects of train ({'8' if train.dimensions == 2 else '26'}-connected)", table(_objects(train, names))),
         ("What the recipe should say", "\n".join(_choices(plan))),
         ("Time and memory", "\n".join(_cost(plan))),
-        ("Warnings", "\n".join(_bullet("!", one) for one in plan.warnings) or "None."),
+        ("Warnings", "\n".join(bullet("!", one) for one in plan.warnings) or "None."),
     ]
     if plan.notes:
-        blocks.append(("Notes", "\n".join(_bullet("-", one) for one in plan.notes)))
-    return "\n\n".join(f"{heading}\n{'-' * len(heading)}\n{body}" for heading, body in blocks)
+        blocks.append(("Notes", "\n".join(bullet("-", one) for one in plan.notes)))
+    return joined(blocks)
 
 
 def write_recipe(plan: Plan, path: Path) -> None:
@@ -77,7 +76,7 @@ def _yaml(values: Mapping[Any, Any], why: Mapping[str, str], prefix: str = "", i
     for key, value in values.items():
         full = f"{prefix}{key}"
         if full in why:
-            lines += [f"{pad}# {line}" for line in textwrap.wrap(why[full], _WIDTH)]
+            lines += [f"{pad}# {line}" for line in textwrap.wrap(why[full], WIDTH)]
         if isinstance(value, Mapping) and value:
             lines += [f"{pad}{_scalar(key)}:", *_yaml(value, why, f"{full}.", indent + 1)]
         else:
@@ -113,7 +112,7 @@ def _sizes(parts: Sequence[PartFacts], spatial_dims: int) -> list[str]:
         if not its:
             continue
         sizes = np.array([case.size for case in its])
-        lines.append(f"{len(its)} of {axes}: median {_times(np.median(sizes, axis=0))} pixels{_range(sizes)}")
+        lines.append(f"{len(its)} of {axes}: median {times(np.median(sizes, axis=0))} pixels{value_range(sizes)}")
         known = [case for case in its if case.in_mm]
         if len(known) < len(its):
             lines.append(f"  {len(its) - len(known)} do not say their spacing: their sizes are in pixels only")
@@ -121,12 +120,12 @@ def _sizes(parts: Sequence[PartFacts], spatial_dims: int) -> list[str]:
             spacing = np.array([case.spacing for case in known])
             median = np.median(spacing, axis=0)
             lines.append(
-                f"  spacing: median {_times(median)} mm{_range(spacing)}; anisotropy {max(median) / min(median):.2g} "
+                f"  spacing: median {times(median)} mm{value_range(spacing)}; anisotropy {max(median) / min(median):.2g} "
                 "(coarsest over finest axis of the median)"
             )
         if dimensions == 3 and spatial_dims == 2:
             lines.append(
-                f"  sliced along the coarsest axis: median slice {_times(np.median([c.plane for c in its], axis=0))} pixels"
+                f"  sliced along the coarsest axis: median slice {times(np.median([c.plane for c in its], axis=0))} pixels"
             )
     return lines
 
@@ -177,14 +176,14 @@ def _choices(plan: Plan) -> list[str]:
             f"{_scalar(choice.before)} → {_scalar(choice.value)}" if choice.changed else f"{_scalar(choice.value)} (as it is)"
         )
         lines.append(f"{choice.key}: {verdict}")
-        lines += textwrap.wrap(choice.reason, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+        lines += textwrap.wrap(choice.reason, WIDTH, initial_indent="    ", subsequent_indent="    ")
     return lines
 
 
 def _cost(plan: Plan) -> list[str]:
     cost, seconds = plan.cost, plan.seconds()
     ranks = plan.recipe.processes
-    each = ", ".join(f"{what} {_duration(its)}" for what, its in seconds.items() if its)
+    each = ", ".join(f"{what} {duration(its)}" for what, its in seconds.items() if its)
     memory = f"{cost.memory / GIB:.2g} GiB " + (
         "on the GPU" if cost.device == "cuda" else "of the process at its peak, data included"
     )
@@ -193,39 +192,14 @@ def _cost(plan: Plan) -> list[str]:
     views = plan.recipe.steps * plan.recipe.batch * plan.recipe.accumulate / max(1, count)
     lines = [
         f"{cost.step:.3g} s a step (median of {cost.steps_measured} on this machine's {cost.device}, as planned above)",
-        f"{_duration(sum(seconds.values()))} for {plan.recipe.steps} steps: {each}",
+        f"{duration(sum(seconds.values()))} for {plan.recipe.steps} steps: {each}",
         f"{memory}",
         f"{plan.recipe.steps} steps show each training {what} {views:.3g} times",
     ]
-    if cost.device == "cpu" and cost.busy > _BUSY:
+    if cost.device == "cpu" and cost.busy > BUSY:
         lines.append(f"other work ran beside it (load {cost.busy:.1f} for each core): alone it is faster")
     if ranks > 1:
         lines.append(
             f"measured in one process with a rank's share of the batch; {ranks} ranks add the time to exchange gradients"
         )
     return lines
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _times(values: Sequence[float] | NDArray) -> str:
-    return " × ".join(f"{value:.4g}" for value in values)
-
-
-def _range(values: NDArray) -> str:
-    low, high = values.min(axis=0), values.max(axis=0)
-    return f", all the same: {_times(low)}" if np.allclose(low, high) else f", from {_times(low)} to {_times(high)}"
-
-
-def _bullet(mark: str, text: str) -> str:
-    first, *rest = text.split("\n")
-    return "\n".join([*textwrap.wrap(first, _WIDTH, initial_indent=f"{mark} ", subsequent_indent="  "), *rest])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

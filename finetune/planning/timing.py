@@ -1,10 +1,6 @@
 """What a recipe costs on this machine, from a few steps of the step that training takes."""
 
-import os
-import resource
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +21,10 @@ from finetune.step import (
 from finetune.training.patches import PatchSampler
 from resunet.data.cases import LoadedCase
 from resunet.layout import place
+from resunet.measuring import ENOUGH_SECONDS, load, peak_memory, timed
 
 _STEPS = 5
-_ENOUGH_SECONDS = 20.0  # of measured steps: fewer of them where one takes long
 _VAL_CASES = 4
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -78,31 +73,17 @@ def measure_cost(
 
     take(0)
     seconds: list[float] = []
-    while len(seconds) < _STEPS and sum(seconds) < _ENOUGH_SECONDS:
-        seconds.append(_timed(lambda: take(len(seconds) + 1)))
-    for_statistics = _timed(lambda: refresh_statistics(recipe, model, model, sampler, accelerator))
+    while len(seconds) < _STEPS and sum(seconds) < ENOUGH_SECONDS:
+        seconds.append(timed(lambda: take(len(seconds) + 1)))
+    for_statistics = timed(lambda: refresh_statistics(recipe, model, model, sampler, accelerator))
     some = val[:_VAL_CASES]
-    for_val = _timed(lambda: validate(model, some, recipe, accelerator)) if some else 0.0
+    for_val = timed(lambda: validate(model, some, recipe, accelerator)) if some else 0.0
     return Cost(
         step=float(np.median(seconds)),
         steps_measured=len(seconds),
         case_slice=for_val / max(1, sum(case.num_slices for case in some)),
         statistics=for_statistics,
-        memory=torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory(),
+        memory=peak_memory(device),
         device=device.type,
-        busy=os.getloadavg()[0] / (os.cpu_count() or 1),
+        busy=load(),
     )
-
-
-def peak_memory() -> int:
-    """Bytes that this process held at its peak."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def _timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

@@ -1,0 +1,31 @@
+"""What of a recipe only its archive can refuse."""
+
+from pretrain.archive import Archive
+from pretrain.recipe import PretrainRecipe
+from resunet.errors import InputError
+from resunet.progress import say
+
+
+def refuse_impossible(recipe: PretrainRecipe, archive: Archive, speaks: bool) -> None:
+    """What only the archive can tell of the recipe.
+
+    Raises:
+        InputError: a batch larger than the archive; same_group=ignore where all scans are of one group, so that nothing would be
+            left to tell apart.
+    """
+    scans = archive.scans
+    if scans.num_items < recipe.batch:
+        raise InputError(
+            f"batch={recipe.batch}: the archive has only {scans.num_items} {scans.items} with any contrast. Set a smaller batch."
+        )
+    if recipe.objective.same_group == "ignore" and archive.num_groups == 1:
+        raise InputError(
+            "objective.same_group=ignore: all scans of the archive are of one group, so that no negatives are left. Set "
+            "same_group=negative, or give the groups (groups.csv, or resunet index)."
+        )
+    bank = recipe.objective.memory_bank
+    if speaks and bank is not None and 2 * bank > scans.num_items:
+        say(
+            f"objective.memory_bank={bank}: more than half of the {scans.num_items:,} {scans.items} of the archive; scans are then "
+            "repelled by their own earlier projections, and such training has been unstable"
+        )
