@@ -5,11 +5,18 @@ from dataclasses import dataclass, replace
 
 from finetune.recipe import FinetuneRecipe
 from resunet.architecture import ResUNetArchitecture, UNetArchitecture
-from resunet.checkpoint import model_folder, read_config
+from resunet.checkpoint import ProbeLabels, model_folder, read_config
 from resunet.config import PercentileZScore
 from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
 from resunet.data.evidence import Evidence
-from resunet.data.leakage import NO_GROUP_EVIDENCE, evidence_of_cases, find_leaks, read_archive, refuse_leaks
+from resunet.data.leakage import (
+    NO_GROUP_EVIDENCE,
+    evidence_of_cases,
+    evidence_of_groups,
+    find_leaks,
+    read_archive,
+    refuse_leaks,
+)
 from resunet.data.source import Source, assign_parts, divide, draw_labelled, hold_out, open_source
 from resunet.errors import InputError
 from resunet.progress import progress
@@ -19,7 +26,7 @@ _CHANNELS = {"resunet": ResUNetArchitecture().channels, "unet": UNetArchitecture
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Cases in memory. `archive` is what the encoder was pretrained on; None from scratch."""
+    """Cases in memory. `archive` is what the encoder was pretrained on; None from scratch. `probe`: labels that it used."""
 
     source: Source
     train: list[LoadedCase]
@@ -27,17 +34,20 @@ class LabelledData:
     test: list[LoadedCase]
     archive: Evidence | None
     allowed: list[str]
+    probe: ProbeLabels | None = None
 
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
-        return self.source.notes() + [f"Allowed by the recipe: {one}." for one in self.allowed]
+        allowed = [f"Allowed by the recipe: {one}." for one in self.allowed]
+        labelled = [one.case for one in (*self.train, *self.val)]
+        return self.source.notes() + _probe_note(self.probe, labelled, self.source) + allowed
 
 
 @dataclass(frozen=True)
 class FoldedData:
     """Cases in memory that are divided into folds, and the test cases, which are in none.
 
-    folds: of each fold, which of `cases`. archive, allowed: as `LabelledData`.
+    folds: of each fold, which of `cases`. archive, allowed, probe: as `LabelledData`.
     """
 
     source: Source
@@ -46,6 +56,7 @@ class FoldedData:
     test: list[LoadedCase]
     archive: Evidence | None
     allowed: list[str]
+    probe: ProbeLabels | None = None
 
     def val(self, fold: int) -> list[LoadedCase]:
         return [self.cases[i] for i in self.folds[fold]]
@@ -56,7 +67,8 @@ class FoldedData:
 
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
-        return self.source.notes() + [f"Allowed by the recipe: {one}." for one in self.allowed]
+        allowed = [f"Allowed by the recipe: {one}." for one in self.allowed]
+        return self.source.notes() + _probe_note(self.probe, [one.case for one in self.cases], self.source) + allowed
 
 
 def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
@@ -132,7 +144,7 @@ def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
     loaded = _load(recipe, [*train, *val, *test], quiet)
     parts = loaded[: len(train)], loaded[len(train) : len(train) + len(val)], loaded[len(train) + len(val) :]
     archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None
-    return LabelledData(source, *parts, archive, _refuse_overlap(recipe, source, *parts, archive))
+    return LabelledData(source, *parts, archive, _refuse_overlap(recipe, source, *parts, archive), probe_of(recipe))
 
 
 def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:
@@ -152,13 +164,38 @@ def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:
     folds = [[i for i, case in enumerate(divided) if fold_of[case.group_name] == fold] for fold in range(recipe.data.folds)]
     loaded = _load(recipe, [*divided, *test], quiet)
     archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None
-    data = FoldedData(source, loaded[: len(divided)], folds, loaded[len(divided) :], archive, [])
+    data = FoldedData(source, loaded[: len(divided)], folds, loaded[len(divided) :], archive, [], probe_of(recipe))
     allowed = []
     for fold in range(len(folds)):
         found = _refuse_overlap(recipe, source, data.train(fold), data.val(fold), [], archive)
         allowed += [f"fold {fold}: {one}" if one != NO_GROUP_EVIDENCE else one for one in found]
     allowed += _refuse_overlap(recipe, source, data.cases, [], data.test, archive)
     return replace(data, allowed=list(dict.fromkeys(allowed)))
+
+
+def probe_of(recipe: FinetuneRecipe) -> ProbeLabels | None:
+    """The labels that the recipe's encoder was judged by while it was pretrained, if there were any."""
+    return read_config(model_folder(recipe.encoder)).provenance.probe if recipe.encoder is not None else None
+
+
+def labels_beside(probe: ProbeLabels | None, labelled: Sequence[Case], source: Source) -> int:
+    """How many groups of a probe are not among those of `labelled`: all, where another salt made their HMACs."""
+    if probe is None:
+        return 0
+    if probe.salt_fingerprint != source.salt_fingerprint:
+        return len(probe.groups)
+    return len(set(probe.groups) - {case.group_hmac for case in labelled})
+
+
+def _probe_note(probe: ProbeLabels | None, labelled: Sequence[Case], source: Source) -> list[str]:
+    if probe is None:
+        return []
+    own, beside = len({case.group_hmac for case in labelled}), labels_beside(probe, labelled, source)
+    among = len(probe.groups) - beside
+    told = f" ({among} more of the probe's are among them)" if among and beside else ""
+    if not beside:
+        return [f"{own} labelled groups; the {among} that the encoder's probe used are among them."]
+    return [f"{own} labelled groups, plus {beside} that the encoder's probe used{told}: {own + beside} had to be labelled."]
 
 
 def _load(recipe: FinetuneRecipe, cases: Sequence[Case], quiet: bool) -> list[LoadedCase]:
@@ -188,6 +225,8 @@ def _refuse_overlap(
     seen = {"the labelled training cases": evidence_of_cases(train, salt)}
     if archive is not None:
         seen["the pretraining archive"] = archive
+    if (probe := probe_of(recipe)) is not None:
+        seen["the labelled scans of the encoder's probe"] = evidence_of_groups(probe.groups, probe.salt_fingerprint)
     allowed = []
     for where, record in seen.items():
         for part, cases in (("val", val), ("test", test)):

@@ -38,6 +38,13 @@ class FeatureCheck(Frozen):
     features: dict[str, list[float]]
 
 
+class ProbeLabels(Frozen):
+    """Labelled groups that pretraining looked at to judge itself: labels as any others, and so in neither val nor test."""
+
+    groups: tuple[str, ...] = Field(description="HMACs")
+    salt_fingerprint: str = Field(description="of the salt that made them")
+
+
 class Provenance(Frozen):
     """Where a model comes from. Hashes and versions only: no path, no name."""
 
@@ -45,6 +52,7 @@ class Provenance(Frozen):
     recipe_sha256: str | None = None
     parent_sha256: str | None = Field(None, description="weights of the encoder it was fine-tuned from")
     members_sha256: tuple[str, ...] = Field((), description="of an ensemble: weights of each member, as its own run has them")
+    probe: ProbeLabels | None = Field(None, description="of an encoder: what its probe used; null: it had none")
     versions: dict[str, str] = {}
 
 

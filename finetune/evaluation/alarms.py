@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from finetune.evaluation.calibration import Probabilities
 from finetune.evaluation.statistics import figure
 from finetune.evaluation.summary import per_1000
-from resunet.checkpoint import ModelConfig
 from resunet.data.cases import IGNORE, LoadedCase
 from resunet.decision import OperatingPoint
 from resunet.errors import InputError
@@ -52,35 +51,6 @@ def choose_threshold(peaks: Sequence[float], budget: float) -> OperatingPoint:
     threshold = falling[allowed] if allowed < len(falling) else 0.0
     alarmed = sum(peak > threshold for peak in peaks)
     return OperatingPoint(threshold=threshold, budget=budget, clean=len(peaks), alarmed=alarmed)
-
-
-def requested_threshold(config: ModelConfig, threshold: float | None, at_point: bool, probabilities: bool) -> float | None:
-    """What --threshold and --operating-point ask of a prediction; None for the usual decision.
-
-    Raises:
-        InputError: both, either with --probabilities, a model of several classes, or one without an operating point.
-    """
-    if threshold is None and not at_point:
-        return None
-    asked = "--operating-point" if threshold is None else f"--threshold {threshold:g}"
-    if threshold is not None and at_point:
-        raise InputError(f"{asked} and --operating-point: give one of them; both set the threshold.")
-    if probabilities:
-        raise InputError(f"{asked}: decides masks, and --probabilities writes none. Leave one of them out.")
-    assert config.classes is not None
-    if len(config.classes) != 2:
-        raise InputError(
-            f"{asked}: is for models of one class; this one has {', '.join(list(config.classes.values())[1:])}, of which the "
-            "likeliest is taken. Leave it out, or write --probabilities and decide on those."
-        )
-    if threshold is None:
-        if config.operating_point is None:
-            raise InputError(
-                "--operating-point: the model has none. Train with false_alarms_per_1000=B, or find one with resunet evaluate "
-                "--false-alarms-per-1000 B and give it as --threshold."
-            )
-        return config.operating_point.threshold
-    return None if threshold == 0.5 else threshold
 
 
 def summarise_operating_point(point: OperatingPoint, cases: Sequence[tuple[str, bool, Probabilities]]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from PIL import Image
 from scipy import ndimage
 
 from finetune.evaluation.metrics import CaseMeasures
-from finetune.evaluation.overlay import COLOURS, grey_picture, side_by_side, square
+from finetune.evaluation.overlay import grey_picture, square
 from finetune.evaluation.targets import Targets
 from finetune.evaluation.wrong import WrongLesion, wrong_lesions
 from resunet.data.cases import IGNORE, LoadedCase, take_slice
+from resunet.pictures import COLOURS, side_by_side
 
 SHOWN = 12  # of each kind
 _PANEL = 112  # pixels a side of a thumbnail's parts

@@ -7,12 +7,9 @@ from scipy import ndimage
 
 from finetune.evaluation.targets import FALSE, FOUND, MISSED, Targets
 from resunet.data.cases import IGNORE, LoadedCase
+from resunet.pictures import grey_of, label_picture, side_by_side, tint
 
-# From Okabe & Ito's set, told apart by all common kinds of colour blindness and distinct in lightness.
-COLOURS = {"found": (240, 228, 66), "false": (213, 94, 0), "missed": (86, 180, 233)}
 LEGEND = "Yellow: found. Orange-red: false alarm. Blue: missed."
-SWATCHES = ((COLOURS["found"], "found"), (COLOURS["false"], "false alarm"), (COLOURS["missed"], "missed"))
-_OPACITY = 0.6
 _SMALLEST_ZOOM = 16  # pixels a side of what is enlarged
 _TINY = 10  # pixels: an object below is enlarged, wherever the others are
 _WHITE = (255, 255, 255)
@@ -22,15 +19,7 @@ Box = tuple[slice, slice]
 
 def grey_picture(case: LoadedCase, index: int) -> NDArray[np.uint8]:
     """Slice `index` as (y, x, 3) greys, over its own 1st to 99.5th percentile."""
-    image = case.image_slice(index).mean(axis=0)
-    low, high = np.percentile(image, [1, 99.5])
-    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-
-
-def label_picture(grey: NDArray[np.uint8], labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Foreground labels (y, x) tinted over a grey picture; every class the same, as the truth beside a prediction."""
-    return _tint(grey, (labels != 0) & (labels != IGNORE), COLOURS["found"])
+    return grey_of(case.image_slice(index))
 
 
 def error_picture(
@@ -40,10 +29,8 @@ def error_picture(
 
     Of regions a pixel is a false alarm if it is predicted to be of one that it is not of, else missed if one is missing.
     """
-    errors, picture = targets.errors(truth, predicted), grey
-    for kind, name in ((FOUND, "found"), (FALSE, "false"), (MISSED, "missed")):
-        picture = _tint(picture, errors == kind, COLOURS[name])
-    return picture
+    errors = targets.errors(truth, predicted)
+    return tint(grey, {"found": errors == FOUND, "false": errors == FALSE, "missed": errors == MISSED})
 
 
 def overlay(
@@ -94,17 +81,6 @@ def telling_slice(truth: NDArray[np.uint8], axis: int | None) -> int:
     return int(counts.argmax()) if counts.any() else truth.shape[axis] // 2
 
 
-def side_by_side(pictures: list[NDArray[np.uint8]], longest: int = 1024) -> NDArray[np.uint8]:
-    """Pictures of one height next to each other with a gap; large ones are reduced to `longest` pixels a side each."""
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
-    shrunk = [_reduce(picture, longest / max(height, width)) for picture in pictures]
-    gap = np.full((shrunk[0].shape[0], 4, 3), 255, np.uint8)
-    parts: list[NDArray[np.uint8]] = []
-    for picture in shrunk:
-        parts += [picture, gap]
-    return np.concatenate(parts[:-1], axis=1)
-
-
 def _around(marked: NDArray[np.bool_]) -> Box | None:
     """A square with room around what is marked; None if that is nothing, or too much to be worth it."""
     rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
@@ -122,16 +98,3 @@ def _framed(picture: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
     bottom, right = (min(part.stop, length - 1) for part, length in zip(box, picture.shape, strict=False))
     out[[top, bottom], left : right + 1] = out[top : bottom + 1, [left, right]] = _WHITE
     return out
-
-
-def _reduce(picture: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    if factor >= 1:
-        return picture
-    size = (round(picture.shape[1] * factor), round(picture.shape[0] * factor))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
-
-
-def _tint(picture: NDArray[np.uint8], where: NDArray[np.bool_], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
-    out = picture.astype(np.float32)
-    out[where] = (1 - _OPACITY) * out[where] + _OPACITY * np.array(colour, np.float32)
-    return out.astype(np.uint8)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from finetune.evaluation.metrics import CaseMeasures
 from finetune.evaluation.objects import SHOWN, Kind, WrongObject, caption_of, sizes_of
-from finetune.evaluation.overlay import COLOURS, SWATCHES
 from finetune.evaluation.targets import Targets
+from resunet.pictures import COLOURS, SWATCHES
 from resunet.report import COLOURS as LINES
 from resunet.report import Picture, Section, drawing, image, shown, svg
 

@@ -1,14 +1,14 @@
 """The cells of a label curve: which there are, where they lie, and which one val chooses."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from finetune.label_curve.recipe import LabelCurveRecipe
-from finetune.labelled import choose_cases
+from finetune.labelled import choose_cases, labels_beside, probe_of
 from finetune.recipe import FinetuneRecipe
 from resunet.errors import InputError
 from resunet.runs import is_done
@@ -113,11 +113,19 @@ def _all_labelled(recipe: LabelCurveRecipe) -> FinetuneRecipe:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a number of groups comes to: groups to train on, groups to choose by, and images or volumes of both over draws."""
+    """What a number of groups comes to: groups to train on, groups to choose by, and images or volumes of both over draws.
+
+    probe: arm → groups beside those that its encoder's probe used, in the draw where they are most.
+    """
 
     train: int
     val: int
     images: tuple[int, ...]
+    probe: Mapping[str, int] = field(default_factory=dict)
+
+    def labels_of(self, arm: str) -> int:
+        """Groups that somebody has to label for an arm."""
+        return self.labels + self.probe.get(arm, 0)
 
     @property
     def labels(self) -> int:
@@ -131,9 +139,17 @@ class Budget:
 
 def count_labels(points: Sequence[Point], baseline: str) -> list[Budget]:
     """What every budget comes to, in the order of numbers of groups."""
+    probes = {point.arm: probe_of(point.cells[0].recipe) for point in points}
     counted: dict[int, list[tuple[int, int]]] = {}
+    beside: dict[int, dict[str, int]] = {}
     for point in points:
         if point.arm == baseline:
-            _, train, val, _ = choose_cases(point.cells[0].recipe)
+            source, train, val, _ = choose_cases(point.cells[0].recipe)
             counted.setdefault(point.labelled, []).append((len({case.group_name for case in val}), len(train) + len(val)))
-    return [Budget(train, its[0][0], tuple(images for _, images in its)) for train, its in sorted(counted.items())]
+            most = beside.setdefault(point.labelled, {})
+            for arm, probe in probes.items():  # all arms have the same draws
+                if more := labels_beside(probe, [*train, *val], source):
+                    most[arm] = max(more, most.get(arm, 0))
+    return [
+        Budget(train, its[0][0], tuple(images for _, images in its), beside[train]) for train, its in sorted(counted.items())
+    ]

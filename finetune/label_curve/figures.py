@@ -68,7 +68,8 @@ def _axes(record: Record, ylabel: str) -> tuple[Figure, Axes]:
     axes.set_xticks([one["labels"] for one in labels], [f"{one['labels']}\n{one['train']} + {one['val']}" for one in labels])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
-    axes.set_xlim(labels[0]["labels"] / 1.3, labels[-1]["labels"] * 1.3)
+    most = max(point["labels"] for points in record["dice"].values() for point in points)  # a probe's labels are beside
+    axes.set_xlim(labels[0]["labels"] / 1.3, most * 1.3)
     axes.set(xlabel="labelled groups: to train on + to choose by", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

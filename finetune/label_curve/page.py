@@ -34,7 +34,7 @@ def write_report(curve: Curve, record: Record, out: Path) -> None:
         ),
     ]
     sections = [
-        Section(lead=verdicts(record), text=[_what(record)], pictures=pictures),
+        Section(lead=verdicts(record), text=[_what(record), *_probes(record)], pictures=pictures),
         Section("Dice", text=[_DICE], table=_dice(record)),
         Section("Paired differences", text=[_DIFFERENCES], table=_difference_rows(record)),
         Section("Labels saved", text=[_SAVED.format(baseline=baseline)], table=_saved_rows(record)),
@@ -93,6 +93,20 @@ def _what(record: Record) -> str:
         f"{len(record['arms'])} arms, {labels} labelled groups, {record['draws']} draws, steps {steps}; "
         f"{record['test_groups']} test groups that no step saw."
     )
+
+
+def _probes(record: Record) -> list[str]:
+    """The labels that an encoder's probe used, of every arm that has them beside its own."""
+    said = []
+    for arm in record["arms"]:
+        counts = [one["probe"][arm] for one in record["labels"]]
+        if any(counts):
+            at = ", ".join(f"{count} at {one['labels']}" for count, one in zip(counts, record["labels"], strict=True))
+            said.append(
+                f"Labels of {arm} count the groups that its encoder's probe used and that are not among those to train on or to "
+                f"choose by (in the draw where these are most): {at}. Its points are so much farther right."
+            )
+    return said
 
 
 def _dice(record: Record) -> list[list[str]]:

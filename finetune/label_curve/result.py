@@ -81,7 +81,14 @@ def summarise(curve: Curve) -> dict[str, Any]:
         "draws": curve.recipe.draws,
         "steps": list(curve.recipe.steps),
         "labels": [
-            {"labels": one.labels, "train": one.train, "val": one.val, "images": list(one.images)} for one in curve.budgets
+            {
+                "labels": one.labels,
+                "train": one.train,
+                "val": one.val,
+                "images": list(one.images),
+                "probe": {arm: one.probe.get(arm, 0) for arm in curve.recipe.arms},
+            }
+            for one in curve.budgets
         ],
         "dice": {arm: _levels(curve, arm) for arm in curve.recipe.arms},
         "differences": differences,
@@ -94,7 +101,7 @@ def _levels(curve: Curve, arm: str) -> list[dict[str, Any]]:
     """An arm's figure at every budget, with what each draw gave."""
     return [
         {
-            "labels": budget.labels,
+            "labels": budget.labels_of(arm),
             **score(curve.scores[arm][index]),
             "by_draw": curve.scores[arm][index].mean(axis=0).tolist(),
             "steps": curve.steps[arm][index].tolist(),
@@ -107,7 +114,7 @@ def _levels(curve: Curve, arm: str) -> list[dict[str, Any]]:
 def _differences(curve: Curve, arm: str) -> list[dict[str, Any]]:
     values = curve.scores[arm] - curve.scores[curve.recipe.baseline]
     return [
-        {"labels": budget.labels, **difference(its), "by_draw": its.mean(axis=0).tolist()}
+        {"labels": budget.labels_of(arm), **difference(its), "by_draw": its.mean(axis=0).tolist()}
         for budget, its in zip(curve.budgets, values, strict=True)
     ]
 
@@ -131,12 +138,13 @@ def _verdict(figure: Mapping[str, Any]) -> str:
 
 
 def _saved(curve: Curve, arm: str) -> list[dict[str, Any]]:
-    baseline, labels = curve.scores[curve.recipe.baseline], [budget.labels for budget in curve.budgets]
+    baseline = curve.scores[curve.recipe.baseline]
+    labels = [budget.labels_of(curve.recipe.baseline) for budget in curve.budgets]
     rows = []
     for budget, target in zip(curve.budgets, curve.scores[arm], strict=True):
         needed = labels_needed(target, baseline, labels)
         interval = None if needed.interval is None else [end.record() for end in needed.interval]
-        rows.append({"labels": budget.labels, "baseline_needs": needed.labels.record(), "ci95": interval})
+        rows.append({"labels": budget.labels_of(arm), "baseline_needs": needed.labels.record(), "ci95": interval})
     return rows
 
 
@@ -148,7 +156,8 @@ def write_cases(curve: Curve, points: Sequence[Point], path: Path) -> None:
         budget = by_train[point.labelled]
         with open(point.chosen.folder / "evaluation" / "cases.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                own = {"arm": point.arm, "labels": budget.labels, "train_groups": budget.train, "val_groups": budget.val}
+                own = {"arm": point.arm, "labels": budget.labels_of(point.arm)}
+                own |= {"train_groups": budget.train, "val_groups": budget.val}
                 own |= {"draw": point.draw, "steps": point.chosen.steps, "case": row.pop("id")}
                 names = {name: row.pop(name) for name in ("group", "class")}
                 for name, value in (own | names | {name: _number(text) for name, text in row.items()}).items():

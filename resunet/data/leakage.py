@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from resunet.data.cases import Case, LoadedCase
 from resunet.data.evidence import COLUMNS, SCHEMA, Evidence, find_pairs
+from resunet.data.perceptual import HASH_BYTES
 from resunet.errors import CheckFailed, InputError
 
 ARCHIVE = "archive.parquet"
@@ -41,6 +42,13 @@ def evidence_of_cases(cases: Sequence[LoadedCase], salt_fingerprint: str) -> Evi
     ]
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
     return Evidence(table, salt_fingerprint, lambda row: cases[row].look.thumbnail)
+
+
+def evidence_of_groups(groups: Sequence[str], salt_fingerprint: str) -> Evidence:
+    """Groups (HMACs) of which nothing else is known."""
+    columns: list[list[str | bytes]] = [list(groups), [""] * len(groups), [""] * len(groups), [bytes(HASH_BYTES)] * len(groups)]
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+    return Evidence(table, salt_fingerprint)
 
 
 def merge_archives(own: Evidence, inherited: Evidence | None) -> Evidence:

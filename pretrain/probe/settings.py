@@ -1,0 +1,43 @@
+"""The recipe's keys of the probe."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from resunet.config import Frozen
+
+
+class ProbeSettings(Frozen):
+    """A few labelled groups of a source's pool, never of val or test. They are labels: whatever is fine-tuned later counts them."""
+
+    source: Path | None = Field(None, description="a labelled source, as data.source; null: data.source itself")
+    classes: dict[int, str] = Field(description="raw mask value → name, background first")
+    ignore: tuple[int, ...] = Field((), description="raw mask values that nobody labelled")
+    groups: int = Field(
+        3, ge=1, le=3, description="labelled groups; one is left out at a time (of one group, a block of slices)"
+    )
+    draw: int = Field(
+        0, ge=0, description="the order they are taken from; with the same data.draw they are among the first of a fine-tuning"
+    )
+    every: int = Field(100, ge=1, description="steps; also before the first and after the last")
+    kind: Literal["prototype", "knn"] = Field("knn", description="what a pixel is labelled by: class means, or its neighbours")
+    neighbours: int = Field(5, ge=1, description="with kind=knn: labelled pixels that vote")
+    choose: Literal["last", "best"] = Field(
+        "last", description="the checkpoint that is saved: the last, or of those probed the one with the best Dice (not step 0)"
+    )
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, classes: dict[int, str]) -> dict[int, str]:
+        if not 2 <= len(classes) <= 254:
+            raise ValueError("needs the background and at least one class, for example {0: background, 255: tumour}")
+        if len(set(classes.values())) < len(classes):
+            raise ValueError("two values have one name; give every class its own")
+        return classes
+
+    @model_validator(mode="after")
+    def _no_overlap(self) -> "ProbeSettings":
+        if both := sorted(set(self.ignore) & set(self.classes)):
+            raise ValueError(f"ignore={list(self.ignore)}: {both} are classes too; a value is one or the other")
+        return self
