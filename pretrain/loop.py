@@ -5,19 +5,21 @@ from pathlib import Path
 
 import torch
 
-from pretrain.archive import Archive, read_archive
+from pretrain.archive import read_archive
+from pretrain.archive_map import archive_map
 from pretrain.example_views import example_views
 from pretrain.loader import ContrastiveSets, reading
 from pretrain.network import build_network, build_optimizer
 from pretrain.non_finite import NonFinite
 from pretrain.objective import build_loss, loss_state, restore_loss
+from pretrain.probe.probe import Probe
 from pretrain.recipe import PretrainRecipe
+from pretrain.refusals import refuse_impossible
 from pretrain.report import write_report
-from pretrain.save import save_encoder
+from pretrain.save import mirror_encoder, save_encoder
 from pretrain.step import add_gradients, fault_of, gradient_norm
-from resunet.errors import InputError
 from resunet.gradients import GradientRecord
-from resunet.progress import progress, say
+from resunet.progress import progress
 from resunet.runs import Run, check_out, is_done
 from resunet.training import (
     StepClock,
@@ -46,11 +48,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     accelerator = start_ranks(recipe, recipe.batch, "scans")
     main = accelerator.is_main_process
     archive = read_archive(recipe, accelerator)
-    if archive.scans.num_slices < recipe.batch:
-        raise InputError(
-            f"batch={recipe.batch}: the archive has only {archive.scans.num_slices} slices with any contrast. Set a smaller batch."
-        )
-    _check_objective(recipe, archive, main)
+    refuse_impossible(recipe, archive, speaks=main)
     sets = ContrastiveSets(archive.scans, recipe, accelerator.process_index)
 
     torch.manual_seed(recipe.seed)
@@ -59,7 +57,8 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     criterion = build_loss(recipe.objective, recipe.temperature, recipe.head.output).to(accelerator.device)
     wrapped, optimizer = accelerator.prepare(network, optimizer)
 
-    inputs = {"data": archive.digest}
+    probe = Probe(recipe, archive, accelerator)
+    inputs = {"data": archive.digest} | probe.inputs()
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
     run = Run(recipe, "pretrain", inputs, writes=main)
     with failing_as(run), stop_on_sigterm() as stop:
@@ -69,7 +68,11 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             first = restore_training(state, network, optimizer, accelerator)
             restore_loss(criterion, state["loss"])
             clock = StepClock(state["seconds"])
-        run.rewind(first)
+            probe.restore(state)
+        run.rewind(first if state is not None else -1)  # the probe's line of step 0 is of a checkpoint only
+        probe.record(run)
+        if first == 0 and probe.due(0):
+            run.log(0, probe.look(network.encoder, 0))
         non_finite.rewind(first, state["skipped_in_a_row"] if state is not None else 0)
         gradients = GradientRecord(run.folder, math.inf, first, writes=main)
         figures: dict[str, float] = {}
@@ -95,43 +98,31 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                     optimizer.step()
                 clock.tick()
                 done = step + 1
-                if done % recipe.log_every == 0 or done == recipe.steps:
-                    run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
+                probing = probe.due(done)
+                if done % recipe.log_every == 0 or done == recipe.steps or probing:
+                    judged = probe.look(network.encoder, done) if probing else {}
+                    run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr} | judged)
                 stopping = any_rank(bool(stop), accelerator)
-                if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping:
+                choosing = probing and probe.chooses
+                if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping or choosing:
                     state = training_state(done, network, optimizer, accelerator)
                     state |= {
                         "loss": loss_state(criterion),
                         "skipped_in_a_row": non_finite.in_a_row,
                         "seconds": clock.seconds(),
                     }
-                    run.save_checkpoint(done, state)
+                    run.save_checkpoint(done, state | probe.state(), best=choosing and probe.improved)
                 if stopping and done < recipe.steps:
                     stop.stop(run, done)
 
         stop.release()
         if main:
-            save_encoder(recipe, network.encoder, archive)
-            write_report(recipe, archive, example_views(recipe, sets))
+            if probe.chooses and (best := run.load_checkpoint("best")) is not None:
+                network.load_state_dict(best["network"])
+            save_encoder(recipe, network.encoder, archive, probe.scans)
+            mirror_encoder(run, archive)
+            shown = example_views(recipe, sets, accelerator)
+            write_report(recipe, archive, shown, archive_map(recipe, archive, network.encoder), probe)
         run.finish("done", step=recipe.steps, seconds=round(clock.seconds(), 1), seconds_per_step=clock.seconds_per_step())
     accelerator.wait_for_everyone()
     return recipe.out
-
-
-def _check_objective(recipe: PretrainRecipe, archive: Archive, main: bool) -> None:
-    """What only the archive can tell of the recipe's objective.
-
-    Raises:
-        InputError: same_group=ignore where all scans are of one group: nothing would be left to tell apart.
-    """
-    if recipe.objective.same_group == "ignore" and archive.num_groups == 1:
-        raise InputError(
-            "objective.same_group=ignore: all scans of the archive are of one group, so that no negatives are left. Set "
-            "same_group=negative, or give the groups (groups.csv, or resunet index)."
-        )
-    bank = recipe.objective.memory_bank
-    if main and bank is not None and 2 * bank > archive.scans.num_slices:
-        say(
-            f"objective.memory_bank={bank}: more than half of the {archive.scans.num_slices:,} slices of the archive; scans are "
-            "then repelled by their own earlier projections, and such training has been unstable"
-        )

@@ -2,16 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pretrain.probe.settings import ProbeSettings
 from resunet.architecture import EncoderArchitecture, Widths
 from resunet.blocks import NormKind
 from resunet.config import DataSettings, Frozen, Normalisation, PercentileZScore, Recipe
 
 Range = tuple[float, float]
+Side = Annotated[int, Field(ge=8)]
+Sides = Side | Annotated[tuple[Side, ...], Field(min_length=2, max_length=3)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+_OF_VOLUMES = {"size": 64, "window": 128}  # what these keys of the views are in 3D where the recipe does not say
 
 
 class ArchiveSettings(DataSettings):
@@ -27,21 +32,37 @@ class EncoderSettings(Frozen):
 
     channels: Widths = (32, 64, 128, 256, 512)
     units: int = Field(2, ge=1)
+    spatial_dims: Literal[2, 3] = Field(
+        2, description="2: images, and volumes slice by slice; 3: volumes as they are, images and single slices are left out"
+    )
     norm: NormKind = "batch"
 
     def architecture(self, in_channels: int) -> EncoderArchitecture:
-        return EncoderArchitecture(in_channels=in_channels, channels=self.channels, units=self.units, norm=self.norm)
+        return EncoderArchitecture(
+            spatial_dims=self.spatial_dims, in_channels=in_channels, channels=self.channels, units=self.units, norm=self.norm
+        )
 
 
 class ViewSettings(Frozen):
     """The two views of a scan; see `pretrain.views`. Intensities are in standard deviations of the scan."""
 
-    size: int = Field(96, ge=8, description="pixels; every view is square")
-    window: int = Field(512, ge=8, description="pixels; of a larger slice this much around content is read for both views")
-    scale: Range = Field((0.2, 1.0), description="share of the scan's area that a crop covers")
-    ratio: Range = Field((0.75, 4 / 3), description="width over height of a crop")
-    flip: Probability = 0.5
-    rotation: float = Field(15.0, ge=0, le=180, description="degrees, either way")
+    size: Sides = Field(96, description="pixels of a view: a number for all sides, or (y, x), of volumes (z, y, x); in 3D 64")
+    window: Sides = Field(
+        512, description="pixels, as size; of a larger scan this much around content is read for both views; in 3D 128"
+    )
+    voxels: Literal["cubes", "scan"] = Field(
+        "cubes",
+        description="of views of volumes. cubes: as long as wide in mm, whatever the spacing; scan: of the proportions of the "
+        "scan's own, as the patches of fine-tuning have them",
+    )
+    scale: Range = Field((0.2, 1.0), description="share of the scan's area or volume that a crop covers")
+    ratio: Range = Field(
+        (0.75, 4 / 3), description="proportions of a crop over those of a view: width over height, and over depth"
+    )
+    flip: Probability = Field(0.5, description="along each axis")
+    rotation: float = Field(
+        15.0, ge=0, le=180, description="degrees, either way; of volumes about every axis in mm, of thick slices within them"
+    )
     intensity: Probability = Field(0.8, description="of scale, shift and gamma")
     intensity_scale: Range = (0.7, 1.3)
     intensity_shift: Range = (-0.3, 0.3)
@@ -66,6 +87,18 @@ class ViewSettings(Frozen):
         if self.scale[1] > 1:
             raise ValueError(f"scale={list(self.scale)}: a crop covers at most the whole scan (1)")
         return self
+
+    def sides(self, spatial_dims: int) -> tuple[int, ...]:
+        """Of a view, in array order."""
+        return _sides(self.size, spatial_dims)
+
+    def sides_of_window(self, spatial_dims: int) -> tuple[int, ...]:
+        """Of what is read for both views at most, in array order."""
+        return _sides(self.window, spatial_dims)
+
+
+def _sides(given: Sides, spatial_dims: int) -> tuple[int, ...]:
+    return (given,) * spatial_dims if isinstance(given, int) else given
 
 
 class HeadSettings(Frozen):
@@ -143,10 +176,40 @@ class PretrainRecipe(Recipe):
     temperature: float = Field(0.2, ge=0.001)
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    probe: ProbeSettings | None = Field(None, description="labelled scans by which checkpoints are judged; null: none")
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop", description="of a loss or gradient: skip leaves the step out and says which scans were in it"
     )
     allow: tuple[Literal["leak"], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _views_of_volumes(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(views := values.get("views", {}), dict):
+            model = values.get("model")
+            dims = model.get("spatial_dims") if isinstance(model, dict) else getattr(model, "spatial_dims", None)
+            if dims == 3:
+                return values | {"views": _OF_VOLUMES | views}
+        return values
+
+    @model_validator(mode="after")
+    def _one_side_a_dimension(self) -> "PretrainRecipe":
+        dims = self.model.spatial_dims
+        for key in ("size", "window"):
+            value = getattr(self.views, key)
+            if not isinstance(value, int) and len(value) != dims:
+                sides = "two, (y, x)" if dims == 2 else "three, (z, y, x)"
+                raise ValueError(
+                    f"views.{key}={list(value)}: model.spatial_dims={dims} takes one number for all sides, or {sides}"
+                )
+        if dims == 2 and self.views.voxels == "scan":
+            raise ValueError("views.voxels=scan: is of volumes; set model.spatial_dims=3, or leave it out")
+        if dims == 3 and self.objective.position_threshold is not None:
+            raise ValueError(
+                f"objective.position_threshold={self.objective.position_threshold}: compares the places of slices in their "
+                "volumes, and model.spatial_dims=3 sees volumes as they are; set it to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_sets(self) -> "PretrainRecipe":

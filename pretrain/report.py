@@ -9,35 +9,60 @@ from numpy.typing import NDArray
 from pretrain.archive import Archive
 from pretrain.non_finite import FILE as SKIPPED
 from pretrain.non_finite import skipped_steps
+from pretrain.probe.probe import Probe
+from pretrain.probe.section import probe_section
 from pretrain.recipe import PretrainRecipe
 from resunet.gradients import gradients_section
 from resunet.report import Section, curves, image, read_metrics, write_page
 
+_HOW_TO_LOOK = {
+    2: "Each row: the scan, its first view, its second view.",
+    3: "Each picture has the scan, its first view and its second view beside one another, cut through the middle three times: "
+    "across z (axial), y (coronal) and x (sagittal).",
+}
 
-def write_report(recipe: PretrainRecipe, archive: Archive, examples: Sequence[NDArray[np.float32]]) -> None:
+
+def write_report(
+    recipe: PretrainRecipe,
+    archive: Archive,
+    examples: Sequence[NDArray[np.float32]],
+    archive_map: Sequence[Section],
+    probe: Probe,
+) -> None:
     """report.html of a finished run; `examples` are rows of scan, first view, second view in [0, 1]."""
     metrics, gradients = read_metrics(recipe.out), gradients_section(recipe.out)
     sections = [
         Section(
             lead=[
-                f"SimCLR on {archive.scans.num_slices:,} slices of {len(archive.scans.cases):,} scans "
-                f"({archive.num_groups:,} groups): "
-                f"{recipe.steps} steps of {recipe.batch} scans."
+                f"SimCLR on {_items(archive)} ({archive.num_groups:,} groups): {recipe.steps} steps of {recipe.batch} scans."
             ],
             notes=archive.notes + archive.allowed + _skipped(recipe),
         ),
         *(_training(recipe, metrics) if "loss" in metrics else []),
+        *probe_section(recipe, probe, metrics),
         *([gradients] if gradients is not None else []),
         Section(
             "What the network saw",
-            text=["Each row: the scan, its first view, its second view."],
+            text=[_HOW_TO_LOOK[recipe.model.spatial_dims]],
             pictures=[
-                image((row * 255).astype(np.uint8), f"Scan {i + 1} and its two views", scale=max(1, 160 // row.shape[0]))
+                image((row * 255).astype(np.uint8), f"Scan {i + 1} and its two views", scale=_scale(recipe, row.shape[0]))
                 for i, row in enumerate(examples)
             ],
         ),
+        *archive_map,
     ]
     write_page(recipe.out / "report.html", "Pretraining", sections)
+
+
+def _items(archive: Archive) -> str:
+    scans = archive.scans
+    of = f" of {len(scans.cases):,} scans" if scans.spatial_dims == 2 else ""
+    return f"{scans.num_items:,} {scans.items}{of}"
+
+
+def _scale(recipe: PretrainRecipe, height: int) -> int:
+    planes = 1 if recipe.model.spatial_dims == 2 else 3
+    return max(1, 160 * planes // height)
 
 
 def _skipped(recipe: PretrainRecipe) -> list[str]:

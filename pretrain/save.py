@@ -33,9 +33,7 @@ def save_encoder(recipe: PretrainRecipe, encoder: ResidualEncoder, archive: Arch
         architecture=encoder.config.architecture,
         input_channels=recipe.data.channels,
         normalisation=recipe.normalisation,
-        provenance=Provenance(
-            data_sha256=archive.digest, recipe_sha256=recipe.sha256(), probe=labels, versions=versions()
-        ),
+        provenance=Provenance(data_sha256=archive.digest, recipe_sha256=recipe.sha256(), probe=labels, versions=versions()),
         feature_check=fingerprint(encoder),
         allowed=archive.allowed,
     )

@@ -7,16 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resunet.bundle import Bundle
     from resunet.checkpoint import ModelConfig
     from resunet.decoder import ProgressiveDecoder
     from resunet.encoder import ResidualEncoder
     from resunet.errors import CheckFailed, EnvironmentFault, InputError, ResUNetError, Stopped
+    from resunet.feature_extractor import FeatureExtractor
     from resunet.model import ResUNet, UNet, build_model, load_model
     from resunet.transfer import Receipt, transfer_encoder
 
 _HOME = {
+    "Bundle": "bundle",
     "CheckFailed": "errors",
     "EnvironmentFault": "errors",
+    "FeatureExtractor": "feature_extractor",
     "InputError": "errors",
     "ModelConfig": "checkpoint",
     "ProgressiveDecoder": "decoder",
@@ -32,8 +36,10 @@ _HOME = {
 }
 
 __all__ = [
+    "Bundle",
     "CheckFailed",
     "EnvironmentFault",
+    "FeatureExtractor",
     "InputError",
     "ModelConfig",
     "ProgressiveDecoder",

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -90,9 +90,31 @@ def split(
 
 
 @app.command()
-def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Unlabelled scans → encoder."""
-    print(_pretrain(recipe, overrides or ()))
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="do not train: say what the data are, and what it takes")] = False,
+    show_views: Annotated[Path | None, typer.Option(help="do not train: scans beside their views, as a new PNG")] = None,
+) -> None:
+    """Unlabelled scans → encoder; or, before that, a plan, and a look at the views."""
+    if plan and show_views is not None:
+        raise InputError("resunet pretrain RECIPE takes one of --plan and --show-views.")
+    if not plan and show_views is None:
+        print(_pretrain(recipe, overrides or ()))
+        return
+    from pretrain.recipe import PretrainRecipe
+    from resunet.config import load_recipe
+
+    loaded = load_recipe(PretrainRecipe, "pretrain", recipe, overrides or ())
+    if show_views is not None:
+        from pretrain.planning.show import show_views as show
+
+        print(show(loaded, show_views))
+        return
+    from pretrain.planning.page import page
+    from pretrain.planning.plan import make_plan
+
+    print(page(make_plan(loaded)))
 
 
 @app.command()
@@ -122,6 +144,58 @@ def finetune(
 
 
 @app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(help="a pretraining or fine-tuning run, or a model directory")],
+    data: Annotated[Path, typer.Option(help="a manifest, a folder of scans, or an nnU-Net raw data set")],
+    out: Annotated[Path, typer.Option(help="a new file, E.parquet")],
+    per_slice: Annotated[bool, typer.Option("--per-slice", help="a row a slice with content, not a scan")] = False,
+    names: Annotated[str, typer.Option(help="hash, or keep for public data")] = "hash",
+    salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    batch: Annotated[int, typer.Option(help="slices at once")] = 16,
+    longest: Annotated[
+        int | None, typer.Option(help="pixels a side: longer slices are shrunk, longer volumes cut; default: 512, 128 in 3D")
+    ] = None,
+) -> None:
+    """An encoder on an archive → features, a row a scan: the mean of the last level over each slice, and over slices."""
+    from resunet.config import validate
+    from resunet.embedding.embed import EmbedRequest, embed
+
+    request = dict(source=data, per_slice=per_slice, names=names, salt_file=salt_file)
+    request |= dict(precision=precision, batch=batch, longest=longest)
+    embedded = embed(model, out, validate(EmbedRequest, request, "resunet embed"))
+    print(embedded.out)
+    if embedded.faults:
+        raise InputError(f"{len(embedded.faults)} scans are not in {out}, as said above; {embedded.scans} are.")
+
+
+@app.command()
+def suggest(
+    model: Annotated[Path, typer.Argument(help="a pretraining or fine-tuning run, or a model directory")],
+    source: Annotated[Path, typer.Argument(metavar="M.parquet", help="a manifest, or another source")],
+    budget: Annotated[int, typer.Option(help="groups to suggest")],
+    out: Annotated[Path, typer.Option(help="a new folder")],
+    method: Annotated[str, typer.Option(help="typicality: what is common; kcenter: what is far from all else")] = "typicality",
+    labelled: Annotated[
+        Path | None, typer.Option(help="who is labelled: splits.json, a CSV with a column group, or a group a line; default: masks")
+    ] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="E.parquet of this model and source, by resunet embed")] = None,
+    salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    batch: Annotated[int, typer.Option(help="slices at once")] = 16,
+) -> None:
+    """Which unlabelled groups to label next, by coverage of an encoder's features; paths on the terminal only."""
+    from resunet.config import validate
+    from resunet.embedding.suggest import SuggestRequest, suggest
+
+    request = dict(source=source, budget=budget, method=method, labelled=labelled, embeddings=embeddings)
+    request |= dict(salt_file=salt_file, precision=precision, batch=batch)
+    for line in suggest(model, out, validate(SuggestRequest, request, "resunet suggest")):
+        print(line)
+    print(out)
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a fine-tuning run, a model directory, or a folder of predicted masks")],
     data: Annotated[Path, typer.Option(help="a folder with images/ and masks/")],
@@ -148,7 +222,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="a fine-tuning run or a model directory")],
+    model: Annotated[Path, typer.Argument(help="a fine-tuning run, a model directory, or a bundle, which needs no PyTorch")],
     inputs: Annotated[
         list[Path], typer.Argument(metavar="INPUT…", help="scans, folders, DICOM series, nnU-Net data, a manifest")
     ],
@@ -160,18 +234,33 @@ def predict(
     ] = False,
     tta: Annotated[bool, typer.Option("--tta", help="the mean over mirror images: 4 times the work")] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
-    memory: Annotated[float, typer.Option(help="GiB that a process may take")] = 4,
-    window: Annotated[int, typer.Option(help="pixels a side of the window, for what does not fit whole")] = 512,
-    overlap: Annotated[float, typer.Option(help="of windows, 0 to 0.75")] = 0.25,
+    memory: Annotated[float | None, typer.Option(help="GiB that a process may take; default: 4, of a bundle its own")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="pixels a side of the window, for what does not fit whole; default: 512, or the bundle's")
+    ] = None,
+    overlap: Annotated[float | None, typer.Option(help="of windows, 0 to 0.75; default: 0.25, or the bundle's")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="of a bundle: openvino, onnxruntime or pytorch; default: its first that is installed")
+    ] = None,
 ) -> None:
     """A segmenter on scans → masks in their own format and geometry."""
-    from finetune.inference.predict import PredictRequest, predict
-    from resunet.config import validate
+    from resunet.bundle import is_bundle
     from resunet.exits import is_main_rank
 
-    request = dict(memory=memory, window=window, overlap=overlap, flips=tta, precision=precision, probabilities=probabilities)
-    request |= dict(threshold=threshold, operating_point=operating_point)
-    predicted = predict(model, inputs, out, validate(PredictRequest, request, "resunet predict"))
+    request: dict[str, Any] = dict(memory=memory, window=window, overlap=overlap, precision=precision)
+    request |= dict(flips=tta, probabilities=probabilities, threshold=threshold, operating_point=operating_point)
+    if is_bundle(model):
+        from resunet.bundle.predict import BundleRequest, predict_bundle
+
+        predicted = predict_bundle(model, inputs, out, BundleRequest(**request, runtime=runtime))
+    else:
+        from finetune.inference.predict import PredictRequest, predict
+        from resunet.config import validate
+
+        if runtime is not None:
+            raise InputError(f"--runtime {runtime}: is of bundles; {model} is none. Leave it out, or export it first.")
+        given = {key: value for key, value in request.items() if value is not None}
+        predicted = predict(model, inputs, out, validate(PredictRequest, given, "resunet predict"))
     if is_main_rank():
         print(predicted.out)
     if predicted.faults:
@@ -219,6 +308,32 @@ def ensemble(
     print(make_ensemble(runs, out))
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a fine-tuning run or a model directory")],
+    out: Annotated[Path, typer.Option(help="a new folder, the bundle")],
+    formats: Annotated[str, typer.Option(help="onnx, openvino, pytorch, tensorrt")] = "onnx,openvino,pytorch",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 (OpenVINO), fp16")] = "fp32",
+    zipped: Annotated[bool, typer.Option("--zip", help="OUT.zip beside it, too")] = False,
+) -> None:
+    """A segmenter → a bundle: graphs, contract, golden cases, model card."""
+    from finetune.deploy.export import ExportRequest, export
+
+    formats_wanted, precisions = (tuple(part.strip() for part in given.split(",")) for given in (formats, precision))
+    print(export(run, out, ExportRequest(formats_wanted, precisions, zipped)))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="a bundle's folder, or its zip")],
+    sha256: Annotated[str | None, typer.Option(help="the bundle's own, as resunet export said it")] = None,
+) -> None:
+    """A bundle's bytes, graphs and golden cases, on every runtime that is here."""
+    from resunet.bundle.verify import verify
+
+    verify(bundle, sha256)
+
+
 @app.command("label-curve")
 def label_curve(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Dice against the number of labelled groups, arm beside arm: how many labels does an encoder save?"""
@@ -235,13 +350,21 @@ def label_curve(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="finished fine-tuning runs; the first is measured against the others")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="finished fine-tuning runs; the first is measured against the others")
+    ] = None,
     out: Annotated[Path, typer.Option(help="a new folder")] = Path("runs/compare"),
+    wandb: Annotated[str | None, typer.Option(help="ENTITY/PROJECT/GROUP: runs of W&B beside them, or alone")] = None,
 ) -> None:
-    """Runs side by side: figures, paired differences, curves, overlays."""
+    """Runs side by side: figures, paired differences, curves, overlays, speed."""
+    if wandb is not None:
+        from finetune.comparison.online import compare_online
+
+        print(compare_online(wandb, runs or (), out))
+        return
     from finetune.comparison.compare import compare
 
-    print(compare(runs, out))
+    print(compare(runs or (), out))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

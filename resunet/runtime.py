@@ -21,6 +21,14 @@ class Intensity:
 
 
 @dataclass(frozen=True)
+class Percentiles:
+    """Every scan is normalised by two percentiles (0–100) of its own; see `percentile_intensity`."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class ObjectRule:
     """What is removed of the predicted objects of class `index`: all but the largest, and those below `smallest` voxels."""
 
@@ -45,6 +53,13 @@ def percentile_intensity(scan: NDArray, low: float, high: float) -> list[Intensi
         std = np.sqrt(np.average((clipped - mean) ** 2, weights=counts))
         found.append(Intensity(float(bottom), float(top), float(mean), float(std)))
     return found
+
+
+def intensities_by(scan: NDArray, rule: Intensity | Percentiles) -> list[Intensity]:
+    """The normalisation of each channel of a whole scan (C, *size): its own, or the same constants for every scan."""
+    if isinstance(rule, Intensity):
+        return [rule] * scan.shape[0]
+    return percentile_intensity(scan, rule.low, rule.high)
 
 
 def percentiles(values: NDArray, wanted: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from finetune.comparison.arms import Arm, Scored, distinct_names, read_arm, recipe_differences, refuse_other_cases
 from finetune.comparison.cost import cost_section, costs_of, record_of
-from finetune.evaluation.overlay import SWATCHES, error_picture, grey_picture, label_picture, side_by_side, telling_slice
+from finetune.evaluation.overlay import error_picture, grey_picture, telling_slice
 from finetune.evaluation.page import figures_table
 from finetune.evaluation.statistics import paired_difference
 from finetune.evaluation.targets import targets_of
@@ -23,6 +23,7 @@ from resunet.data.source import open_source
 from resunet.errors import InputError
 from resunet.files import folder_aside
 from resunet.model import load_model
+from resunet.pictures import SWATCHES, label_picture, side_by_side
 from resunet.progress import say
 from resunet.report import COLOURS, Picture, Section, curves, drawing, image, read_metrics, shown, svg, write_page
 from resunet.runtime import remove_objects

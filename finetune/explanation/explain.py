@@ -31,7 +31,6 @@ from finetune.explanation.gradcam import (
 )
 from finetune.explanation.heatmap import heat_picture
 from finetune.explanation.page import sanity_table, write_explain_page
-from finetune.inference.inputs import list_inputs
 from finetune.inference.window import Footprint, Inference, footprint, plan_slices, predict_values
 from resunet.checkpoint import ModelConfig, model_folder
 from resunet.config import Frozen
@@ -41,6 +40,7 @@ from resunet.data.images import READABLE, stem_of, suffix_of
 from resunet.ensemble import Ensemble
 from resunet.errors import InputError
 from resunet.files import folder_aside
+from resunet.inference.inputs import list_inputs
 from resunet.model import Segmenter, load_finetuned
 from resunet.progress import progress, say
 from resunet.runtime import normalise, remove_objects

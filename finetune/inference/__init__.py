@@ -1,1 +1,1 @@
-"""From scans to masks in their own format and geometry."""
+"""From scans to masks with the live network; what a bundle does alike is in `resunet.inference`."""

@@ -1,11 +1,10 @@
 """Prediction: scans → masks in their own format and geometry.
 
-`finetune.inference.window` is how, `finetune.inference.masks` what is written.
+`finetune.inference.window` is how, `resunet.inference.masks` what is written.
 """
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,19 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
-from finetune.evaluation.alarms import requested_threshold
-from finetune.inference.inputs import Input, list_inputs
-from finetune.inference.masks import Prediction, write_prediction
-from finetune.inference.window import Inference, predict_values
+from finetune.inference.window import Inference, LiveNetwork, predict_values
 from resunet.checkpoint import WEIGHTS, ModelConfig, model_folder
 from resunet.config import Precision
-from resunet.data.cases import LoadedCase, intensities_of, read_case
-from resunet.errors import EnvironmentFault, InputError
+from resunet.data.cases import LoadedCase, rule_of
+from resunet.errors import EnvironmentFault
 from resunet.files import sha256
+from resunet.inference.inputs import Input, list_inputs
+from resunet.inference.masks import Prediction
+from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_taken, write_predictions
+from resunet.inference.threshold import requested_threshold
 from resunet.layout import place
 from resunet.model import load_finetuned
 from resunet.progress import progress, say
-from resunet.runtime import remove_objects, slice_axis
 
 _PATIENCE = datetime.timedelta(days=30)  # ranks that are done wait for those that have larger files
 
@@ -40,15 +39,6 @@ class PredictRequest(Inference):
     probabilities: bool = False
     threshold: float | None = Field(None, gt=0, lt=1, description="of the foreground's probability, not the usual 0.5")
     operating_point: bool = Field(False, description="the model's own threshold, for its budget of false alarms")
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What a prediction came to, over all ranks. faults: a message for each input that could not be predicted."""
-
-    out: Path
-    written: int
-    faults: tuple[str, ...]
 
 
 def predict_case(
@@ -72,12 +62,12 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
     Raises:
         InputError: the model, `out`, an input that does not exist, two of one name, or nothing that could be predicted.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: exists already, and is not empty. Name another folder, or empty it.")
+    refuse_taken(out)
     if request.precision == "fp16" and not torch.cuda.is_available():
         raise EnvironmentFault("--precision fp16: needs a GPU, and none is visible. On a CPU use bf16 or fp32.")
     folder = model_folder(model)
     network, config = load_finetuned(folder)
+    behaviour = behaviour_of(config, sha256(folder / WEIGHTS))
     threshold = requested_threshold(config, request.threshold, request.operating_point, request.probabilities)
     found = list_inputs(inputs, config.input_channels)
     # without a GPU Accelerate joins ranks only where it is told to use the CPU
@@ -86,65 +76,32 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
     state.wait_for_everyone()  # every rank has seen that `out` is free before the first file is in it
     if main:
         say(_announcement(len(found.scans), found.strangers, state, request))
-        if (decision := _decision(config, threshold, request)) is not None:
+        if (decision := behaviour.decision(threshold, request.probabilities)) is not None:
             say(decision)
-    network = place(network, state.device)
-    weights = sha256(folder / WEIGHTS)
+        for fault in found.faults:
+            say(fault)
+    channels = config.architecture.in_channels
+    live = LiveNetwork(place(network, state.device).eval(), channels, state.device, request.precision, request.flips)
+
+    def make(one: Input) -> Prediction:
+        return predict_input(one, live, behaviour, request, threshold)
+
     share = found.scans[state.process_index :: state.num_processes]
+    count = len(found.scans) + len(found.faults)
     faults = list(found.faults) if main else []
-    single = len(found.scans) + len(found.faults) == 1
-    for fault in faults:
-        say(fault)
-    for one in progress(share, len(share), "predict", quiet=not main):
-        try:
-            prediction = _predict_one(network, one, config, weights, state.device, request, threshold)
-            write_prediction(prediction, out, one.name)
-        except InputError as error:
-            faults.append(str(error))
-            if not single:
-                say(str(error))
+    faults += write_predictions(progress(share, len(share), "predict", quiet=not main), make, out, single=count == 1)
     if state.num_processes > 1:
         faults = gather_object(faults)
-    written = len(found.scans) + len(found.faults) - len(faults)
-    if not written:
-        raise InputError(faults[0] if single else f"none of {len(faults)} inputs could be predicted; nothing was written.")
-    return Predicted(out, written, tuple(faults))
+    return predicted(out, count, faults, single=count == 1)
 
 
-def _predict_one(
-    network: nn.Module,
-    one: Input,
-    config: ModelConfig,
-    weights: str,
-    device: torch.device,
-    request: PredictRequest,
-    threshold: float | None,
-) -> Prediction:
+def behaviour_of(config: ModelConfig, weights: str) -> Behaviour:
+    """What a segmenter's config.json says of scans and masks. weights: sha256 of its weights."""
     assert config.classes is not None
-    scan = read_case(one.case, config.input_channels)
-    values = np.ascontiguousarray(scan.values)
-    axis = slice_axis(scan.spacing) if values.ndim == 4 else None
-    intensities = intensities_of(values, config.normalisation)
-    where = str(one.case.files[0])
-    try:
-        scores = request.probabilities or threshold is not None
-        made = predict_values(network, values, axis, intensities, device, request.precision, request, scores)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    if threshold is not None:
-        made = (made[0] > threshold).astype(np.uint8)
-    elif not request.probabilities:
-        made = remove_objects(made, config.object_rules())
-    return Prediction(made, config.classes, one.case.files, scan.format, scan.orientation, weights)
-
-
-def _decision(config: ModelConfig, threshold: float | None, request: PredictRequest) -> str | None:
-    """How masks are decided, where that is not the usual way."""
-    if threshold is not None:
-        return f"masks: where the probability is above {threshold:.6g}, not post-processed"
-    if config.postprocessing is None or not config.postprocessing.rules or request.probabilities:
-        return None
-    return f"post-processing: {config.postprocessing.described()}"
+    post = config.postprocessing
+    described = post.described() if post is not None else ""
+    rule = rule_of(config.normalisation)
+    return Behaviour(config.input_channels, rule, config.classes, config.object_rules(), described, weights)
 
 
 def _announcement(scans: int, strangers: int, state: PartialState, request: PredictRequest) -> str:

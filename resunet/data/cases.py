@@ -5,16 +5,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from resunet.config import FixedNormalisation, Normalisation
 from resunet.data.images import Scan, channel_count, read_mask, read_scan
 from resunet.data.perceptual import Look, look
 from resunet.errors import InputError
 from resunet.files import files_sha256, joined_sha256, sha256
-from resunet.runtime import Intensity, normalise, percentile_intensity, slice_axis
+from resunet.runtime import Intensity, Percentiles, intensities_by, normalise, slice_axis
+
+if TYPE_CHECKING:
+    from resunet.config import Normalisation  # pydantic's, which a bundle does without
 
 IGNORE = 255  # in a label map: left out of every loss and every count
 _MAX_CLASSES = 254
@@ -129,7 +132,7 @@ class LoadedCase:
 def load_cases(
     cases: Sequence[Case],
     channels: str | int,
-    normalisation: Normalisation,
+    normalisation: "Normalisation",
     classes: Mapping[int, str] | None = None,
     ignore: Sequence[int] = (),
     progress: Callable[[Iterable[LoadedCase], int], Iterable[LoadedCase]] | None = None,
@@ -181,12 +184,16 @@ def read_case(case: Case, channels: str | int) -> Scan:
     return replace(scan, spacing=case.spacing)
 
 
-def intensities_of(values: NDArray, normalisation: Normalisation) -> list[Intensity]:
+def intensities_of(values: NDArray, normalisation: "Normalisation") -> list[Intensity]:
     """The normalisation of each channel of a whole scan (C, *size)."""
-    if isinstance(normalisation, FixedNormalisation):
-        fixed = Intensity(normalisation.low, normalisation.high, normalisation.mean, normalisation.std)
-        return [fixed] * values.shape[0]
-    return percentile_intensity(values, normalisation.low, normalisation.high)
+    return intensities_by(values, rule_of(normalisation))
+
+
+def rule_of(normalisation: "Normalisation") -> Intensity | Percentiles:
+    """What a recipe or a config.json asks for, as `resunet.runtime` takes it."""
+    if normalisation.kind == "fixed":
+        return Intensity(normalisation.low, normalisation.high, normalisation.mean, normalisation.std)
+    return Percentiles(normalisation.low, normalisation.high)
 
 
 def source_digest(cases: Iterable[LoadedCase]) -> str:
@@ -221,7 +228,7 @@ def encode_labels(mask: NDArray, classes: Mapping[int, str], ignore: Sequence[in
 def _load(
     case: Case,
     channels: str | int,
-    normalisation: Normalisation,
+    normalisation: "Normalisation",
     classes: Mapping[int, str] | None,
     ignore: Sequence[int],
 ) -> LoadedCase:

@@ -13,13 +13,10 @@ https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, field_validator
-
-from resunet.config import Frozen, validate
 from resunet.data.images import IMAGES, READABLE, TIFFS, channel_count
 from resunet.data.listing import Entry, Listing, complain, read_groups
 from resunet.data.splits import PARTS, check_disjoint, read_splits
@@ -29,32 +26,25 @@ _IGNORE = "ignore"  # nnU-Net's name for what nobody labelled
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
-class _ListedCase(Frozen):
+@dataclass(frozen=True)
+class _ListedCase:
     images: tuple[str, ...]
     label: str
 
 
-class DatasetJson(Frozen):
+@dataclass(frozen=True)
+class DatasetJson:
     """What dataset.json says; keys that only nnU-Net's own training uses are passed over.
 
     labels: name → mask values; more than one are a region.
     dataset: training cases that lie elsewhere, instead of imagesTr and labelsTr.
     """
 
-    model_config = ConfigDict(extra="ignore")
-
-    channel_names: dict[str, str]
-    labels: dict[str, frozenset[int]]
+    channel_names: Mapping[str, str]
+    labels: Mapping[str, frozenset[int]]
     file_ending: str
-    numTraining: int | None = None  # noqa: N815
-    dataset: dict[str, _ListedCase] | None = None
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _one_or_many(cls, labels: Any) -> Any:
-        if not isinstance(labels, dict):
-            return labels
-        return {name: value if isinstance(value, list) and value else [value] for name, value in labels.items()}
+    num_training: int | None = None
+    dataset: Mapping[str, _ListedCase] | None = None
 
 
 def is_nnunet(root: Path) -> bool:
@@ -151,13 +141,68 @@ def _read_dataset_json(path: Path) -> DatasetJson:
             f"{path}: names 'modality' and no 'channel_names': nnU-Net version 1 or the Medical Segmentation Decathlon. "
             "nnUNetv2_convert_old_nnUNet_dataset or nnUNetv2_convert_MSD_dataset makes version 2 of it."
         )
-    about = validate(DatasetJson, values, str(path))
+    about = _described(values, path)
     expected = [str(i) for i in range(len(about.channel_names))]
     if not expected or sorted(about.channel_names, key=lambda key: (len(key), key)) != expected:
         raise InputError(f"{path}: channel_names={about.channel_names}: the keys must be 0, 1, 2 and so on.")
     if about.file_ending.lower() not in READABLE:
         raise InputError(f"{path}: file_ending={about.file_ending!r}: formats read: {', '.join(READABLE)}.")
     return about
+
+
+def _described(values: Any, path: Path) -> DatasetJson:
+    """dataset.json's values, checked.
+
+    Raises:
+        InputError: every key that is missing or of another kind, a line each.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold a dictionary, not {type(values).__name__}.")
+    faults: list[str] = []
+
+    def table(key: str) -> dict[str, Any]:
+        if isinstance(its := values.get(key), dict):
+            return its
+        faults.append(_fault(key, its, "dictionary"))
+        return {}
+
+    channels, labels = table("channel_names"), table("labels")
+    ending, count = values.get("file_ending"), values.get("numTraining")
+    faults += [_fault(f"channel_names.{key}", its, "string") for key, its in channels.items() if not isinstance(its, str)]
+    if not isinstance(ending, str):
+        faults.append(_fault("file_ending", ending, "string"))
+    if count is not None and not _is_whole(count):
+        faults.append(_fault("numTraining", count, "integer"))
+    listed = table("dataset") if values.get("dataset") is not None else None
+    regions = {name: its if isinstance(its, list) and its else [its] for name, its in labels.items()}
+    faults += [
+        _fault(f"labels.{name}.{i}", value, "integer")
+        for name, its in regions.items()
+        for i, value in enumerate(its)
+        if not _is_whole(value)
+    ]
+    for case, its in (listed or {}).items():
+        images, label = (its.get("images"), its.get("label")) if isinstance(its, dict) else (None, None)
+        if not isinstance(images, list) or not all(isinstance(one, str) for one in (*images, label)):
+            faults.append(_fault(f"dataset.{case}", its, 'dictionary with "images", a list of paths, and "label", a path'))
+    if faults:
+        raise InputError(f"{path} is not valid:\n" + "\n".join(faults))
+    return DatasetJson(
+        channel_names=channels,
+        labels={name: frozenset(map(int, its)) for name, its in regions.items()},
+        file_ending=str(ending),
+        num_training=None if count is None else int(count),
+        dataset=listed and {case: _ListedCase(tuple(its["images"]), its["label"]) for case, its in listed.items()},
+    )
+
+
+def _fault(key: str, value: Any, wanted: str) -> str:
+    return f"  {key}: is required" if value is None else f"  {key}={value!r}: Input should be a valid {wanted}"
+
+
+def _is_whole(value: Any) -> bool:
+    """A whole number, or one that was written as text."""
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.isdecimal())
 
 
 def _check_channels(path: Path, about: DatasetJson, channels: str | int) -> None:
@@ -212,9 +257,9 @@ def _training_cases(root: Path, about: DatasetJson) -> dict[str, Entry]:
     cases = _cases(root / "imagesTr", root / "labelsTr", about) if about.dataset is None else _listed_cases(root, about)
     if not cases:
         raise InputError(f"{root / 'imagesTr'}: holds no *_0000{about.file_ending}; that is how dataset.json says files end.")
-    if about.numTraining is not None and about.numTraining != len(cases):
+    if about.num_training is not None and about.num_training != len(cases):
         raise InputError(
-            f"{root / 'dataset.json'}: numTraining={about.numTraining}, but there are {len(cases)} training cases. "
+            f"{root / 'dataset.json'}: numTraining={about.num_training}, but there are {len(cases)} training cases. "
             "Complete the copy, or correct the number."
         )
     return cases

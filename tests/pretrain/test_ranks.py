@@ -26,14 +26,15 @@ def free_port() -> int:
 
 @pytest.fixture
 def volumes(archive: Path) -> Path:
-    for i in range(3):
+    for i in range(4):
         values = np.random.default_rng(i).integers(0, 900, (6, 24, 32), dtype=np.int16)
         sitk.WriteImage(sitk.GetImageFromArray(values), str(archive / f"volume{i}.nii.gz"))
     return archive
 
 
 def test_two_processes_are_one(recipe, volumes, tmp_path):
-    """Started by the shipped configuration: losses, gradients, memory bank, a whole run, and who is named after a fault."""
+    """Started by the shipped configuration: losses, gradients, memory bank, whole runs in 2D and 3D, and who is named after a
+    fault."""
     exact = {"model": {"norm": "group"}, "head": {"batch_norm": False}, "steps": 3, "batch": 8, "cache_chunk": 6, "seed": 2}
     objective = {"same_group": "ignore", "position_threshold": 0.3}
     folders = {}
@@ -42,6 +43,9 @@ def test_two_processes_are_one(recipe, volumes, tmp_path):
         folder.mkdir()
         ours = recipe(**exact, objective=objective, processes=processes, out=str(folder / "run"))
         (folder / "recipe.json").write_text(ours.model_dump_json(), encoding="utf-8")
+        deep = exact | {"model": {"norm": "group", "spatial_dims": 3}, "batch": 4, "views": {"size": 8}}
+        ours = recipe(**deep, processes=processes, out=str(folder / "volumes"))
+        (folder / "volumes.json").write_text(ours.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "two_cpu_processes.yaml")]
     command += ["--main_process_port", str(free_port()), str(SCRIPT), str(folders[2])]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -52,25 +56,28 @@ def test_two_processes_are_one(recipe, volumes, tmp_path):
     assert "2 ranks on cpu, batch 8 scans (4 a rank)" in errors and errors.count("id7") == 1
 
     (alone,), ranks = ([torch.load(path) for path in sorted(folders[n].glob("results-*.pt"))] for n in (1, 2))
-    assert len(ranks) == 2 and len(alone) == 7
+    assert len(ranks) == 2 and len(alone) == 9
     for name, wanted in alone.items():
         for its in ranks:
             assert its[name].keys() == wanted.keys()
             for key, value in wanted.items():
                 torch.testing.assert_close(its[name][key], value, atol=1e-6, rtol=1e-5, msg=f"{name}: {key}")
         assert max(float(value.abs().max()) for key, value in wanted.items() if key.endswith("weight")) > 1e-3
-    for key, value in alone["plain"].items():
-        torch.testing.assert_close(alone["plain, cached"][key], value, atol=1e-6, rtol=1e-5)
+    for name in ("plain", "volumes"):
+        for key, value in alone[name].items():
+            torch.testing.assert_close(alone[f"{name}, cached"][key], value, atol=1e-6, rtol=1e-5)
     assert alone["scan-aware"]["loss 0"] != alone["plain"]["loss 0"]
     for name in ("bank", "bank_ptr"):  # bit for bit: the bank of a resumed run is that of the main rank
         assert torch.equal(ranks[0]["memory bank"][f"memory_bank.{name}"], ranks[1]["memory bank"][f"memory_bank.{name}"])
 
-    weights, others = (load_file(folders[n] / "run" / "model" / "model.safetensors") for n in (1, 2))
-    for key, value in weights.items():
-        torch.testing.assert_close(others[key], value, atol=1e-5, rtol=0, msg=key)
-    logged = [(folders[n] / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for n in (1, 2)]
-    for one, other in zip(*logged, strict=True):
-        assert json.loads(one) == pytest.approx(json.loads(other), rel=1e-4)
+    for run, dims in (("run", 4), ("volumes", 5)):
+        weights, others = (load_file(folders[n] / run / "model" / "model.safetensors") for n in (1, 2))
+        assert weights["levels.0.0.conv1.weight"].ndim == dims
+        for key, value in weights.items():
+            torch.testing.assert_close(others[key], value, atol=1e-5, rtol=0, msg=f"{run}: {key}")
+        logged = [(folders[n] / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for n in (1, 2)]
+        for one, other in zip(*logged, strict=True):
+            assert json.loads(one) == pytest.approx(json.loads(other), rel=1e-4)
     skipped = [json.loads((folders[n] / "skipped.jsonl").read_text(encoding="utf-8")) for n in (1, 2)]
     assert skipped[0] == skipped[1] and skipped[0]["scans"] == ["id7"]
 

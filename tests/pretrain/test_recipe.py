@@ -56,6 +56,18 @@ FAULTS = {
     "no chunk": ({"cache_chunk": 0}, r"cache_chunk=0: .*greater than or equal to 1"),
     "what is not finite": ({"on_non_finite": "ignore"}, r"on_non_finite='ignore': .*'stop' or 'skip'"),
     "rate": ({"optimizer": {"lr_scaling": "linear"}}, r"optimizer\.lr_scaling='linear': .*'none' or 'sqrt_batch'"),
+    "dimensions": ({"model": {"spatial_dims": 4}}, r"model\.spatial_dims=4: "),
+    "sides of images": ({"views": {"size": [8, 8, 8]}}, r"views\.size=\[8, 8, 8\]: model\.spatial_dims=2 takes one.* \(y, x\)"),
+    "sides of volumes": (
+        {"model": {"spatial_dims": 3}, "views": {"window": [64, 64]}},
+        r"views\.window=\[64, 64\]: model\.spatial_dims=3 takes one number for all sides, or three, \(z, y, x\)",
+    ),
+    "a side": ({"views": {"size": [8, 7]}}, r"views\.size\.1=7: .*greater than or equal to 8"),
+    "voxels of images": ({"views": {"voxels": "scan"}}, r"views\.voxels=scan: is of volumes"),
+    "positions of volumes": (
+        {"model": {"spatial_dims": 3}, "objective": {"same_group": "ignore", "position_threshold": 0.1}},
+        r"objective\.position_threshold=0\.1: compares the places of slices.*set it to null",
+    ),
     "no source": ({"data": {}}, r"data\.source: is required"),
 }
 
@@ -111,3 +123,15 @@ def test_what_is_contrasted_is_lightlys_unless_said():
     recipe = validate(PretrainRecipe, LEAST, "recipe")
     assert not recipe.objective.knows_scans and recipe.objective.memory_bank is None and recipe.cache_chunk is None
     assert recipe.head.batch_norm and recipe.on_non_finite == "stop"
+
+
+def test_views_of_volumes_are_smaller_unless_the_recipe_says_so():
+    flat = validate(PretrainRecipe, LEAST, "recipe")
+    assert (flat.views.sides(2), flat.views.sides_of_window(2)) == ((96, 96), (512, 512))
+    deep = validate(PretrainRecipe, LEAST | {"model": {"spatial_dims": 3}}, "recipe")
+    assert (deep.views.sides(3), deep.views.sides_of_window(3)) == ((64,) * 3, (128,) * 3)
+    given = validate(
+        PretrainRecipe, LEAST | {"model": {"spatial_dims": 3}, "views": {"size": [16, 32, 24], "flip": 0}}, "recipe"
+    )
+    assert (given.views.sides(3), given.views.sides_of_window(3), given.views.flip) == ((16, 32, 24), (128,) * 3, 0)
+    assert PretrainRecipe.model_validate_json(given.model_dump_json()) == given

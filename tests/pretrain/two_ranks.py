@@ -1,4 +1,4 @@
-"""What test_ranks.py runs in one process and, started by `accelerate launch`, in two: FOLDER holds recipe.json.
+"""What test_ranks.py runs in one process and, started by `accelerate launch`, in two: FOLDER holds recipe.json and volumes.json.
 
 Every rank takes its share of the same sets; what comes out must not depend on their number.
 """
@@ -21,23 +21,26 @@ from resunet.encoder import ResidualEncoder
 
 BATCH = 8
 AWARE = {"same_group": "ignore", "position_threshold": 0.2}
-CASES: dict[str, tuple[dict, int | None]] = {
-    "plain": ({}, None),
-    "decoupled": ({"loss": "decoupled"}, None),
-    "memory bank": ({"memory_bank": 2 * BATCH}, None),
-    "scan-aware": (AWARE, None),
-    "plain, cached": ({}, 3),
-    "memory bank, cached": ({"memory_bank": 2 * BATCH}, 3),
-    "scan-aware, cached": (AWARE, 3),
+# the objective, views a chunk, the size of a view
+CASES: dict[str, tuple[dict, int | None, tuple[int, ...]]] = {
+    "plain": ({}, None, (12, 12)),
+    "decoupled": ({"loss": "decoupled"}, None, (12, 12)),
+    "memory bank": ({"memory_bank": 2 * BATCH}, None, (12, 12)),
+    "scan-aware": (AWARE, None, (12, 12)),
+    "plain, cached": ({}, 3, (12, 12)),
+    "memory bank, cached": ({"memory_bank": 2 * BATCH}, 3, (12, 12)),
+    "scan-aware, cached": (AWARE, 3, (12, 12)),
+    "volumes": ({}, None, (8, 8, 6)),
+    "volumes, cached": ({}, 3, (8, 8, 6)),
 }
 
 
 def gradients(name: str, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """The loss, its figures and the gradients of a step of two accumulated sets, and what the loss remembers."""
-    settings, chunk = CASES[name]
+    settings, chunk, size = CASES[name]
     torch.manual_seed(0)
     head = HeadSettings(hidden=8, output=5, batch_norm=False)
-    network = SimCLR(ResidualEncoder(1, (4, 8), units=1, norm="group"), head)
+    network = SimCLR(ResidualEncoder(1, (4, 8), units=1, norm="group", spatial_dims=len(size)), head)
     criterion = build_loss(ObjectiveSettings.model_validate(settings), 0.2, head.output)
     wrapped = accelerator.prepare(network)
     share = BATCH // accelerator.num_processes
@@ -46,7 +49,7 @@ def gradients(name: str, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     backward = backward_whole if chunk is None else partial(backward_in_chunks, chunk=chunk)
     for number in range(2):
         draw = torch.Generator().manual_seed(number)
-        views = torch.randn(2, BATCH, 1, 12, 12, generator=draw)[:, mine].flatten(0, 1)
+        views = torch.randn(2, BATCH, 1, *size, generator=draw)[:, mine].flatten(0, 1)
         group = torch.randint(3, (BATCH,), generator=draw)
         axis = torch.randint(2, (BATCH,), generator=draw)
         position = torch.rand(BATCH, generator=draw)
@@ -71,9 +74,9 @@ def left_out(folder: Path, accelerator: Accelerator) -> None:
 
 
 def run(folder: Path) -> None:
-    """results-RANK.pt, skipped.jsonl and the run of recipe.json."""
-    recipe = PretrainRecipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
-    pretrain(recipe)  # first: it starts the ranks as the command does
+    """results-RANK.pt, skipped.jsonl and the runs of recipe.json and volumes.json."""
+    for name in ("recipe", "volumes"):  # first: they start the ranks as the command does
+        pretrain(PretrainRecipe.model_validate_json((folder / f"{name}.json").read_text(encoding="utf-8")))
     accelerator = Accelerator(cpu=True)
     results = {name: gradients(name, accelerator) for name in CASES}
     torch.save(results, folder / f"results-{accelerator.process_index}.pt")

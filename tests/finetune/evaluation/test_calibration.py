@@ -5,12 +5,13 @@ import pytest
 from scipy import ndimage
 from sklearn.calibration import calibration_curve
 
-from finetune.evaluation.alarms import choose_threshold, notes_of, requested_threshold, summarise_operating_point
+from finetune.evaluation.alarms import choose_threshold, notes_of, summarise_operating_point
 from finetune.evaluation.calibration import BINS, Probabilities, decide_by, foreground_of, pooled, summarise_calibration
 from resunet.checkpoint import ModelConfig
 from resunet.data.cases import IGNORE
 from resunet.decision import OperatingPoint
 from resunet.errors import InputError
+from resunet.inference.threshold import requested_threshold
 from resunet.model import ResUNet
 
 

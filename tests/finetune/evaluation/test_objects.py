@@ -3,11 +3,11 @@ import pytest
 
 from finetune.evaluation.metrics import measure_case
 from finetune.evaluation.objects import SHOWN, caption_of, largest_wrong, wrong_objects
-from finetune.evaluation.overlay import COLOURS
 from finetune.evaluation.targets import targets_of
 from finetune.evaluation.wrong import wrong_lesions
 from resunet.data.cases import IGNORE, Case, LoadedCase
 from resunet.data.perceptual import look
+from resunet.pictures import COLOURS
 from resunet.runtime import percentile_intensity
 
 TARGETS = targets_of({0: "background", 1: "one", 2: "two"})

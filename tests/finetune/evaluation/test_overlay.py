@@ -1,20 +1,11 @@
 import numpy as np
 import pytest
 
-from finetune.evaluation.overlay import (
-    COLOURS,
-    error_picture,
-    grey_picture,
-    label_picture,
-    overlay,
-    side_by_side,
-    square,
-    telling_slice,
-    zoom_box,
-)
+from finetune.evaluation.overlay import error_picture, grey_picture, overlay, square, telling_slice, zoom_box
 from finetune.evaluation.targets import targets_of
 from resunet.data.cases import IGNORE, Case, LoadedCase
 from resunet.data.perceptual import look
+from resunet.pictures import COLOURS, label_picture, side_by_side
 from resunet.runtime import percentile_intensity
 
 TARGETS = targets_of({0: "background", 1: "one", 2: "two"})

@@ -3,7 +3,6 @@ import numpy as np
 from finetune.evaluation.calibration import Probabilities, summarise_calibration
 from finetune.evaluation.metrics import measure_case
 from finetune.evaluation.objects import SHOWN, WrongObject
-from finetune.evaluation.overlay import COLOURS
 from finetune.evaluation.page import (
     calibration_section,
     doubling,
@@ -16,6 +15,7 @@ from finetune.evaluation.page import (
     wrong_section,
 )
 from finetune.evaluation.targets import targets_of
+from resunet.pictures import COLOURS
 
 TARGETS = targets_of({0: "background", 1: "lesion"})
 

@@ -10,11 +10,9 @@ from finetune.inference.window import (
     Footprint,
     Inference,
     Plan,
-    decide,
     footprint,
     plan_slices,
     predict_values,
-    probabilities_of,
 )
 from resunet.errors import InputError
 from resunet.model import ResUNet, UNet
@@ -51,22 +49,6 @@ def by_hand(model: nn.Module, image: np.ndarray) -> torch.Tensor:
     """(C, y, x), normalised → logits (1, K, y, x)."""
     with torch.no_grad():
         return model(torch.from_numpy(np.ascontiguousarray(image))[None])
-
-
-def test_decisions():
-    logits = torch.tensor([-3.0, 0.0, 1e-6, 3.0]).view(1, 1, 2, 2)
-    assert decide(logits).tolist() == [[[0, 0], [1, 1]]]
-    many = torch.tensor([[1.0, 5.0], [2.0, -1.0], [1.5, 4.0]]).view(1, 3, 1, 2)
-    assert decide(many).tolist() == [[[1, 0]]] and decide(many).dtype == decide(logits).dtype == torch.uint8
-    high = torch.zeros(1, 254, 1, 1)
-    high[0, 253] = 1
-    assert decide(high).item() == 253
-
-
-def test_probabilities_are_what_the_decisions_come_from():
-    assert probabilities_of(torch.tensor([0.0, 2.0]).view(1, 1, 1, 2))[0, 0, 0].tolist() == pytest.approx([0.5, 0.880797])
-    many = probabilities_of(torch.randn(2, 4, 3, 3))
-    torch.testing.assert_close(many.sum(dim=1), torch.ones(2, 3, 3))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

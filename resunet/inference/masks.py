@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resunet.data.formats import Format, named
+from resunet.errors import EnvironmentFault
 
 _LPS = (("R", "L"), ("A", "P"), ("I", "S"))  # each axis of a scan in memory grows towards the second
 _READERS = {"nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
@@ -65,6 +66,7 @@ def write_prediction(prediction: Prediction, folder: Path, name: str) -> Path:
 
     Raises:
         InputError: a DICOM header that lacks what DICOM-SEG needs.
+        EnvironmentFault: DICOM-SEG without highdicom.
     """
     suffix = _suffix(prediction)
     with _aside(folder / f"{name}{suffix}") as path:
@@ -73,9 +75,7 @@ def write_prediction(prediction: Prediction, folder: Path, name: str) -> Path:
         elif prediction.format in _READERS:
             _write_itk(prediction, path)
         elif prediction.format == "dicom":
-            from finetune.inference.dicom_seg import write_segmentation
-
-            write_segmentation(prediction, path)
+            _write_dicom(prediction, path)
         elif prediction.format == "tiff":
             _write_tiff(prediction, path)
         elif prediction.probabilities:
@@ -159,6 +159,19 @@ def _write_nifti(prediction: Prediction, path: Path) -> None:
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)
     nibabel.save(type(image)(data, image.affine, header), path)
+
+
+def _write_dicom(prediction: Prediction, path: Path) -> None:
+    try:
+        from resunet.inference.dicom_seg import write_segmentation
+    except ModuleNotFoundError as error:
+        if error.name != "highdicom":
+            raise
+        raise EnvironmentFault(
+            f"{prediction.files[0]}: its prediction is written as DICOM-SEG, which needs highdicom: pip install highdicom. Or "
+            "convert the series to NIfTI first."
+        ) from error
+    write_segmentation(prediction, path)
 
 
 def _write_itk(prediction: Prediction, path: Path) -> None:

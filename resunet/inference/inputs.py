@@ -16,11 +16,9 @@ from resunet.data.cases import Case
 from resunet.data.dicom import DicomHeader, group_files, read_header
 from resunet.data.formats import sniff
 from resunet.data.images import READABLE, stem_of, suffix_of
-from resunet.data.manifest import open_manifest
-from resunet.data.manifest_source import list_manifest
 from resunet.data.nnunet import is_nnunet, list_nnunet
 from resunet.data.walk import walk
-from resunet.errors import InputError
+from resunet.errors import EnvironmentFault, InputError
 
 _DICOM_SUFFIXES = (".dcm", ".ima", ".dicom", ".dic")
 _NNUNET_IMAGES = ("imagesTr", "imagesTs")
@@ -116,6 +114,15 @@ def _folder(root: Path) -> Inputs:
 
 
 def _manifest(path: Path) -> Inputs:
+    try:
+        from resunet.data.manifest import open_manifest
+        from resunet.data.manifest_source import list_manifest
+    except ModuleNotFoundError as error:
+        if error.name != "pyarrow":
+            raise
+        raise EnvironmentFault(
+            f"INPUT {path}: reading a manifest needs pyarrow: pip install pyarrow. Or name folders."
+        ) from error
     cases = list(list_manifest(open_manifest(path), keep=False))
     times = Counter(case.stem for case in cases)
     return Inputs(tuple(Input(case, case.stem if times[case.stem] == 1 else case.id) for case in cases), (), 0)

@@ -19,9 +19,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from finetune.inference.masks import Prediction, raw_labels, write_prediction
 from resunet.data.images import Scan, read_scan
 from resunet.errors import InputError
+from resunet.inference.masks import Prediction, raw_labels, write_prediction
 
 CLASSES = {0: "background", 3: "liver", 200: "tumour"}
 RAW = np.array(list(CLASSES), np.uint8)

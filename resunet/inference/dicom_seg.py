@@ -14,10 +14,10 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.sr.codedict import codes
 
-from finetune.inference.masks import Prediction, foreground, to_file_frame
 from resunet.data.dicom import frame_count
 from resunet.data.dicom_planes import place, planes_of
 from resunet.errors import InputError
+from resunet.inference.masks import Prediction, foreground, to_file_frame
 
 _MUST_BE_THERE = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 _SERIES_NUMBER = 9000  # apart from what scanners count

@@ -9,9 +9,9 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from finetune.inference.inputs import Inputs, list_inputs
 from resunet.data.index import IndexRequest, index
 from resunet.errors import InputError
+from resunet.inference.inputs import Inputs, list_inputs
 
 
 def image(path: Path, seed: int = 0) -> Path:

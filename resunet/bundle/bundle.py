@@ -1,0 +1,138 @@
+"""A bundle, opened: its contract, and the segmenter that it holds. README.md shows how it is used."""
+
+import shutil
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resunet.bundle.contract import CONTRACT, Contract, Graph
+from resunet.bundle.engines import Engine, name_of, open_engine, version_of
+from resunet.bundle.scorer import scorer_of
+from resunet.bundle.seal import read_sealed
+from resunet.bundle.unzip import unzip
+from resunet.data.images import read_scan
+from resunet.errors import EnvironmentFault, InputError
+from resunet.inference.predict import segment
+from resunet.inference.window import Scorer
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """How a scan is predicted, as `finetune.inference.window.Inference`; and whether probabilities are wanted."""
+
+    memory: float
+    window: int
+    overlap: float
+    flips: bool = False
+    probabilities: bool = False
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle of which every byte is as it was written. sha256: of its contract, which lists that of every other file."""
+
+    folder: Path
+    contract: Contract
+    sha256: str
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """A bundle's folder, or its zip, which is unpacked into a temporary folder for as long as the bundle is in use.
+
+        Raises:
+            InputError: there is no bundle.
+            CheckFailed: something in it was changed, is missing or is too much, or a zip that would write elsewhere.
+        """
+        path = Path(path)
+        if not is_bundle(path):
+            raise InputError(
+                f"{path}: no bundle, which is a folder with a {CONTRACT}, or a zip of one. resunet export makes it."
+            )
+        if path.is_dir():
+            return cls(path, *read_sealed(path))
+        folder = Path(tempfile.mkdtemp(prefix="resunet-bundle-"))
+        try:
+            unzip(path, folder)
+            opened = cls(folder, *read_sealed(folder))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(opened, shutil.rmtree, folder, ignore_errors=True)
+        return opened
+
+    def graph(self, precision: str = "fp32", runtime: str | None = None) -> Graph:
+        """The preferred graph of a precision whose runtime is installed.
+
+        Raises:
+            InputError: the bundle has none such. EnvironmentFault: it has, but not its runtime.
+        """
+        wanted = [one for one in self.contract.graphs if one.precision == precision and runtime in (None, one.runtime)]
+        if not wanted:
+            has = ", ".join(f"{one.runtime} {one.precision}" for one in self.contract.graphs)
+            raise InputError(f"{runtime or 'any runtime'}, {precision}: the bundle has no such graph. It has {has}.")
+        for one in wanted:
+            if version_of(one.runtime) is not None:
+                return one
+        names = " or ".join(name_of(one.runtime) for one in wanted)
+        raise EnvironmentFault(f"{names} is needed, and not installed: pip install -r requirements.txt, of the bundle.")
+
+    def segmenter(self, precision: str = "fp32", runtime: str | None = None) -> "BundleSegmenter":
+        """The network, ready to predict; raises as `graph`, or CheckFailed where the runtime does not take it."""
+        graph = self.graph(precision, runtime)
+        return BundleSegmenter(self, graph, open_engine(self.folder, self.contract, graph))
+
+    def seeing(self) -> Seeing:
+        """How scans are predicted if nobody says otherwise."""
+        window = self.contract.window
+        return Seeing(window.memory, window.size, window.overlap)
+
+
+@dataclass(frozen=True)
+class BundleSegmenter:
+    """A bundle's network on a runtime."""
+
+    bundle: Bundle
+    graph: Graph
+    engine: Engine
+
+    def scorer(self, flips: bool) -> Scorer:
+        return scorer_of(self.bundle.contract, self.engine, flips)
+
+    def predict(self, values: NDArray, spacing: Sequence[float], flips: bool = False, probabilities: bool = False) -> NDArray:
+        """Class indices, uint8 (*size), post-processed; or probabilities, float32 (M, *size), M = 1 or one a class.
+
+        Args:
+            values: (C, y, x) or (C, z, y, x) in LPS, as the scan has them: normalised here. spacing: mm in array order.
+            flips: the mean over mirror images.
+
+        Raises:
+            InputError: other channels than the contract's, values that are not finite, or a scan that does not fit.
+        """
+        wanted = self.bundle.contract.input
+        if values.ndim not in (3, 4) or values.shape[0] != wanted.count or len(spacing) != values.ndim - 1:
+            raise InputError(
+                f"values of {values.shape} with {len(spacing)} spacings: must be ({wanted.count}, y, x) or "
+                f"({wanted.count}, z, y, x), with a spacing for each but the first."
+            )
+        if not np.isfinite(values).all():
+            raise InputError("values: NaN or infinite values in it. Replace them.")
+        how = replace(self.bundle.seeing(), flips=flips, probabilities=probabilities)
+        behaviour = self.bundle.contract.behaviour()
+        return segment(values, tuple(spacing), self.scorer(flips), behaviour, how, None)
+
+    def predict_scan(self, files: str | Path | Sequence[Path], flips: bool = False, probabilities: bool = False) -> NDArray:
+        """`predict` of an image, a volume, or the files of one DICOM series in order; a volume is in LPS."""
+        scan = read_scan(Path(files) if isinstance(files, str) else files, self.bundle.contract.input.channels)
+        return self.predict(scan.values, scan.spacing, flips, probabilities)
+
+
+def is_bundle(path: Path) -> bool:
+    """A folder with a contract, or a zip."""
+    return (path / CONTRACT).is_file() or (path.is_file() and zipfile.is_zipfile(path))

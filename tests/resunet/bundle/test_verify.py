@@ -1,0 +1,211 @@
+"""What a bundle's proof finds."""
+
+import hashlib
+import json
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from resunet.bundle.bundle import Bundle
+from resunet.bundle.contract import parse
+from resunet.bundle.golden import read_golden, write_golden
+from resunet.bundle.seal import described, write_sealed
+from resunet.bundle.verify import verify
+from resunet.cli import main
+from resunet.errors import CheckFailed, InputError
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def reseal(bundle: Path, **changes) -> None:
+    """As somebody would who knows how: files, contract and seal agree again."""
+    raw = json.loads((bundle / "contract.json").read_text()) | changes
+    raw["files"] = {name: {"sha256": its.sha256, "bytes": its.bytes} for name, its in described(bundle).items()}
+    text = json.dumps(raw)
+    (bundle / "contract.json").write_text(text)
+    (bundle / "contract.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  contract.json\n")
+
+
+def test_a_bundle_as_it_was_written(exported, capsys):
+    _, bundle = exported
+    assert main(["verify", str(bundle)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].split() == ["runtime", "version", "precision", "largest", "difference", "tolerance", "seconds", "verdict"]
+    assert [line.split()[0] for line in told[2:]] == ["OpenVINO", "ONNX", "PyTorch"]
+    assert all(line.endswith("equal") for line in told[2:])
+    digest = hashlib.sha256((bundle / "contract.json").read_bytes()).hexdigest()
+    assert digest in told[0]
+    zipped = bundle.with_name(f"{bundle.name}.zip")
+    assert main(["verify", str(zipped), "--sha256", digest]) == 0
+    assert main(["verify", str(zipped), "--sha256", "0" * 64]) == 1
+    assert "is another bundle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("graphs/fp32/model.onnx", "graphs/fp32/model.xml", "graphs/fp32/model.bin", "model/model.safetensors", "README.md"),
+        *("model/config.json", "golden/67x81.npz", "requirements.txt", "contract.json", "contract.sha256"),
+    ],
+)
+def test_a_flipped_bit_and_a_missing_file(bundle, name, capsys):
+    flip_a_bit(bundle / name)
+    assert main(["verify", str(bundle)]) == 1
+    assert main(["predict", str(bundle), "x.png", "--out", str(bundle.parent / "out")]) == 1
+    assert name.split("/")[-1].split(".")[0] in capsys.readouterr().err
+    (bundle / name).unlink()
+    if name == "contract.json":
+        assert main(["verify", str(bundle)]) == 2  # no bundle any more
+        return
+    with pytest.raises(CheckFailed, match=f"{name}: is missing"):
+        verify(bundle)
+
+
+def test_what_nobody_listed(bundle):
+    (bundle / "graphs" / "more.bin").write_bytes(b"")
+    with pytest.raises(CheckFailed, match=r"graphs/more\.bin: is not in the contract"):
+        verify(bundle)
+    (bundle / "graphs" / "more.bin").unlink()
+    (bundle / "link").symlink_to("graphs")
+    with pytest.raises(CheckFailed, match=r"link: is not in the contract"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda raw: raw["class_names"].reverse(), "not its mask|class_names|post"),
+        (lambda raw: raw["normalisation"].update(high=90.0), "from the live network's"),
+        (lambda raw: raw["window"].update(overlap=0.5), "from the live network's"),
+        (lambda raw: raw["postprocessing"]["rules"][0].update(smallest=4000), "are not its mask"),
+        (lambda raw: raw["output"].update(threshold=0.6), "output="),
+        (lambda raw: raw["output"].update(activation="softmax"), "output="),
+        (lambda raw: raw["input"].update(count=3), "is not of count=3"),
+        (lambda raw: raw["input"].update(name="image"), "the contract says"),
+        (lambda raw: raw.update(nonsense=1), "nonsense: there is no such key"),
+        (lambda raw: raw.pop("window"), "window: is missing"),
+        (lambda raw: raw["window"].update(size="512"), "window.size='512': must be a whole number"),
+        (lambda raw: raw.update(schema_version=2), "schema_version=2: this version reads 1"),
+        (lambda raw: [one.update(opset=17) for one in raw["graphs"] if one["opset"]], "is of opset 18, the contract says 17"),
+        (lambda raw: [one.update(ir=10) for one in raw["graphs"] if one["ir"]], "is of IR version 11, the contract says 10"),
+        (lambda raw: raw["graphs"][0].update(file="../x.xml"), "named in the contract, and not among its files"),
+    ],
+)
+def test_an_edited_contract_that_agrees_with_its_seal(bundle, change, message):
+    raw = json.loads((bundle / "contract.json").read_text())
+    change(raw)
+    if message.startswith("not its mask"):
+        raw["postprocessing"] = None
+    (bundle / "contract.json").write_text(json.dumps(raw))
+    if message.startswith("not its mask"):  # the names of mask values changed places: no golden case can tell, the digest does
+        before = verify_digest(bundle)
+        reseal(bundle)
+        assert Bundle.open(bundle).sha256 != before
+        return
+    reseal(bundle)
+    with pytest.raises(CheckFailed, match=message):
+        verify(bundle, told=lambda line: None)
+
+
+def verify_digest(bundle: Path) -> str:
+    return (bundle / "contract.sha256").read_text().split()[0]
+
+
+def test_other_weights_that_agree_with_their_seal(bundle):
+    model = onnx.load(bundle / "graphs" / "fp32" / "model.onnx")
+    weight = next(one for one in model.graph.initializer if len(one.dims) == 4)
+    values = onnx.numpy_helper.to_array(weight) * np.float32(1.01)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, bundle / "graphs" / "fp32" / "model.onnx")
+    reseal(bundle)
+    with pytest.raises(CheckFailed, match=r"(?s)1 of 3 graphs failed:.*onnxruntime fp32: golden/.*the tolerance is 0\.0001"):
+        verify(bundle, told=lambda line: None)
+    (bundle / "graphs" / "fp32" / "model.onnx").write_bytes(b"\x08\x0a nonsense")
+    reseal(bundle)
+    with pytest.raises(CheckFailed, match=r"onnxruntime fp32: model\.onnx: is no ONNX file"):
+        verify(bundle, told=lambda line: None)
+
+
+def test_a_mask_that_the_logits_do_not_make(bundle):
+    path = bundle / "golden" / "64x64.npz"
+    case = read_golden(path)
+    case.mask[10, 10] ^= 1
+    write_golden(path, case)
+    reseal(bundle)
+    with pytest.raises(
+        CheckFailed, match=r"64x64\.npz: its logits, decided and post-processed by the contract, are not its mask"
+    ):
+        verify(bundle, told=lambda line: None)
+
+
+def test_a_golden_case_is_not_unpickled(bundle):
+    np.savez(bundle / "golden" / "64x64.npz", values=np.array([object()]), spacing=1, logits=1, mask=1)
+    reseal(bundle)
+    with pytest.raises(CheckFailed, match="is no golden case"):
+        verify(bundle, told=lambda line: None)
+
+
+def zip_with(path: Path, *members: tuple[str, bytes], kind: int = stat.S_IFREG) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            member = zipfile.ZipInfo(name)
+            member.external_attr = (kind | 0o644) << 16
+            member.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(member, data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "a\\..\\evil", "C:evil", "./evil", "a//evil"])
+def test_a_zip_that_would_write_elsewhere(tmp_path, name):
+    (tmp_path / "deep").mkdir()
+    made = zip_with(tmp_path / "deep" / "x.zip", (name, b"x"))
+    with pytest.raises(CheckFailed, match="leaves the folder or is not plain"):
+        verify(made)
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_zips_that_are_no_good(tmp_path, exported):
+    with pytest.raises(CheckFailed, match="which is no file"):
+        verify(zip_with(tmp_path / "link.zip", ("link", b"/etc"), kind=stat.S_IFLNK))
+    with pytest.raises(CheckFailed, match="expands to more than 50 times"):
+        verify(zip_with(tmp_path / "bomb.zip", ("zeros", bytes(80 * 2**20))))
+    with pytest.raises(CheckFailed, match="holds 1001 files"):
+        verify(zip_with(tmp_path / "many.zip", *((str(i), b"") for i in range(1001))))
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        twice = zip_with(tmp_path / "twice.zip", ("a", b""), ("a", b""))
+    with pytest.raises(CheckFailed, match="'a' twice"):
+        verify(twice)
+    with pytest.raises(CheckFailed, match=r"contract\.json: is missing"):
+        verify(zip_with(tmp_path / "empty.zip"))
+    zipped = exported[1].with_name(f"{exported[1].name}.zip")
+    torn = Path(shutil.copy(zipped, tmp_path / "torn.zip"))
+    flip_a_bit(torn)
+    with pytest.raises(CheckFailed):
+        verify(torn)
+    (tmp_path / "cut.zip").write_bytes(zipped.read_bytes()[:-4000])
+    with pytest.raises((InputError, CheckFailed)):  # the golden cases are zips, whose ends may be taken for its own
+        verify(tmp_path / "cut.zip")
+
+
+def test_a_zip_is_unpacked_for_as_long_as_it_is_used(exported):
+    opened = Bundle.open(exported[1].with_name(f"{exported[1].name}.zip"))
+    folder = opened.folder
+    assert opened.contract == Bundle.open(exported[1]).contract and (folder / "README.md").is_file()
+    del opened
+    assert not folder.exists()
+
+
+def test_the_contract_comes_back_as_it_was_written(exported, tmp_path):
+    contract = Bundle.open(exported[1]).contract
+    assert parse(contract.to_json()) == contract
+    write_sealed(tmp_path, contract)
+    assert (tmp_path / "contract.json").read_bytes() == (exported[1] / "contract.json").read_bytes()
