@@ -177,7 +177,8 @@ def suggest(
     out: Annotated[Path, typer.Option(help="a new folder")],
     method: Annotated[str, typer.Option(help="typicality: what is common; kcenter: what is far from all else")] = "typicality",
     labelled: Annotated[
-        Path | None, typer.Option(help="who is labelled: splits.json, a CSV with a column group, or a group a line; default: masks")
+        Path | None,
+        typer.Option(help="who is labelled: splits.json, a CSV with a column group, or a group a line; default: masks"),
     ] = None,
     embeddings: Annotated[Path | None, typer.Option(help="E.parquet of this model and source, by resunet embed")] = None,
     salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
