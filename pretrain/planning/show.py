@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.archive import read_archive
@@ -48,7 +49,7 @@ def show_views(recipe: PretrainRecipe, out: Path) -> Path:
 
 
 def _heading(recipe: PretrainRecipe) -> list[str]:
-    sides = " x ".join(map(str, recipe.views.sides(recipe.model.spatial_dims)))
+    sides = " × ".join(map(str, recipe.views.sides(recipe.model.spatial_dims)))
     lines = [
         f"Scans and their two views: the first {min(SHOWN, recipe.batch)} of the first set of {recipe.batch}, seed {recipe.seed}",
         f"views of {sides} pixels; each row is shown from the darkest to the brightest of its scan",
@@ -75,7 +76,8 @@ def _draw(shown: Sequence[Example], labels: Sequence[str], heading: Sequence[str
     top = _MARGIN + len(heading) * _LINE + _GAP + _LINE
     size = (2 * _MARGIN + across * block + (across - 1) * 3 * _GAP, top + down * (height + _LINE + _GAP) + _MARGIN)
     page = Image.new("RGB", size, _PAPER)
-    pen, large, small = ImageDraw.Draw(page), ImageFont.load_default(16), ImageFont.load_default(13)
+    font = findfont("DejaVu Sans")  # matplotlib brings it; Pillow's own has no × and few letters
+    pen, large, small = ImageDraw.Draw(page), ImageFont.truetype(font, 15), ImageFont.truetype(font, 12)
     for line, text in enumerate(heading):
         pen.text((_MARGIN, _MARGIN + line * _LINE), text, _INK, large)
     for column in range(across):
