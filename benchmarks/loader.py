@@ -25,7 +25,8 @@ from pretrain.objective import SimCLR, contrast, nt_xent
 from pretrain.recipe import PretrainRecipe
 from pretrain.views import make_views
 from resunet.config import DataSettings, validate
-from resunet.data.scans import Scans, prepare_scans
+from resunet.data.preparing import prepare_scans
+from resunet.data.scans import Scans
 from resunet.data.source import open_source
 from resunet.data.store import Store
 from resunet.encoder import ResidualEncoder

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from resunet.architecture import ResUNetArchitecture, UNetArchitecture, Widths
 from resunet.blocks import NormKind
-from resunet.config import DataSettings, Frozen, Normalisation, Recipe
+from resunet.config import Classes, DataSettings, Frozen, Normalisation, Recipe
 from resunet.regions import Regions, members_of, refuse_wrong_regions
 
 Range = tuple[float, float]
@@ -20,7 +20,7 @@ _DEFAULT_CHANNELS = ResUNetArchitecture().channels
 class LabelledSettings(DataSettings):
     """What is labelled, how, and how much of it is used."""
 
-    classes: dict[int, str] = Field(description="raw mask value → name, background first")
+    classes: Classes = Field(description="raw mask value → name, background first")
     regions: Regions | None = Field(
         None,
         description="name → classes that it is the union of; regions may overlap. The loss and all figures are then of the regions "
@@ -42,15 +42,6 @@ class LabelledSettings(DataSettings):
         if value is not None and value >= 1 and value != round(value):
             raise ValueError("a share is below 1, a number of groups is whole")
         return value
-
-    @field_validator("classes")
-    @classmethod
-    def _distinct(cls, classes: dict[int, str]) -> dict[int, str]:
-        if not 2 <= len(classes) <= 254:
-            raise ValueError("needs the background and at least one class, for example {0: background, 255: tumour}")
-        if len(set(classes.values())) < len(classes):
-            raise ValueError("two values have one name; give every class its own")
-        return classes
 
     @model_validator(mode="after")
     def _regions_are_of_classes(self) -> "LabelledSettings":

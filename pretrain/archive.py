@@ -20,7 +20,8 @@ from resunet.data.cases import Case
 from resunet.data.evidence import Evidence, comparable_groups
 from resunet.data.leakage import NO_GROUP_EVIDENCE, find_leaks, refuse_leaks
 from resunet.data.manifest_source import ManifestCases
-from resunet.data.scans import Looked, Prepared, Scans, evidence_of_scans, look_at_cases, prepare_scans
+from resunet.data.preparing import Looked, Prepared, evidence_of_scans, look_at_cases, prepare_scans
+from resunet.data.scans import Scans
 from resunet.data.source import Source, assign_parts, open_source
 from resunet.data.store import Store
 from resunet.errors import InputError

@@ -85,6 +85,15 @@ def _not_empty(path: Path) -> Path:
     return path
 
 
+def _distinct(classes: dict[int, str]) -> dict[int, str]:
+    if not 2 <= len(classes) <= 254:
+        raise ValueError("needs the background and at least one class, for example {0: background, 255: tumour}")
+    if len(set(classes.values())) < len(classes):
+        raise ValueError("two values have one name; give every class its own")
+    return classes
+
+
+Classes = Annotated[dict[int, str], AfterValidator(_distinct)]  # raw mask value → name, background first
 NewFolder = Annotated[Path, AfterValidator(_not_empty)]
 
 

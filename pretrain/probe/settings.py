@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from resunet.config import Frozen
+from resunet.config import Classes, Frozen
 
 
 class ProbeSettings(Frozen):
     """A few labelled groups of a source's pool, never of val or test. They are labels: whatever is fine-tuned later counts them."""
 
     source: Path | None = Field(None, description="a labelled source, as data.source; null: data.source itself")
-    classes: dict[int, str] = Field(description="raw mask value → name, background first")
+    classes: Classes = Field(description="raw mask value → name, background first")
     ignore: tuple[int, ...] = Field((), description="raw mask values that nobody labelled")
     groups: int = Field(
         3, ge=1, le=3, description="labelled groups; one is left out at a time (of one group, a block of slices)"
@@ -26,15 +26,6 @@ class ProbeSettings(Frozen):
     choose: Literal["last", "best"] = Field(
         "last", description="the checkpoint that is saved: the last, or of those probed the one with the best Dice (not step 0)"
     )
-
-    @field_validator("classes")
-    @classmethod
-    def _distinct(cls, classes: dict[int, str]) -> dict[int, str]:
-        if not 2 <= len(classes) <= 254:
-            raise ValueError("needs the background and at least one class, for example {0: background, 255: tumour}")
-        if len(set(classes.values())) < len(classes):
-            raise ValueError("two values have one name; give every class its own")
-        return classes
 
     @model_validator(mode="after")
     def _no_overlap(self) -> "ProbeSettings":

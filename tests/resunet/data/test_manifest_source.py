@@ -12,7 +12,7 @@ from PIL import Image
 from resunet.config import DataSettings, PercentileZScore
 from resunet.data.cases import read_case
 from resunet.data.index import IndexRequest, index
-from resunet.data.scans import prepare_scans
+from resunet.data.preparing import prepare_scans
 from resunet.data.source import Source, assign_parts, open_source
 from resunet.data.store import Store
 from resunet.errors import InputError

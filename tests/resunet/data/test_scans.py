@@ -16,7 +16,8 @@ from resunet.data.foreground import foreground_map
 from resunet.data.images import read_scan
 from resunet.data.order import shuffled_places
 from resunet.data.perceptual import look
-from resunet.data.scans import BLOCK, DIRECT_PIXELS, Scans, evidence_of_scans, look_at_cases, prepare_scans
+from resunet.data.preparing import BLOCK, DIRECT_PIXELS, evidence_of_scans, look_at_cases, prepare_scans
+from resunet.data.scans import Scans
 from resunet.data.store import Store
 from resunet.errors import EnvironmentFault, InputError
 from resunet.files import files_sha256

@@ -13,7 +13,8 @@ from resunet.config import FixedNormalisation, PercentileZScore
 from resunet.data.cases import Case, Known, read_case
 from resunet.data.describe import PERCENTILES
 from resunet.data.foreground import foreground_map
-from resunet.data.scans import BLOCK, DIRECT_PIXELS, Scans, prepare_scans
+from resunet.data.preparing import BLOCK, DIRECT_PIXELS, prepare_scans
+from resunet.data.scans import Scans
 from resunet.data.store import Store
 from resunet.files import files_sha256
 from resunet.runtime import normalise, percentile_intensity, percentiles
