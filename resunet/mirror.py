@@ -146,7 +146,7 @@ def start_mirror(settings: WandbSettings, job_type: str, run_id: str, folder: Pa
             id=run_id,
             resume="allow",
             mode=mode,
-            dir=folder,
+            dir=folder.resolve(),  # W&B's service may be that of a process elsewhere
             config=dict(config),
             settings=discreet,
         )
