@@ -107,6 +107,16 @@ VARIANTS = {
 }
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What is forked may not use the threads of OpenMP, which stay behind in the parent."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_killed_it_ends_as_one_left_alone(recipe, tmp_path, changes):
     """SIGKILL in the middle of a step, in a process of its own; `benchmarks.pretrain_kills` does so at random steps."""
