@@ -200,6 +200,10 @@ class FinetuneRecipe(Recipe):
 
     data: LabelledSettings
     encoder: Path | None = Field(None, description="a pretraining run or a model directory; null: from scratch")
+    transfer: Literal["encoder", "both"] | None = Field(
+        None,
+        description="encoder: it alone; both: the decoder that was pretrained with it too, or an error; null: whatever there is",
+    )
     allow: tuple[Literal["leak", "input_channels"], ...] = ()
     normalisation: Normalisation | None = Field(None, description="null: the encoder's, and percentiles from scratch")
     model: NetworkSettings = NetworkSettings()
@@ -280,6 +284,12 @@ class FinetuneRecipe(Recipe):
     def _encoder_fits(self) -> "FinetuneRecipe":
         if self.encoder is not None and self.model.name != "resunet":
             raise ValueError(f"encoder={self.encoder}: model.name={self.model.name!r} has no place for it; use 'resunet'")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_transfer(self) -> "FinetuneRecipe":
+        if self.transfer is not None and self.encoder is None:
+            raise ValueError(f"transfer={self.transfer}: there is nothing to transfer; name an encoder, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ def build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
     if recipe.encoder is None:
         return model, None
     assert isinstance(model, ResUNet), "the recipe refuses an encoder for another network"
-    return model, transfer_encoder(recipe.encoder, model, "input_channels" in recipe.allow)
+    return model, transfer_encoder(recipe.encoder, model, "input_channels" in recipe.allow, recipe.transfer)
 
 
 def supervise(recipe: FinetuneRecipe, model: Segmenter) -> nn.Module:

@@ -12,24 +12,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-Score = Callable[[Tensor, Tensor], dict[str, Tensor]]  # embeddings, projections → loss and figures
+Score = Callable[..., dict[str, Tensor]]  # embeddings, projections, those of places → loss and figures
 
 
 def backward_whole(
-    network: nn.Module, views: Tensor, score: Score, weight: float, accelerator: Accelerator, synchronise: bool
+    network: nn.Module,
+    views: Tensor,
+    score: Score,
+    weight: float,
+    accelerator: Accelerator,
+    synchronise: bool,
+    places: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Add the gradients of weight · loss; what `score` gave, and the projections.
 
     Args:
         network: as `accelerator.prepare` gave it.
         synchronise: average the gradients, and all that were added before, over the ranks.
+        places: in the views, of a network with a dense branch.
     """
     with nullcontext() if synchronise else accelerator.no_sync(network):
         with accelerator.autocast():
-            embedding, projection = network(views)
-        terms = score(embedding, projection)
+            outputs = network(views) if places is None else network(views, places)
+        terms = score(*outputs)
         accelerator.backward(terms["loss"] * weight)
-    return {name: value.detach() for name, value in terms.items()}, projection.detach()
+    return {name: value.detach() for name, value in terms.items()}, outputs[1].detach()
 
 
 def backward_in_chunks(

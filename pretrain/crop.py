@@ -20,6 +20,27 @@ from resunet.turn import turn
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
+class AffineMap(NamedTuple):
+    """Where some views are in their scans: a place in a view, in [-1, 1] from border to border, → voxels of the scan.
+
+    Both as grid_sample has them: (x, y) or (x, y, z); a whole number is the centre of a voxel.
+
+    matrix: (N, dimensions, dimensions). offset: (N, dimensions), the centre of the view.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+
+    def to_scan(self, places: Tensor) -> Tensor:
+        """(N, points, dimensions) in the views → in the scans."""
+        return places @ self.matrix.mT + self.offset[:, None]
+
+    def to_view(self, positions: Tensor) -> Tensor:
+        """The inverse of `to_scan`."""
+        solved: Tensor = torch.linalg.solve(self.matrix, (positions - self.offset[:, None]).mT)
+        return solved.mT
+
+
 class Grid(NamedTuple):
     """Where the voxels of some views are in their scans.
 
@@ -31,8 +52,8 @@ class Grid(NamedTuple):
     zoom: Tensor
 
 
-def crop_grid(sizes: Tensor, anchors: Tensor, spacing: Tensor, settings: ViewSettings, draws: Draws) -> Grid:
-    """A random crop of every scan, flipped and turned about its centre.
+def crop_grid(sizes: Tensor, anchors: Tensor, spacing: Tensor, settings: ViewSettings, draws: Draws) -> tuple[Grid, AffineMap]:
+    """A random crop of every scan, flipped and turned about its centre; the map that its grid comes from.
 
     Args:
         sizes: (N, dimensions), of each scan without its padding, in array order.
@@ -48,20 +69,28 @@ def crop_grid(sizes: Tensor, anchors: Tensor, spacing: Tensor, settings: ViewSet
     flips = torch.where(draws.uniform((0, 1), dims) < settings.flip, -1.0, 1.0).flip(1)
     turns = _turns(spacing, settings.rotation, draws)
     centre = start + length / 2
-    steps = []  # from the centre along each axis of the view, broadcast over the others
-    for axis, side in enumerate(view):
-        line = (torch.arange(side, device=draws.device) + 0.5) * 2 / side - 1  # [-1, 1], at the centres of voxels
-        steps.append(_by_scan(length[:, axis] / 2 * flips[:, axis], dims) * line.view(-1, *[1] * (dims - 1 - axis)))
-    positions = []
-    for row in reversed(range(dims)):
-        at = _by_scan(centre[:, row], dims)
-        for axis in reversed(range(dims)):
-            at = at + _by_scan(turns[:, row, axis], dims) * steps[axis]
-        positions.append(at - 0.5)
+    matrix = turns * (length / 2 * flips)[:, None]  # in array order
+    place = AffineMap(matrix.flip(1, 2), (centre - 0.5).flip(1))
     zoom = length / torch.tensor(view, device=length.device)
     if dims == 2:
         zoom = zoom.amin(dim=1, keepdim=True).expand(-1, dims)
-    return Grid(torch.stack(positions, dim=-1), zoom)
+    return Grid(_positions(place, view), zoom), place
+
+
+def _positions(place: AffineMap, view: tuple[int, ...]) -> Tensor:
+    """The centres of a view's voxels in the scan: (N, *view, dimensions)."""
+    dims = len(view)
+    lines = []  # along each axis of the view, x first, broadcast over the others
+    for axis, side in reversed(list(enumerate(view))):
+        line = (torch.arange(side, device=place.offset.device) + 0.5) * 2 / side - 1
+        lines.append(line.view(-1, *[1] * (dims - 1 - axis)))
+    positions = []
+    for row in range(dims):
+        at = _by_scan(place.offset[:, row], dims)
+        for axis, line in enumerate(lines):
+            at = at + _by_scan(place.matrix[:, row, axis], dims) * line
+        positions.append(at)
+    return torch.stack(positions, dim=-1)
 
 
 def _by_scan(values: Tensor, dims: int) -> Tensor:

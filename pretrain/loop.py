@@ -119,7 +119,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         if main:
             if probe.chooses and (best := run.load_checkpoint("best")) is not None:
                 network.load_state_dict(best["network"])
-            save_encoder(recipe, network.encoder, archive, probe.scans)
+            save_encoder(recipe, network.encoder, archive, probe.scans, network.decoder)
             mirror_encoder(run, archive)
             shown = example_views(recipe, sets, accelerator)
             write_report(recipe, archive, shown, archive_map(recipe, archive, network.encoder), probe)

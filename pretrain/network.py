@@ -16,7 +16,8 @@ from resunet.training import parameter_groups
 
 def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> SimCLR:
     architecture = recipe.model.architecture(channel_count(recipe.data.channels))
-    network = SimCLR(ResidualEncoder(**architecture.model_dump(exclude={"name"})), recipe.head)
+    encoder = ResidualEncoder(**architecture.model_dump(exclude={"name"}))
+    network = SimCLR(encoder, recipe.head, recipe.dense, recipe.model.squeeze_excite)
     if accelerator.num_processes > 1:
         if accelerator.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)

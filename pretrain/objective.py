@@ -4,29 +4,48 @@ Projection head and losses are lightly's, but for the one that knows groups and 
 encoder's last level; both views go through the encoder in one forward pass, so that they share their batch statistics.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from lightly.loss import DCLLoss, NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
+from pretrain.dense import DenseBranch, contrast_places
 from pretrain.losses import Items, ScanAwareNTXent, of_all_ranks
-from pretrain.recipe import HeadSettings, ObjectiveSettings
+from pretrain.recipe import DenseSettings, HeadSettings, ObjectiveSettings
+from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder
 
 
 class SimCLR(nn.Module):
-    """Encoder and projection head: (2N, C, S, S) → embeddings (2N, channels[-1]) and projections (2N, output)."""
+    """Encoder and projection head: (2N, C, *size) → embeddings (2N, channels[-1]) and projections (2N, output).
 
-    def __init__(self, encoder: ResidualEncoder, head: HeadSettings) -> None:
+    With a dense branch also the projections of places in the views: (2N, count, dimensions) → (2N, count, its output).
+    """
+
+    def __init__(
+        self, encoder: ResidualEncoder, head: HeadSettings, dense: DenseSettings | None = None, squeeze_excite: bool = False
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output, batch_norm=head.batch_norm)
+        # last, so that encoder and head begin as they would without it
+        self.dense = None if dense is None else DenseBranch(encoder, dense, squeeze_excite)
 
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = self.encoder.embed(views)
-        return embedding, self.head(embedding)
+    @property
+    def decoder(self) -> ProgressiveDecoder | None:
+        """What of a decoder is trained."""
+        return None if self.dense is None else self.dense.decoder
+
+    def forward(self, views: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
+        if self.dense is None:
+            embedding = self.encoder.embed(views)
+            return embedding, self.head(embedding)
+        assert places is not None
+        features = self.encoder(views)
+        embedding = features[-1].mean(dim=tuple(range(2, views.ndim)))
+        return embedding, self.head(embedding), self.dense(features, views.shape[2:], places)
 
 
 def nt_xent(temperature: float) -> NTXentLoss:
@@ -95,3 +114,24 @@ def contrast(embedding: Tensor, projection: Tensor, criterion: nn.Module, items:
         "projection_std": std_of_l2_normalized(of_all_ranks(projection.detach().float())),
         "embedding_std": std_of_l2_normalized(of_all_ranks(embedding.detach().float())),
     }
+
+
+def contrast_both(
+    embedding: Tensor,
+    projection: Tensor,
+    of_places: Tensor,
+    contrast_scans: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    found: Tensor,
+    weight: float,
+    dense: DenseSettings,
+) -> dict[str, Tensor]:
+    """`contrast`, whose loss is global_loss here, and `contrast_places`; loss: their sum by weight.
+
+    Args:
+        of_places: (2N, count, D), and found: (N, count), as `contrast_places` takes them.
+        contrast_scans: `contrast`, with its criterion and items.
+        weight: of the global loss.
+    """
+    terms, places = contrast_scans(embedding, projection), contrast_places(of_places, found, dense)
+    loss = weight * terms["loss"] + dense.weight * places["dense_loss"]
+    return terms | {"loss": loss, "global_loss": terms["loss"]} | places

@@ -36,6 +36,7 @@ class EncoderSettings(Frozen):
         2, description="2: images, and volumes slice by slice; 3: volumes as they are, images and single slices are left out"
     )
     norm: NormKind = "batch"
+    squeeze_excite: bool = Field(False, description="on the skips of the decoder that dense trains")
 
     def architecture(self, in_channels: int) -> EncoderArchitecture:
         return EncoderArchitecture(
@@ -112,6 +113,7 @@ class HeadSettings(Frozen):
 class ObjectiveSettings(Frozen):
     """What is contrasted with what; see `pretrain.objective` and `pretrain.losses`."""
 
+    weight: float = Field(1.0, ge=0, description="of this loss beside the dense one; 0: the dense one alone")
     loss: Literal["nt_xent", "decoupled"] = Field(
         "nt_xent", description="decoupled: positives are not in the denominator (lightly's DCL)"
     )
@@ -151,6 +153,18 @@ class ObjectiveSettings(Frozen):
         return self.same_group == "ignore" or self.position_threshold is not None
 
 
+class DenseSettings(Frozen):
+    """Contrast of single places, which trains a decoder too; see `pretrain.dense`."""
+
+    weight: float = Field(1.0, gt=0, description="of the dense loss beside that of objective")
+    temperature: float = Field(0.1, ge=0.001)
+    level: int = Field(1, ge=0, description="of the decoder, whose features are contrasted; 0: full resolution, 1: half, …")
+    points: int = Field(48, ge=1, description="places of a scan that both views show, at most")
+    pairs: int = Field(2048, ge=2, description="places contrasted in a set, at most, over all ranks and as many of every scan")
+    hidden: int = Field(128, ge=1, description="of the projection of a place: two layers, thrown away after pretraining")
+    output: int = Field(64, ge=1)
+
+
 class OptimizerSettings(Frozen):
     name: Literal["adamw", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="at the end of the warm-up; see lr_scaling")
@@ -175,6 +189,9 @@ class PretrainRecipe(Recipe):
     head: HeadSettings = HeadSettings()
     temperature: float = Field(0.2, ge=0.001)
     objective: ObjectiveSettings = ObjectiveSettings()
+    dense: DenseSettings | None = Field(
+        None, description="contrast of places beside that of scans; a decoder is trained, saved and transferred too. null: none"
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     probe: ProbeSettings | None = Field(None, description="labelled scans by which checkpoints are judged; null: none")
     on_non_finite: Literal["stop", "skip"] = Field(
@@ -222,6 +239,31 @@ class PretrainRecipe(Recipe):
             raise ValueError(
                 f"cache_chunk={self.cache_chunk}: batch norm would have each chunk's statistics, and the gradients would not be "
                 "those of the set: set model.norm=group and head.batch_norm=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dense_fits(self) -> "PretrainRecipe":
+        dense, coarsest = self.dense, len(self.model.channels) - 1
+        if dense is None:
+            if self.objective.weight != 1:
+                raise ValueError(
+                    f"objective.weight={self.objective.weight}: is of a loss beside the dense one; set dense, or leave it out"
+                )
+            if self.model.squeeze_excite:
+                raise ValueError("model.squeeze_excite=true: is of the decoder that dense trains; set dense, or leave it out")
+            return self
+        if dense.level >= coarsest:
+            raise ValueError(
+                f"dense.level={dense.level}: the decoder of {coarsest + 1} levels (model.channels) has "
+                + (f"0 to {coarsest - 1}" if coarsest else "none: give it more")
+            )
+        if dense.pairs < self.batch:
+            raise ValueError(f"dense.pairs={dense.pairs} must be at least batch={self.batch}: one place of every scan")
+        if self.cache_chunk is not None:
+            raise ValueError(
+                f"cache_chunk={self.cache_chunk}: dense has no chunks, its loss needs the places of all views at once. Set one of "
+                "them to null"
             )
         return self
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.archive import Archive
+from pretrain.dense_section import dense_section
 from pretrain.non_finite import FILE as SKIPPED
 from pretrain.non_finite import skipped_steps
 from pretrain.probe.probe import Probe
@@ -34,11 +35,13 @@ def write_report(
     sections = [
         Section(
             lead=[
-                f"SimCLR on {_items(archive)} ({archive.num_groups:,} groups): {recipe.steps} steps of {recipe.batch} scans."
+                f"{'SimCLR' if recipe.dense is None else 'SimCLR and dense contrast'} on {_items(archive)} ({archive.num_groups:,} "
+                f"groups): {recipe.steps} steps of {recipe.batch} scans."
             ],
             notes=archive.notes + archive.allowed + _skipped(recipe),
         ),
         *(_training(recipe, metrics) if "loss" in metrics else []),
+        *([dense_section(recipe.dense, metrics)] if recipe.dense is not None and "loss" in metrics else []),
         *probe_section(recipe, probe, metrics),
         *([gradients] if gradients is not None else []),
         Section(
@@ -74,7 +77,8 @@ def _skipped(recipe: PretrainRecipe) -> list[str]:
 
 def _training(recipe: PretrainRecipe, metrics: Mapping[str, tuple[list[float], list[float]]]) -> list[Section]:
     formula, chance = _chance(recipe, metrics)
-    final, std = metrics["loss"][1][-1], metrics["projection_std"][1][-1]
+    losses = metrics["loss" if recipe.dense is None else "global_loss"]
+    final, std = losses[1][-1], metrics["projection_std"][1][-1]
     healthy = 1 / math.sqrt(recipe.head.output)
     spread = {
         "projections": metrics["projection_std"],
@@ -86,7 +90,7 @@ def _training(recipe: PretrainRecipe, metrics: Mapping[str, tuple[list[float], l
         told += f" A view has {metrics['positives'][1][-1]:.2f} positives on average."
     collapse = f"Spread of the projections {std:.4f}; healthy is about 1/√d = {healthy:.4f}, collapsed is 0."
     return [
-        Section("Loss", text=[told], pictures=[curves({name: metrics["loss"]}, "Contrastive loss by step", "step", name)]),
+        Section("Loss", text=[told], pictures=[curves({name: losses}, "Contrastive loss by step", "step", name)]),
         Section(
             "Collapse",
             text=[collapse],

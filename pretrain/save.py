@@ -4,17 +4,19 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pretrain.archive import Archive
 from pretrain.probe.scans import ProbeScans
 from pretrain.recipe import PretrainRecipe
-from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, load_exactly, model_folder, read_config
+from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, load_exactly, model_folder, read_config, write_weights
 from resunet.data.leakage import ARCHIVE, merge_archives, write_archive
+from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
 from resunet.files import folder_aside, sha256
 from resunet.runs import Run, versions
-from resunet.transfer import fingerprint
+from resunet.transfer import DECODER, describe_decoder, fingerprint
 
 
 def mirror_encoder(run: Run, archive: Archive) -> None:
@@ -26,8 +28,14 @@ def mirror_encoder(run: Run, archive: Archive) -> None:
     run.mirror.model("encoder", folder, facts, {"manifest": archive.digest})
 
 
-def save_encoder(recipe: PretrainRecipe, encoder: ResidualEncoder, archive: Archive, probe: ProbeScans | None = None) -> None:
-    """model/ of a run; the record beside it holds the labelled scans of the probe, too."""
+def save_encoder(
+    recipe: PretrainRecipe,
+    encoder: ResidualEncoder,
+    archive: Archive,
+    probe: ProbeScans | None = None,
+    decoder: ProgressiveDecoder | None = None,
+) -> None:
+    """model/ of a run, with what was trained of a decoder; the record beside it holds the labelled scans of the probe, too."""
     labels = probe.labels if probe is not None else None
     encoder.config = ModelConfig(
         architecture=encoder.config.architecture,
@@ -35,10 +43,13 @@ def save_encoder(recipe: PretrainRecipe, encoder: ResidualEncoder, archive: Arch
         normalisation=recipe.normalisation,
         provenance=Provenance(data_sha256=archive.digest, recipe_sha256=recipe.sha256(), probe=labels, versions=versions()),
         feature_check=fingerprint(encoder),
+        decoder=describe_decoder(encoder, decoder, recipe.model.squeeze_excite) if decoder is not None else None,
         allowed=archive.allowed,
     )
     with folder_aside(recipe.out / "model") as aside:
         encoder.save_pretrained(aside)
+        if decoder is not None:
+            write_weights(aside / DECODER, decoder.state_dict())
         write_archive(aside / ARCHIVE, merge_archives(archive.evidence, probe.evidence if probe is not None else None))
 
 
@@ -60,10 +71,22 @@ def encoder_of_checkpoint(run: Path, step: int, out: Path) -> Path:
         )
     encoder = ResidualEncoder.from_pretrained(final)
     state = torch.load(checkpoints / f"step-{step}" / "state.pt", map_location="cpu", weights_only=True)["network"]
-    weights = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    load_exactly(encoder, weights, f"step {step}")
-    encoder.config = read_config(final).model_copy(update={"feature_check": fingerprint(encoder)})
+    load_exactly(encoder, _below("encoder.", state), f"step {step}")
+    config = read_config(final)
+    changed: dict[str, object] = {"feature_check": fingerprint(encoder)}
+    decoder = None
+    if (part := config.decoder) is not None:
+        decoder = ProgressiveDecoder(encoder, part.norm, part.squeeze_excite, part.finest)
+        load_exactly(decoder, _below("dense.decoder.", state), f"step {step}")
+        changed["decoder"] = describe_decoder(encoder, decoder, part.squeeze_excite)
+    encoder.config = config.model_copy(update=changed)
     with folder_aside(out) as aside:
         encoder.save_pretrained(aside)
+        if decoder is not None:
+            write_weights(aside / DECODER, decoder.state_dict())
         shutil.copyfile(final / ARCHIVE, aside / ARCHIVE)
     return out
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

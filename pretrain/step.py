@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pretrain.archive import Archive
-from pretrain.backward import backward_in_chunks, backward_whole
+from pretrain.backward import Score, backward_in_chunks, backward_whole
+from pretrain.crop import AffineMap
+from pretrain.draws import Draws
 from pretrain.loader import ContrastiveSet
 from pretrain.losses import Items
 from pretrain.non_finite import suspects
-from pretrain.objective import contrast
+from pretrain.objective import contrast, contrast_both
+from pretrain.places import PLACES_STREAM, Matches, matching_places
 from pretrain.ranks import on_every_rank
 from pretrain.recipe import PretrainRecipe
-from pretrain.views import VIEWS_STREAM, make_views
+from pretrain.views import VIEWS_STREAM, Views, make_views
 from resunet.layout import channels_last
 from resunet.training import step_generator
 
@@ -37,8 +40,15 @@ def add_gradients(
     backward = backward_whole if recipe.cache_chunk is None else partial(backward_in_chunks, chunk=recipe.cache_chunk)
     for part in range(recipe.accumulate):
         windows = on_every_rank(partial(next, reader), accelerator)
-        views = views_of_set(recipe, windows, step * recipe.accumulate + part, accelerator)
-        score = partial(contrast, criterion=criterion, items=_items(archive, windows, accelerator.device))
+        index = step * recipe.accumulate + part
+        views, where = placed_views_of_set(recipe, windows, index, accelerator)
+        score: Score = partial(contrast, criterion=criterion, items=_items(archive, windows, accelerator.device))
+        if recipe.dense is not None:
+            matches = matches_of_set(recipe, recipe.dense.points, windows, where, index, accelerator)
+            backward = partial(backward_whole, places=matches.places)
+            score = partial(
+                contrast_both, contrast_scans=score, found=matches.found, weight=recipe.objective.weight, dense=recipe.dense
+            )
         last = part == recipe.accumulate - 1
         terms, projection = backward(
             network, views, score=score, weight=1 / recipe.accumulate, accelerator=accelerator, synchronise=last
@@ -51,6 +61,11 @@ def add_gradients(
 
 def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Tensor:
     """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, *size)."""
+    return placed_views_of_set(recipe, windows, index, accelerator).values
+
+
+def placed_views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Views:
+    """The same, and where they are in the windows."""
     device = accelerator.device
     generator = step_generator(
         device, recipe.seed, VIEWS_STREAM, index, rank=0
@@ -60,7 +75,22 @@ def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, ac
     views = make_views(
         scans, windows.sizes, windows.anchors, recipe.views, generator, first, recipe.batch, spacing=windows.spacing
     )
-    return channels_last(views)
+    return views._replace(values=channels_last(views.values))
+
+
+def matches_of_set(
+    recipe: PretrainRecipe,
+    count: int,
+    windows: ContrastiveSet,
+    places: tuple[AffineMap, AffineMap],
+    index: int,
+    accelerator: Accelerator,
+) -> Matches:
+    """Up to `count` matching places of every scan in this rank's share of the `index`-th contrastive set."""
+    generator = step_generator(accelerator.device, recipe.seed, PLACES_STREAM, index, rank=0)  # as that of the views
+    share = len(windows.sizes)
+    first = accelerator.process_index * share
+    return matching_places(places, windows.sizes, count, Draws(generator, range(first, first + share), recipe.batch))
 
 
 def _items(archive: Archive, windows: ContrastiveSet, device: torch.device) -> Items:

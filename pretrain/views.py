@@ -6,18 +6,30 @@ the set or many do.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.crop import crop, crop_grid
+from pretrain.crop import AffineMap, crop, crop_grid
 from pretrain.draws import Draws
 from pretrain.intensity import change_intensity
 from pretrain.recipe import ViewSettings
 
 VIEWS_STREAM = 1  # names the random stream of the views in step_generator
+
+
+class Views(NamedTuple):
+    """Two views of every scan.
+
+    values: (2N, C, *settings.sides) float32: the first views of all scans, then the second.
+    places: where the first views are in their scans, and where the second are.
+    """
+
+    values: Tensor
+    places: tuple[AffineMap, AffineMap]
 
 
 def stack_scans(scans: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
@@ -38,7 +50,7 @@ def make_views(
     first: int = 0,
     total: int | None = None,
     spacing: Tensor | None = None,
-) -> Tensor:
+) -> Views:
     """Two independent views of every scan.
 
     Args:
@@ -47,17 +59,15 @@ def make_views(
         anchors: (N, 2, dimensions), for each view a voxel that its crop holds, so that no crop is of background only.
         first, total: these are the scans from place `first` on of a set of `total`; without them, the whole set.
         spacing: (N, 3) mm, of volumes; images are cut and turned in pixels.
-
-    Returns:
-        (2N, C, *settings.sides) float32: the first views of all scans, then the second.
     """
     count = scans.shape[0]
     draws = Draws(generator, range(first, first + count), count if total is None else total)
     if spacing is None:
         assert scans.ndim == 4
         spacing = torch.ones(sizes.shape)
-    views = []
+    values, places = [], []
     for view in range(2):
-        cut = crop(scans, crop_grid(sizes, anchors[:, view], spacing, settings, draws), sizes)
-        views.append(change_intensity(cut, settings, draws))
-    return torch.cat(views)
+        grid, place = crop_grid(sizes, anchors[:, view], spacing, settings, draws)
+        values.append(change_intensity(crop(scans, grid, sizes), settings, draws))
+        places.append(place)
+    return Views(torch.cat(values), (places[0], places[1]))

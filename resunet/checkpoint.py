@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from resunet.architecture import Architecture, EnsembleArchitecture
+from resunet.blocks import NormKind
 from resunet.config import Frozen, Normalisation, PercentileZScore
 from resunet.decision import OperatingPoint, Postprocessing
 from resunet.errors import InputError
@@ -36,6 +37,15 @@ class FeatureCheck(Frozen):
     seed: int
     size: int
     features: dict[str, list[float]]
+
+
+class DecoderPart(Frozen):
+    """What of a decoder was trained with an encoder; its weights are beside the encoder's. See `resunet.transfer`."""
+
+    finest: int = Field(ge=0, description="the level that it was trained down to; finer ones are not in it")
+    norm: NormKind
+    squeeze_excite: bool
+    feature_check: FeatureCheck = Field(description="of its levels, in the float64 encoder's features")
 
 
 class ProbeLabels(Frozen):
@@ -69,6 +79,7 @@ class ModelConfig(Frozen):
     ignore: tuple[int, ...] = Field((), description="raw mask values that are left out of every count")
     provenance: Provenance = Provenance()
     feature_check: FeatureCheck | None = None
+    decoder: DecoderPart | None = Field(None, description="of an encoder: what else was trained; null: nothing")
     allowed: list[str] = Field([], description="checks that a recipe set aside by name")
     postprocessing: Postprocessing | None = Field(None, description="null: none, and none was looked for")
     operating_point: OperatingPoint | None = Field(None, description="null: no budget of false alarms was given")

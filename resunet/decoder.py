@@ -13,27 +13,31 @@ class ProgressiveDecoder(nn.Module):
     """Transposed convolution ×2, skip through a 1×1 convolution (optional squeeze-and-excitation), added, residual unit.
 
     It asks the encoder for channels and strides. The finest feature map it returns has the size and the width of the
-    encoder's finest level.
+    encoder's level `finest`: 0, the finest it has, but for a decoder that is trained before it is whole. The blocks of that one
+    have the names that they have in the whole decoder.
 
     Args:
         encoder: whose `channels`, `strides` and `spatial_dims` shape the decoder; it is not kept.
         norm: 'batch', 'instance' or 'group'.
         squeeze_excite: squeeze-and-excitation on every skip.
+        finest: the level that it climbs to.
     """
 
-    def __init__(self, encoder: Encoder, norm: NormKind = "batch", squeeze_excite: bool = False) -> None:
+    def __init__(self, encoder: Encoder, norm: NormKind = "batch", squeeze_excite: bool = False, finest: int = 0) -> None:
         super().__init__()
+        assert finest == 0 or 0 < finest < len(encoder.channels) - 1, f"finest={finest}: of {len(encoder.channels)} levels"
+        self.finest = finest
         steps = [coarse // fine for fine, coarse in itertools.pairwise(encoder.strides)]
         assert all(step == 2 for step in steps), f"every level halves the one before: strides {encoder.strides}"
-        widths = encoder.channels[::-1]  # coarsest first
+        widths = encoder.channels[finest:][::-1]  # coarsest first
         self.blocks = nn.ModuleList(
             UpBlock(encoder.spatial_dims, below, skip, skip, norm, squeeze_excite) for below, skip in itertools.pairwise(widths)
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Features finest first, as an encoder returns them → (N, channels[0], *size of the finest)."""
+        """Features finest first, as an encoder returns them → (N, channels[finest], *size of level `finest`)."""
         x = features[-1]
-        for block, skip in zip(self.blocks, reversed(features[:-1]), strict=True):
+        for block, skip in zip(self.blocks, reversed(features[self.finest : -1]), strict=True):
             x = block(x, skip)
         return x
 
@@ -43,7 +47,7 @@ class ProgressiveDecoder(nn.Module):
         Apart from `forward`, which lets the coarser ones go while it climbs.
         """
         x, found = features[-1], []
-        for block, skip in zip(self.blocks, reversed(features[:-1]), strict=True):
+        for block, skip in zip(self.blocks, reversed(features[self.finest : -1]), strict=True):
             x = block(x, skip)
             found.append(x)
         return found[::-1]

@@ -1,20 +1,23 @@
-"""Encoder → full network, exactly, with a receipt.
+"""Encoder → full network, exactly, with a receipt; and with it what of a decoder was trained.
 
 Weights that silently did not load are the field's commonest fault, so nothing here is lenient: every tensor of the
-encoder is loaded or adapted and named, everything else is fresh and named, and the encoder inside the full network
-must give the features that the live one gave when it was saved.
+encoder is loaded or adapted and named, so is every one of the trained part of a decoder, everything else is fresh and named, and
+both inside the full network must give the features that the live ones gave when they were saved.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from resunet.architecture import ResUNetArchitecture
 from resunet.checkpoint import (
     CONFIG,
     WEIGHTS,
+    DecoderPart,
     FeatureCheck,
     ModelConfig,
     cast_to,
@@ -25,6 +28,7 @@ from resunet.checkpoint import (
     read_weights,
 )
 from resunet.config import Frozen
+from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
 from resunet.files import sha256
@@ -34,6 +38,8 @@ from resunet.model import ResUNet
 # convolutions are rounded to float32 once more: measured up to 2e-9.
 TOLERANCE = 1e-9
 TOLERANCE_ADAPTED = 1e-6
+DECODER = "decoder.safetensors"
+Parts = Literal["encoder", "both"]
 _SEED = 20150505
 _SIZE = {2: 64, 3: 32}
 
@@ -49,7 +55,10 @@ class TensorReceipt(Frozen):
 
 
 class Receipt(Frozen):
-    """What came from the encoder, tensor by tensor: receipt.json."""
+    """What came from pretraining, tensor by tensor: receipt.json.
+
+    source of a tensor: its name in the encoder's file, or in the decoder's. decoder_…: where a decoder came too.
+    """
 
     schema_version: int = 1
     encoder_sha256: dict[str, str]
@@ -59,20 +68,29 @@ class Receipt(Frozen):
     encoder_share_loaded: float
     feature_error: float
     feature_tolerance: float
+    decoder_parameters: int = 0
+    decoder_parameters_loaded: int = 0
+    decoder_feature_error: float | None = None
     tensors: list[TensorReceipt]
 
     def line(self) -> str:
         """The receipt in a sentence."""
         states = [tensor.state for tensor in self.tensors]
+        decoder = ""
+        if self.decoder_feature_error is not None:
+            decoder = (
+                f"; so did {self.decoder_parameters_loaded / self.decoder_parameters:.1%} of the decoder's "
+                f"{self.decoder_parameters:,}, features equal to {self.decoder_feature_error:.0e}"
+            )
         return (
             f"{states.count('loaded')} tensors loaded, {states.count('adapted')} adapted, {states.count('fresh')} fresh; "
             f"{self.encoder_share_loaded:.1%} of the encoder's {self.encoder_parameters:,} parameters came from "
-            f"pretraining; features equal to {self.feature_error:.0e}"
+            f"pretraining, features equal to {self.feature_error:.0e}{decoder}"
         )
 
 
-def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool = False) -> Receipt:
-    """Load a pretrained encoder into `model.encoder`.
+def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool = False, parts: Parts | None = None) -> Receipt:
+    """Load a pretrained encoder into `model.encoder`, and what was trained of a decoder into `model.decoder`.
 
     Args:
         encoder: a pretraining run or an encoder's model directory.
@@ -80,6 +98,7 @@ def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool =
         allow_input_channels: allow another number of input channels. The input convolutions are then summed over the
             encoder's channels and divided by the network's, which gives the same features for an image whose
             channels are equal (as timm does for grey images).
+        parts: encoder: nothing else; both: the decoder too, or an error; None: whatever there is.
 
     Raises:
         InputError: names or shapes that differ and are not named as allowed, each listed.
@@ -87,7 +106,8 @@ def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool =
     """
     folder = model_folder(encoder)
     config = read_config(folder)
-    _check_architecture(folder, config, model, allow_input_channels)
+    part = _decoder_part(folder, config, parts)
+    _check_architecture(folder, config, part, model, allow_input_channels)
     check = config.feature_check
     if check is None:
         raise InputError(f"{folder / CONFIG}: has no feature_check; it was not written by resunet pretrain.")
@@ -110,10 +130,16 @@ def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool =
             f"{folder}: the encoder does not give the features it gave when it was saved: relative difference "
             f"{error:.2g}, allowed {tolerance:.0g}. {WEIGHTS} was changed after pretraining; restore it or pretrain again."
         )
+    from_decoder = read_decoder(folder, trial, part, tolerance, adapted=bool(adapted)) if part is not None else {}
     load_exactly(model.encoder, tensors, str(folder / WEIGHTS))
     error = feature_error(model.encoder, check, adapted=bool(adapted))  # of the encoder where it now is
     assert error <= tolerance
-    return _receipt(folder, model, set(adapted), error)
+    decoder_error = None
+    if part is not None:
+        load_exactly(model.decoder, model.decoder.state_dict() | from_decoder, str(folder / DECODER))
+        decoder_error = decoder_feature_error(model.encoder, model.decoder, part, adapted=bool(adapted))
+        assert decoder_error <= tolerance
+    return _receipt(folder, model, set(adapted), error, set(from_decoder), decoder_error)
 
 
 def adapt_input(weight: Tensor, in_channels: int) -> Tensor:
@@ -128,9 +154,8 @@ def fingerprint(encoder: ResidualEncoder) -> FeatureCheck:
     with a plane of its own for every channel. Mean and root mean square over (N, *size).
     """
     size = _SIZE[encoder.spatial_dims]
-    return FeatureCheck(
-        seed=_SEED, size=size, features={kind: _pooled(encoder, _SEED, size, kind) for kind in ("equal", "own")}
-    )
+    features = {kind: _pooled(_levels(encoder, _SEED, size, kind)) for kind in ("equal", "own")}
+    return FeatureCheck(seed=_SEED, size=size, features=features)
 
 
 def feature_error(encoder: ResidualEncoder, check: FeatureCheck, adapted: bool = False) -> float:
@@ -138,10 +163,66 @@ def feature_error(encoder: ResidualEncoder, check: FeatureCheck, adapted: bool =
 
     `adapted`: the encoder has other input channels than the recorded one had, so that only equal channels compare.
     """
+    return _worst(check, lambda kind: _pooled(_levels(encoder, check.seed, check.size, kind)), adapted)
+
+
+def describe_decoder(encoder: ResidualEncoder, decoder: ProgressiveDecoder, squeeze_excite: bool) -> DecoderPart:
+    """The facts of a trained decoder, its levels' features of the encoder's fixed input among them; see `fingerprint`."""
+    size = _SIZE[encoder.spatial_dims]
+    features = {kind: _pooled(_decoded(encoder, decoder, _SEED, size, kind)) for kind in ("equal", "own")}
+    return DecoderPart(
+        finest=decoder.finest,
+        norm=encoder.config.architecture.norm,  # type: ignore[union-attr]
+        squeeze_excite=squeeze_excite,
+        feature_check=FeatureCheck(seed=_SEED, size=size, features=features),
+    )
+
+
+def decoder_feature_error(
+    encoder: ResidualEncoder, decoder: ProgressiveDecoder, part: DecoderPart, adapted: bool = False
+) -> float:
+    """As `feature_error`, of a decoder's levels down to the finest that was recorded."""
+    check = part.feature_check
+
+    def found(kind: str) -> list[float]:
+        return _pooled(_decoded(encoder, decoder, check.seed, check.size, kind)[part.finest - decoder.finest :])
+
+    return _worst(check, found, adapted)
+
+
+def read_decoder(
+    folder: Path, encoder: ResidualEncoder, part: DecoderPart, tolerance: float, adapted: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of the trained decoder in a model directory, checked: names, shapes, and features from this encoder's.
+
+    Raises:
+        InputError: no such file, or names or shapes that differ, each listed.
+        CheckFailed: the features are not those of the decoder that was saved.
+    """
+    if not (folder / DECODER).is_file():
+        raise InputError(
+            f"{folder / DECODER}: no such file, and {CONFIG} names a trained decoder. Restore it, or leave it: transfer=encoder."
+        )
+    tensors = read_weights(folder / DECODER)
+    decoder = ProgressiveDecoder(encoder, part.norm, part.squeeze_excite, part.finest)
+    problems = differences(decoder.state_dict(), tensors)
+    if problems:
+        raise InputError(f"{folder / DECODER}: does not fit the network's decoder:\n{problems}")
+    load_exactly(decoder, tensors, str(folder / DECODER))
+    error = decoder_feature_error(encoder, decoder, part, adapted)
+    if not error <= tolerance:
+        raise CheckFailed(
+            f"{folder}: the decoder does not give the features it gave when it was saved: relative difference {error:.2g}, allowed "
+            f"{tolerance:.0g}. {DECODER} was changed after pretraining; restore it or pretrain again."
+        )
+    return tensors
+
+
+def _worst(check: FeatureCheck, pooled: Callable[[str], list[float]], adapted: bool) -> float:
     worst = 0.0
     for kind in ("equal",) if adapted else ("equal", "own"):
         expected = torch.tensor(check.features[kind], dtype=torch.float64)
-        found = torch.tensor(_pooled(encoder, check.seed, check.size, kind), dtype=torch.float64)
+        found = torch.tensor(pooled(kind), dtype=torch.float64)
         if found.shape != expected.shape:
             return float("inf")
         difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
@@ -150,19 +231,41 @@ def feature_error(encoder: ResidualEncoder, check: FeatureCheck, adapted: bool =
 
 
 @torch.no_grad()
-def _pooled(encoder: ResidualEncoder, seed: int, size: int, kind: str) -> list[float]:
+def _levels(encoder: ResidualEncoder, seed: int, size: int, kind: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (2, 1 if kind == "equal" else encoder.in_channels, *[size] * encoder.spatial_dims)
     x = torch.rand(shape, generator=generator, dtype=torch.float64) * 4 - 2
-    x = x.expand(-1, encoder.in_channels, *shape[2:])
+    levels: list[Tensor] = cast_to(encoder, torch.float64)(x.expand(-1, encoder.in_channels, *shape[2:]))
+    return levels
+
+
+@torch.no_grad()
+def _decoded(encoder: ResidualEncoder, decoder: ProgressiveDecoder, seed: int, size: int, kind: str) -> list[Tensor]:
+    return cast_to(decoder, torch.float64).levels(_levels(encoder, seed, size, kind))
+
+
+def _pooled(levels: Sequence[Tensor]) -> list[float]:
     pooled = []
-    for level in cast_to(encoder, torch.float64)(x):
+    for level in levels:
         over = (0, *range(2, level.ndim))
         pooled += [level.mean(dim=over), level.square().mean(dim=over).sqrt()]
-    return torch.cat(pooled).tolist()
+    found: list[float] = torch.cat(pooled).tolist()
+    return found
 
 
-def _check_architecture(folder: Path, config: ModelConfig, model: ResUNet, allow_input_channels: bool) -> None:
+def _decoder_part(folder: Path, config: ModelConfig, parts: Parts | None) -> DecoderPart | None:
+    """The trained decoder that is to be transferred."""
+    if parts == "both" and config.decoder is None:
+        raise InputError(
+            f"transfer=both: {folder} holds an encoder alone. A decoder is trained by resunet pretrain with dense (dense.weight=1, "
+            "for example); leave the key out to take what there is."
+        )
+    return None if parts == "encoder" else config.decoder
+
+
+def _check_architecture(
+    folder: Path, config: ModelConfig, part: DecoderPart | None, model: ResUNet, allow_input_channels: bool
+) -> None:
     """What an encoder and a network must share, compared key by key before any tensor is."""
     if config.architecture.name != ResidualEncoder.kind:
         raise InputError(f"{folder}: holds a {config.architecture.name!r}, not an encoder. Give a pretraining run.")
@@ -170,40 +273,53 @@ def _check_architecture(folder: Path, config: ModelConfig, model: ResUNet, allow
     ours = model.encoder.config.architecture.model_dump()
     free = {"in_channels"} if allow_input_channels else set()
     differing = [key for key in ours if ours[key] != theirs[key] and key not in free]
-    if differing:
-        lines = "\n".join(f"  {key}: encoder {_shown(theirs[key])}, network {_shown(ours[key])}" for key in differing)
-        hint = "Set the recipe's model keys to the encoder's, or pretrain an encoder of this shape."
+    lines = [f"  {key}: encoder {_shown(theirs[key])}, network {_shown(ours[key])}" for key in differing]
+    hint = "Set the recipe's model keys to the encoder's, or pretrain an encoder of this shape."
+    assert isinstance(model.config.architecture, ResUNetArchitecture)
+    if part is not None and part.squeeze_excite != (own := model.config.architecture.squeeze_excite):
+        lines.append(f"  squeeze_excite: decoder {part.squeeze_excite}, network {own}")
+        hint += " transfer=encoder leaves the decoder out."
+    if lines:
         if "in_channels" in differing:
             hint += " Another number of input channels can be allowed by name: allow=[input_channels]."
-        raise InputError(f"{folder}: the encoder is not of the network's architecture:\n{lines}\n{hint}")
+        listed = "\n".join(lines)
+        raise InputError(f"{folder}: the encoder is not of the network's architecture:\n{listed}\n{hint}")
 
 
 def _shown(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def _receipt(folder: Path, model: ResUNet, adapted: set[str], error: float) -> Receipt:
-    prefix = "encoder."
+def _receipt(
+    folder: Path, model: ResUNet, adapted: set[str], error: float, from_decoder: set[str], decoder_error: float | None
+) -> Receipt:
+    sources = {f"encoder.{name}": name for name in model.encoder.state_dict()}
+    sources |= {f"decoder.{name}": name for name in from_decoder}
     tensors = []
     for name, tensor in model.state_dict().items():
-        source = name.removeprefix(prefix) if name.startswith(prefix) else None
+        source = sources.get(name)
         state: Literal["loaded", "adapted", "fresh"] = "loaded"
         if source is None:
             state = "fresh"
-        elif source in adapted:
+        elif source in adapted:  # convolutions of the encoder; none of a decoder has such a name
             state = "adapted"
         tensors.append(
             TensorReceipt(name=name, state=state, shape=tuple(tensor.shape), norm=float(tensor.double().norm()), source=source)
         )
     sizes = {name: parameter.numel() for name, parameter in model.encoder.named_parameters()}
     loaded = sum(size for name, size in sizes.items() if name not in adapted)
+    decoder_sizes = {name: parameter.numel() for name, parameter in model.decoder.named_parameters()}
+    files = (CONFIG, WEIGHTS) if decoder_error is None else (CONFIG, WEIGHTS, DECODER)
     return Receipt(
-        encoder_sha256={name: sha256(folder / name) for name in (CONFIG, WEIGHTS)},
+        encoder_sha256={name: sha256(folder / name) for name in files},
         allowed=[f"input channels adapted: {name}" for name in sorted(adapted)],
         encoder_parameters=sum(sizes.values()),
         encoder_parameters_loaded=loaded,
         encoder_share_loaded=loaded / sum(sizes.values()),
         feature_error=error,
         feature_tolerance=TOLERANCE_ADAPTED if adapted else TOLERANCE,
+        decoder_parameters=sum(decoder_sizes.values()) if decoder_error is not None else 0,
+        decoder_parameters_loaded=sum(size for name, size in decoder_sizes.items() if name in from_decoder),
+        decoder_feature_error=decoder_error,
         tensors=tensors,
     )

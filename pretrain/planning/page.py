@@ -81,7 +81,7 @@ def _held_out(plan: Plan) -> list[str]:
 def _cost(plan: Plan) -> list[str]:
     recipe, cost, scans = plan.recipe, plan.cost, plan.archive.scans
     a_step = recipe.batch * recipe.accumulate
-    encoder, head = cost.parameters
+    encoder, rest = cost.parameters
     memory = f"{cost.memory / GIB:.2g} GiB " + ("on the GPU" if cost.device == "cuda" else "of the process at its peak")
     if cost.worker_memory:
         memory += (
@@ -94,7 +94,8 @@ def _cost(plan: Plan) -> list[str]:
         f"{duration(plan.seconds)} for {recipe.steps:,} steps, {duration(plan.read_seconds)} of it reading the archive",
         f"{recipe.steps * a_step / scans.num_items:.3g} epochs: so often each of {scans.num_items:,} {scans.items} is shown, twice",
         memory,
-        f"{encoder / 1e6:.2f} M parameters of the encoder, {head / 1e6:.2f} M of the head",
+        f"{encoder / 1e6:.2f} M parameters of the encoder, {rest / 1e6:.2f} M of "
+        + ("the head" if recipe.dense is None else "the decoder and the heads"),
         f"{saved:,.0f} MiB a checkpoint, {saved * (recipe.keep_checkpoints + 1):,.0f} MiB of disk while the latest "
         f"{recipe.keep_checkpoints} are kept and the next is written",
     ]

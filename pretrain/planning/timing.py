@@ -29,7 +29,7 @@ class Cost:
     waited: seconds of it in which the network had nothing to do but wait for scans.
     read: seconds that one process takes to read a rank's share of a set.
     memory, worker_memory: bytes at their peaks; of a process that reads, what it shares with the rank included.
-    parameters: of encoder and projection head.
+    parameters: of the encoder, and of all else: the projection head, and with dense a decoder and its own.
     checkpoint: bytes.
     busy: see `resunet.measuring.load`.
     own_group: how many others of a rank's share are of a scan's own group, on average.
@@ -129,7 +129,7 @@ def measure_cost(recipe: PretrainRecipe, archive: Archive, accelerator: Accelera
         read=read,
         memory=peak_memory(device),
         worker_memory=peak_memory_of_workers() if recipe.data.workers else 0,
-        parameters=(_count(network.encoder), _count(network.head)),
+        parameters=(_count(network.encoder), _count(network) - _count(network.encoder)),
         checkpoint=written.count,
         device=device.type,
         busy=load(),

@@ -34,7 +34,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def grid_of(sizes: torch.Tensor, anchors: torch.Tensor, settings: ViewSettings) -> Grid:
     draws = Draws(generator(), range(len(sizes)), len(sizes))
-    return crop_grid(sizes, anchors, torch.ones(sizes.shape), settings, draws)
+    return crop_grid(sizes, anchors, torch.ones(sizes.shape), settings, draws)[0]
 
 
 def random_scans(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,7 +52,7 @@ def centres(sizes: torch.Tensor) -> torch.Tensor:
 
 
 def views_of(scans: torch.Tensor, sizes: torch.Tensor, settings: ViewSettings, its: torch.Generator) -> torch.Tensor:
-    return make_views(scans, sizes, centres(sizes), settings, its)
+    return make_views(scans, sizes, centres(sizes), settings, its).values
 
 
 def checkerboard(size: int, block: int) -> torch.Tensor:
@@ -268,16 +268,16 @@ def test_a_scans_views_do_not_depend_on_who_makes_the_others(bounds):
     scans, sizes = stack_scans([np.random.default_rng(i).random((2, *shape), np.float32) for i, shape in enumerate(shapes)])
     anchors = centres(sizes)
     settings = ViewSettings(size=12, noise=1)
-    wanted = make_views(scans, sizes, anchors, settings, generator())
+    wanted = make_views(scans, sizes, anchors, settings, generator()).values
     shares = []
     for first, end in pairwise(bounds):
         height, width = sizes[first:end].amax(dim=0).tolist()
         part = scans[first:end, :, :height, :width]
         views = make_views(part, sizes[first:end], anchors[first:end], settings, generator(), first, len(scans))
-        shares.append(views.chunk(2))
+        shares.append(views.values.chunk(2))
     views = torch.cat([torch.cat(one) for one in zip(*shares, strict=True)])
     torch.testing.assert_close(views, wanted, atol=1e-4, rtol=0)
-    again = make_views(scans[3:], sizes[3:], anchors[3:], settings, generator(), 3, 6).chunk(2)[0]
+    again = make_views(scans[3:], sizes[3:], anchors[3:], settings, generator(), 3, 6).values.chunk(2)[0]
     assert torch.equal(again, wanted[3:6])  # the same padding: the same bits
 
 
@@ -319,7 +319,7 @@ def test_views_have_anchors_of_their_own():
     scans = torch.zeros(1, 1, 40, 40)
     scans[0, 0, :20] = 1
     anchors = torch.tensor([[[2, 20], [37, 20]]])
-    views = make_views(scans, whole(scans), anchors, still(8, scale=(0.01, 0.01)), generator())
+    views = make_views(scans, whole(scans), anchors, still(8, scale=(0.01, 0.01)), generator()).values
     assert (views[0] == 1).all() and (views[1] == 0).all()
 
 

@@ -39,13 +39,14 @@ def middle(sizes: torch.Tensor) -> torch.Tensor:
 
 def views_of(scans: torch.Tensor, settings: ViewSettings, spacing: tuple[float, ...] = CUBES, seed: int = 0) -> torch.Tensor:
     sizes = whole(scans)
-    return make_views(scans, sizes, middle(sizes), settings, generator(seed), spacing=torch.tensor([spacing] * len(scans)))
+    its = torch.tensor([spacing] * len(scans))
+    return make_views(scans, sizes, middle(sizes), settings, generator(seed), spacing=its).values
 
 
 def grid_of(size: tuple[int, ...], settings: ViewSettings, spacing: tuple[float, ...], count: int = 200) -> Grid:
     sizes = torch.tensor([size] * count)
     draws = Draws(generator(), range(count), count)
-    return crop_grid(sizes, sizes // 2, torch.tensor([spacing] * count), settings, draws)
+    return crop_grid(sizes, sizes // 2, torch.tensor([spacing] * count), settings, draws)[0]
 
 
 def axes_of(grid: Grid) -> torch.Tensor:
@@ -153,7 +154,7 @@ def test_every_scan_is_read_from_its_own_level():
     spacing = torch.tensor([CUBES, CUBES, (2.0, 1.0, 4.0)])
     volumes = [np.random.default_rng(i).standard_normal((1, *shape), np.float32) for i, shape in enumerate(shapes)]
     scans, sizes = stack_scans(volumes)
-    views = make_views(scans, sizes, middle(sizes), still(8), generator(), spacing=spacing)[:3]
+    views = make_views(scans, sizes, middle(sizes), still(8), generator(), spacing=spacing).values[:3]
     for view, one, kernel in zip(views, volumes, ((4, 4, 4), (1, 1, 1), (2, 4, 1)), strict=True):
         torch.testing.assert_close(view, torch.nn.functional.avg_pool3d(torch.from_numpy(one), kernel), atol=5e-5, rtol=0)
 
@@ -168,7 +169,8 @@ def test_the_padding_is_never_read(size):
         inside[(slice(None), *map(slice, its))] = True
         scan[~inside] = 1e6
     for seed in range(4):
-        views = make_views(scans, sizes, middle(sizes), settings, generator(seed), spacing=torch.tensor([LONG, CUBES, THICK]))
+        spacing = torch.tensor([LONG, CUBES, THICK])
+        views = make_views(scans, sizes, middle(sizes), settings, generator(seed), spacing=spacing).values
         assert views.min() > -100 and views.max() < 100  # see test_views.py for the rounding that shows
 
 
@@ -178,7 +180,7 @@ def test_every_crop_holds_its_anchor_and_stays_inside():
     anchors = torch.stack([torch.randint(n, (count,), generator=draw) for n in size], dim=1)
     anchors[:8] = torch.tensor([*product(*((0, n - 1) for n in size))])
     sizes, draws = torch.tensor([size] * count), Draws(generator(), range(count), count)
-    grid = crop_grid(sizes, anchors, torch.tensor([LONG] * count), still(8, scale=(0.01, 1), ratio=(0.5, 2)), draws)
+    grid, _ = crop_grid(sizes, anchors, torch.tensor([LONG] * count), still(8, scale=(0.01, 1), ratio=(0.5, 2)), draws)
     for axis, extent in enumerate(size):
         line = grid.positions[..., 2 - axis]
         first, last = line.amin(dim=(1, 2, 3)), line.amax(dim=(1, 2, 3))
@@ -216,14 +218,14 @@ def test_a_volumes_views_do_not_depend_on_who_makes_the_others(bounds):
     scans, sizes = stack_scans([np.random.default_rng(i).random((2, *shape), np.float32) for i, shape in enumerate(shapes)])
     anchors, settings = middle(sizes), ViewSettings(size=9, noise=1)
     spacing = torch.tensor([CUBES, LONG, THICK, CUBES])
-    wanted = make_views(scans, sizes, anchors, settings, generator(), spacing=spacing)
+    wanted = make_views(scans, sizes, anchors, settings, generator(), spacing=spacing).values
     shares = []
     for first, end in pairwise(bounds):
         part = scans[first:end][(..., *map(slice, sizes[first:end].amax(dim=0).tolist()))]
         views = make_views(
             part, sizes[first:end], anchors[first:end], settings, generator(), first, 4, spacing=spacing[first:end]
         )
-        shares.append(views.chunk(2))
+        shares.append(views.values.chunk(2))
     views = torch.cat([torch.cat(one) for one in zip(*shares, strict=True)])
     torch.testing.assert_close(views, wanted, atol=1e-4, rtol=0)
 

@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from pretrain.backward import backward_in_chunks, backward_whole
+from pretrain.dense import contrast_places
 from pretrain.loop import pretrain
 from pretrain.losses import Items
 from pretrain.non_finite import NonFinite, suspects
-from pretrain.objective import SimCLR, build_loss, contrast, loss_state
-from pretrain.recipe import HeadSettings, ObjectiveSettings, PretrainRecipe
+from pretrain.objective import SimCLR, build_loss, contrast, contrast_both, loss_state
+from pretrain.recipe import DenseSettings, HeadSettings, ObjectiveSettings, PretrainRecipe
 from resunet.data.cases import Case
 from resunet.encoder import ResidualEncoder
 
@@ -61,6 +62,46 @@ def gradients(name: str, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     return found | loss_state(criterion)
 
 
+def dense_gradients(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The same of a set with contrast of places, which all scans have equally many of; more than are used."""
+    torch.manual_seed(0)
+    head = HeadSettings(hidden=8, output=5, batch_norm=False)
+    dense = DenseSettings(points=6, pairs=32, hidden=8, output=5)
+    network = SimCLR(ResidualEncoder(1, (4, 8, 8), units=1, norm="group"), head, dense)
+    wrapped = accelerator.prepare(network)
+    share = BATCH // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    draw = torch.Generator().manual_seed(7)
+    views = torch.randn(2, BATCH, 1, 12, 12, generator=draw)[:, mine].flatten(0, 1)
+    places = (torch.rand(2, BATCH, 6, 2, generator=draw) * 2 - 1)[:, mine].flatten(0, 1)
+    found = torch.ones(share, 6, dtype=torch.bool)
+    score = partial(
+        contrast_both,
+        contrast_scans=partial(contrast, criterion=build_loss(ObjectiveSettings(), 0.2, head.output)),
+        found=found,
+        weight=0.7,
+        dense=dense,
+    )
+    terms, _ = backward_whole(wrapped, views, score, 1.0, accelerator, synchronise=True, places=places)
+    assert terms["dense_points"] == 32
+    terms = {key: accelerator.reduce(value, reduction="mean") for key, value in terms.items()}
+    return terms | {key: parameter.grad for key, parameter in network.named_parameters() if parameter.grad is not None}
+
+
+def dense_share(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Where one rank has fewer places all use as few: of eight scans the last two have one place each, or none."""
+    share = BATCH // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    found = torch.zeros(BATCH, 6, dtype=torch.bool)
+    found[:4] = True
+    found[6:, :1] = True
+    projection = torch.randn(2, BATCH, 6, 5, generator=torch.Generator().manual_seed(3))
+    few = contrast_places(projection[:, mine].flatten(0, 1), found[mine], DenseSettings())
+    found[4:] = False
+    none = contrast_places(projection[:, mine].flatten(0, 1), found[mine], DenseSettings())
+    return {"few": few["dense_points"], "none": none["dense_points"], "loss of none": none["dense_loss"]}
+
+
 def left_out(folder: Path, accelerator: Accelerator) -> None:
     """One scan of the last rank has a projection that is not finite; it writes skipped.jsonl."""
     cases = [Case(f"id{i}", "", "", "", None, (), None) for i in range(BATCH)]
@@ -75,10 +116,11 @@ def left_out(folder: Path, accelerator: Accelerator) -> None:
 
 def run(folder: Path) -> None:
     """results-RANK.pt, skipped.jsonl and the runs of recipe.json and volumes.json."""
-    for name in ("recipe", "volumes"):  # first: they start the ranks as the command does
+    for name in ("recipe", "volumes", "dense"):  # first: they start the ranks as the command does
         pretrain(PretrainRecipe.model_validate_json((folder / f"{name}.json").read_text(encoding="utf-8")))
     accelerator = Accelerator(cpu=True)
-    results = {name: gradients(name, accelerator) for name in CASES}
+    results = {name: gradients(name, accelerator) for name in CASES} | {"dense": dense_gradients(accelerator)}
+    results["dense, unequal"] = dense_share(accelerator)
     torch.save(results, folder / f"results-{accelerator.process_index}.pt")
     left_out(folder, accelerator)
 
