@@ -62,7 +62,7 @@ def test_the_wheel_runs_a_named_recipe_elsewhere(tmp_path: Path, write_blobs: Ca
     assert "resunet/configs/pretrain/brain_tumor.yaml" in names and "resunet/report.html.j2" in names
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "pretrain.py").write_text("raise SystemExit('the user’s own file was picked up')")
+    (elsewhere / "pretrain.py").write_text("raise SystemExit('the user’s own file was picked up')", encoding="utf-8")
     done = subprocess.run(
         [
             *(sys.executable, "-P", "-m", "pretrain", "brain_tumor", f"data.source={write_blobs()}"),
