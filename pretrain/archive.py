@@ -65,6 +65,8 @@ def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:
     cases = source.part("pool") if len(source.part("pool", "val", "test")) else source.cases
     store = on_every_rank(partial(_open_store, recipe.data.store), accelerator)
     prepared = _prepare(recipe, cases, store, accelerator)
+    if recipe.objective.position_threshold is not None:
+        _refuse_without_places(recipe.objective.position_threshold, cases, prepared)
     evidence = _evidence(source, cases, [one.looked for one in prepared if one.looked is not None])
     groups, notes = _group_numbers(evidence), source.notes()
     if recipe.model.spatial_dims == 3:
@@ -114,6 +116,16 @@ def _prepare(recipe: PretrainRecipe, cases: Sequence[Case], store: Store, accele
         missing = [i for i in share if prepared[i].key and prepared[i].key not in store]
         on_every_rank(lambda: list(prepare(missing)), accelerator)
     return prepared
+
+
+def _refuse_without_places(threshold: float, cases: Sequence[Case], prepared: Sequence[Prepared]) -> None:
+    """Raise InputError if no scan has slices whose places are known: nothing would be a positive by its place."""
+    if any(one.is_volume for one in prepared) or any(case.position is not None for case in cases):
+        return
+    raise InputError(
+        f"objective.position_threshold={threshold}: no scan of the archive is a volume, and none has a place in one. Add a column "
+        "position to the source's groups.csv (stem,group,position; from 0 to 1, or the number of the slice), or set it to null."
+    )
 
 
 def _group_numbers(evidence: Evidence) -> NDArray[np.int64]:

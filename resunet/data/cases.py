@@ -55,6 +55,7 @@ class Case:
     part: 'pool', 'val', 'test', or None where the source has no splits.
     files: one file; a DICOM series' files in order; or, with `file_per_channel`, one file a channel in their order.
     spacing: mm in array order, where it stands beside the files and not in them.
+    position: of a file that is one slice, its place in its volume, from 0 to 1; None where nobody said.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Case:
     file_per_channel: bool = False
     spacing: tuple[float, ...] | None = None
     known: Known | None = None
+    position: float | None = None
 
     def where(self) -> str:
         """The files, for a message on the terminal."""

@@ -3,6 +3,7 @@
 SOURCE/images/…    one file a case, in sub-folders too; or, without images/, every readable file below
 SOURCE/masks/…     the same stems (only fine-tuning and evaluation need them)
 SOURCE/groups.csv  stem,group: the patient or the physical item; without it every image is its own group
+                   stem,group,position: where a slice is in its volume, see `listing.read_positions`
 SOURCE/splits.json {"pool": [stem, …], "val": […], "test": […]}; without it `assign_parts` makes one by group
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from resunet.data.images import READABLE, stem_of, suffix_of
-from resunet.data.listing import Entry, Listing, complain, read_groups
+from resunet.data.listing import Entry, Listing, complain, read_groups, read_positions
 from resunet.data.splits import PARTS, check_disjoint, read_splits
 from resunet.errors import InputError
 
@@ -34,12 +35,12 @@ def list_folder(root: Path, masks: bool, splits: Path | None = None) -> Listing:
             f"resunet index {root} --out M.parquet, then data.source=M.parquet."
         )
     mask_of = _masks(root, images) if masks else {}
-    groups = read_groups(root / "groups.csv", images)
+    groups, positions = read_groups(root / "groups.csv", images), read_positions(root / "groups.csv")
     parts = read_splits(splits or root / "splits.json", images)
     if parts is not None:
         check_disjoint(parts, {stem: groups[stem] if groups else stem for stem in parts})
     entries = {stem: Entry((image,), mask_of.get(stem), (parts or {}).get(stem)) for stem, image in sorted(images.items())}
-    return Listing(entries, groups, PARTS if parts is None else (), labelled=(root / "masks").is_dir())
+    return Listing(entries, groups, PARTS if parts is None else (), labelled=(root / "masks").is_dir(), positions=positions)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

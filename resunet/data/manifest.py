@@ -9,6 +9,7 @@ M.html                the summary
 Columns are read when they are asked for: a million rows open in a moment.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from resunet.errors import InputError
 from resunet.files import file_aside
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # What reading a scan gives, whatever it is called and whosever it is.
 FACTS = pa.schema(
     [
@@ -54,6 +55,7 @@ ROWS = pa.schema(
         ("series", pa.string()),
         ("mask", pa.string()),  # the mask's id in M.paths.parquet, or null
         ("split", pa.string()),  # pool, val, test, or null
+        ("position", pa.float32()),  # of a file that is one slice: its place in its volume, from 0 to 1; null where nobody said
     ]
 )
 PATHS = pa.schema(
@@ -137,6 +139,12 @@ class Manifest:
     def columns(self, *names: str) -> pa.Table:
         """Some columns of the rows."""
         return pq.read_table(self.path, columns=list(names))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the sorted hashes of the files: which scans these are, whatever they are called and whosever they are."""
+        files = self.column("file_sha256").to_pylist()
+        return hashlib.sha256("".join(sorted(files)).encode()).hexdigest()
 
     def rows_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """The row of each id; −1 where there is none."""

@@ -15,7 +15,7 @@ from resunet.data.images import stem_of
 from resunet.data.manifest import Manifest, beside
 from resunet.data.splits import PARTS
 
-_COLUMNS = ("id", "group", "file_sha256", "shape", "channels", "percentiles", "mask")
+_COLUMNS = ("id", "group", "file_sha256", "shape", "channels", "percentiles", "mask", "position")
 
 
 class _Columns:
@@ -90,6 +90,7 @@ class ManifestCases(Sequence[Case]):
                 percentiles=tuple(values["percentiles"]),
                 stamps=self._columns.stamps(values["id"]),
             ),
+            position=values["position"],
         )
 
     def of_part(self, *names: str | None) -> "ManifestCases":

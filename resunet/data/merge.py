@@ -71,7 +71,7 @@ def _rows(facts: pa.Table, owned: Sequence[Owned], ownership: Ownership) -> pa.T
     columns = dict(zip(Owned._fields, zip(*owned, strict=True), strict=True))
     columns["mask"] = tuple(None if mask is None else ownership.mask_id(mask) for mask in columns["mask"])
     return pa.table(
-        [facts.column(name) if name in FACTS.names else pa.array(columns[name], pa.string()) for name in ROWS.names],
+        [facts.column(one.name) if one.name in FACTS.names else pa.array(columns[one.name], one.type) for one in ROWS],
         names=ROWS.names,
     )
 

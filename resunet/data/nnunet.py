@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from resunet.data.images import IMAGES, READABLE, TIFFS, channel_count
-from resunet.data.listing import Entry, Listing, complain, read_groups
+from resunet.data.listing import Entry, Listing, complain, read_groups, read_positions
 from resunet.data.splits import PARTS, check_disjoint, read_splits
 from resunet.errors import InputError
 
@@ -108,7 +108,7 @@ def list_nnunet(
         for case, entry in found.items()
         if entry.mask is not None or not masks
     }
-    return Listing(entries, groups, parts.open_parts, labelled, tuple(remarks))
+    return Listing(entries, groups, parts.open_parts, labelled, tuple(remarks), read_positions(root / "groups.csv"))
 
 
 class _Parts(NamedTuple):

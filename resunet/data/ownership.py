@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from resunet.data.dicom import DicomHeader
 from resunet.data.identity import Salt
 from resunet.data.images import READABLE, suffix_of
-from resunet.data.listing import read_groups
+from resunet.data.listing import read_groups, read_positions
 from resunet.data.manifest import path_text
 from resunet.data.splits import check_disjoint, read_splits
 from resunet.data.walk import FoundFile, Tree, walk
@@ -18,11 +18,12 @@ from resunet.errors import InputError
 from resunet.progress import say
 
 _CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
+Value = TypeVar("Value", str, float)
 _ENDINGS = frozenset((*READABLE, ".dcm", ".ima", ".dicom", ".dic"))
 
 
 class Owned(NamedTuple):
-    """What a row says of a scan beside its facts. grouped: somebody said whose it is; mask: its file, or None."""
+    """What a row says of a scan beside its facts. grouped: somebody said whose it is; mask: its file; position: groups.csv's."""
 
     id: str
     group: str
@@ -31,6 +32,7 @@ class Owned(NamedTuple):
     series: str
     mask: str | None
     split: str | None
+    position: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class _Root:
     groups: Mapping[str, str]
     splits: Mapping[str, str]
     masks: Mapping[str, str]
+    positions: Mapping[str, float]
 
     @property
     def says_something(self) -> bool:
@@ -108,6 +111,7 @@ class Ownership:
             series=header.series if header is not None else "",
             mask=_first((root.masks, stems) for root, stems in roots),
             split=_first((root.splits, stems) for root, stems in roots),
+            position=_first((root.positions, stems) for root, stems in roots),
         )
 
     def _group(self, first: str, roots: Sequence[tuple[_Root, Sequence[str]]], header: DicomHeader | None) -> tuple[str, bool]:
@@ -185,7 +189,7 @@ def refuse_torn_groups(owned: Iterable[tuple[str, Owned]]) -> None:
 def _root(folder: Path, files: Sequence[FoundFile], masks: Mapping[str, str] | None) -> _Root:
     images = next((folder / name for name in ("images", "imagesTr") if (folder / name).is_dir()), folder)
     groups = read_groups(folder / "groups.csv")  # an archive's list need not be complete
-    root = _Root(str(images), groups, {}, masks or {})
+    root = _Root(str(images), groups, {}, masks or {}, read_positions(folder / "groups.csv"))
     if (folder / "splits.json").is_file():
         below = f"{images}{os.sep}"
         stems = (stem for file in files if file.path.startswith(below) for stem in root.stems(file.path))
@@ -211,6 +215,6 @@ def _without_ending(path: str) -> str:
     return stem if f".{ending.lower()}" in _ENDINGS else path
 
 
-def _first(answers: Iterable[tuple[Mapping[str, str], Sequence[str]]]) -> str | None:
+def _first(answers: Iterable[tuple[Mapping[str, Value], Sequence[str]]]) -> Value | None:
     """The first of the values that some stem has."""
     return next((values[stem] for values, stems in answers if values for stem in stems if stem in values), None)

@@ -31,7 +31,8 @@ class Window:
     scan: index of the scan among the cases.
     spacing: mm in array order, of a volume; the pixels of slices and images are taken as they are: 1.
     axis: of the volume, in LPS, that it is sliced along; None for an image and for a volume as it is.
-    position: of the slice along that axis, from 0 for the first slice to 1 for the last; NaN where there is no such place.
+    position: of the slice along that axis, from 0 for the first slice to 1 for the last; of an image, and of a volume of one
+        slice, what its case says; NaN where there is no such place.
     """
 
     values: NDArray[np.float32]
@@ -98,7 +99,7 @@ class Scans:
         content = foreground_map(values, BLOCK)
         place = _place(content, size, rng)
         cut = normalise(values[(slice(None), *place)], intensities_of(values, self._normalisation))
-        return Window(cut, _anchors(content, place, rng), index)
+        return Window(cut, _anchors(content, place, rng), index, position=self._said(index))
 
     def _from_store(self, scan_index: int, key: str, number: int, size: tuple[int, ...], rng: np.random.Generator) -> Window:
         """Of the `number`-th slice with content, or of the whole volume."""
@@ -123,10 +124,14 @@ class Scans:
         if self.spatial_dims == 3:
             return Window(values, anchors, scan_index, tuple(scan.facts["spacing"]))
         if axis is None:
-            return Window(values, anchors, scan_index)
+            return Window(values, anchors, scan_index, position=self._said(scan_index))
         last = scan.shape[1 + axis] - 1
-        position = index / last if last else math.nan
+        position = index / last if last else self._said(scan_index)
         return Window(values.squeeze(1 + axis), anchors, scan_index, axis=axis, position=position)
+
+    def _said(self, scan: int) -> float:
+        position = self.cases[scan].position
+        return math.nan if position is None else position
 
 
 def _num_items(prepared: Prepared, spatial_dims: int) -> int:

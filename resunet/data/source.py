@@ -15,7 +15,7 @@ from resunet.data.listing import Listing
 from resunet.data.manifest import open_manifest
 from resunet.data.manifest_source import ManifestCases, list_manifest
 from resunet.data.nnunet import channels_of, is_nnunet, list_nnunet
-from resunet.data.splits import PARTS, draw_groups, fold_groups, split_groups, write_splits
+from resunet.data.splits import PARTS, draw_groups, first_groups, fold_groups, split_groups, write_splits
 from resunet.data.strata import read_strata
 from resunet.errors import InputError
 from resunet.progress import say
@@ -128,7 +128,9 @@ def assign_parts(source: Source, seed: int, stratify: bool = False) -> Source:
     return replace(source, cases=tuple(cases))
 
 
-def draw_labelled(source: Source, labelled: float | None, draw: int, stratify: bool = False) -> Source:
+def draw_labelled(
+    source: Source, labelled: float | None, draw: int, stratify: bool = False, order: Sequence[str] | None = None
+) -> Source:
     """The source with only the groups of one draw in its pool, and at most as many in val; others lose their part.
 
     By the source's own names: the draw depends neither on the salt nor on how names are recorded. Labels that choose
@@ -137,6 +139,8 @@ def draw_labelled(source: Source, labelled: float | None, draw: int, stratify: b
     Args:
         labelled: share or number of the pool's groups; None: pool and val stay as they are.
         stratify: balanced over what the masks hold; the source must have been opened with its masks.
+        order: the pool's groups, all, in the order in which they are labelled; None: the random one of `draw`, which val has
+            in any case.
 
     Raises:
         InputError: more groups than the pool has.
@@ -145,7 +149,9 @@ def draw_labelled(source: Source, labelled: float | None, draw: int, stratify: b
         return source
     pool, val = source.part("pool"), source.part("val")
     strata = read_strata([*pool, *val]) if stratify else None
-    drawn = set(draw_groups([case.group_name for case in pool], labelled, draw, strata))
+    names = [case.group_name for case in pool]
+    assert order is None or set(order) == set(names)
+    drawn = set(draw_groups(names, labelled, draw, strata) if order is None else first_groups(order, labelled))
     if val:
         groups = {case.group_name for case in val}
         drawn |= set(draw_groups(groups, min(len(drawn), len(groups)), draw, strata))
@@ -238,6 +244,7 @@ def _with_ids(listing: Listing, salt: Salt, keep: bool) -> Source:
                 stem=stem,
                 file_per_channel=entry.file_per_channel,
                 spacing=entry.spacing,
+                position=listing.positions.get(stem),
             )
         )
     return Source(tuple(cases), bool(listing.groups), listing.open_parts, salt, listing.labelled, listing.remarks)

@@ -92,15 +92,23 @@ def draw_groups(
     Raises:
         InputError: more groups than there are.
     """
-    order = ordered(groups, draw, strata)
+    return first_groups(ordered(groups, draw, strata), labelled)
+
+
+def first_groups(order: Sequence[str], labelled: float | int | None) -> list[str]:
+    """The labelled groups of an order, as `draw_groups` counts them.
+
+    Raises:
+        InputError: more groups than there are.
+    """
     if labelled is None:
-        return order
+        return list(order)
     count = max(1, round(labelled * len(order))) if labelled < 1 else int(labelled)
     if count > len(order):
         raise InputError(
             f"data.labelled={labelled}: the pool has only {len(order)} groups. Give at most that, or a share below 1."
         )
-    return order[:count]
+    return list(order[:count])
 
 
 def ordered(groups: Iterable[str], seed: int, strata: Mapping[str, str] | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """`resunet embed`: an archive → E.parquet. One process."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,10 +153,15 @@ def scan_rows(case: Case, labelled: bool, features: ScanFeatures) -> list[dict[s
 def slice_rows(case: Case, labelled: bool, features: ScanFeatures) -> list[dict[str, Any]]:
     """A row a slice with content."""
     return [
-        _row(case, labelled)
-        | {"slice": index, "position": None if index is None else features.positions[i], "embedding": features.vectors[i]}
+        _row(case, labelled) | {"slice": index, "position": _place(case, features, i), "embedding": features.vectors[i]}
         for i, index in enumerate(features.indices)
     ]
+
+
+def _place(case: Case, features: ScanFeatures, piece: int) -> float | None:
+    """Of a slice in its volume, or what an image's case says."""
+    position = features.positions[piece]
+    return case.position if math.isnan(position) else position
 
 
 def _row(case: Case, labelled: bool) -> dict[str, Any]:

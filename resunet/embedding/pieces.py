@@ -96,7 +96,7 @@ def _slices(scan: ReadScan, longest: int) -> Iterator[Piece]:
     content = foreground_map(scan.values, tuple(1 if i == axis else _BLOCK for i in range(3)))
     for index in content.usable_slices(axis):
         values = normalise(scan.values.take(index, axis=axis + 1), scan.intensities)
-        yield Piece(shrink(values, longest), int(index), index / max(1, size[axis] - 1))
+        yield Piece(shrink(values, longest), int(index), index / (size[axis] - 1) if size[axis] > 1 else math.nan)
 
 
 def _windows(scan: ReadScan, longest: int) -> Iterator[Piece]:

@@ -68,7 +68,7 @@ def schema_of(record: EmbeddingRecord) -> pa.Schema:
 
     slices: how many were used, of a 3D encoder windows. slice, position: only in a table of slices.
     """
-    per_slice = [("slice", pa.int32()), ("position", pa.float32())]  # null of an image
+    per_slice = [("slice", pa.int32()), ("position", pa.float32())]  # of an image null, and its place what groups.csv says
     return pa.schema(
         [
             ("id", pa.string()),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from accelerate import Accelerator
 from PIL import Image
 
@@ -141,3 +142,34 @@ def test_no_thumbnail_is_kept(recipe: Make):
     assert ours.evidence.thumbnail is None and ours.num_groups == 9 and ours.scans.num_items == 9
     out = pretrain(recipe(steps=1))
     assert read_record(out / "model").table.num_rows == 9
+
+
+def write_places(archive: Path) -> None:
+    rows = [f"scan{i:02},patient{i // 3},{20 + i % 3}" for i in range(9)]
+    (archive / "groups.csv").write_text("\n".join(["stem,group,position", *rows]))
+
+
+def test_positives_by_place_need_places(recipe: Make, archive):
+    """Of files that are slices, groups.csv has them; of a volume it is known."""
+    near = {"same_group": "ignore", "position_threshold": 0.1}
+    for source in (archive, indexed(archive)):
+        with pytest.raises(
+            InputError, match=r"objective\.position_threshold=0\.1: no scan .* column position to .* groups\.csv"
+        ):
+            read(recipe(objective=near, data={"source": str(source)}))
+    write_places(archive)
+    assert [case.position for case in read(recipe(objective=near)).scans.cases] == [0, 0.5, 1] * 3
+    (archive / "groups.csv").unlink()
+    sitk.WriteImage(sitk.GetImageFromArray(np.arange(4000, dtype=np.int16).reshape(4, 25, 40)), str(archive / "volume.nii.gz"))
+    assert read(recipe(objective=near)).scans.num_items == 13
+
+
+def test_slices_at_one_place_of_other_patients_attract(recipe: Make, archive):
+    """Nine of three patients at three places, in one set: beside its other view each has those of two others, both views."""
+    write_places(archive)
+    near = {"same_group": "ignore", "position_threshold": 0.3}
+    for source in (archive, indexed(archive)):
+        out = recipe().out.with_name(f"run-{source.suffix[1:]}")
+        pretrain(recipe(steps=1, batch=9, objective=near, out=str(out), data={"source": str(source)}))
+        (line,) = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(line)["positives"] == 1 + 2 * 2

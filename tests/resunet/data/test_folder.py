@@ -176,3 +176,11 @@ def test_a_stem_in_two_groups(root):
     with open(root / "groups.csv", "a") as file:
         file.write("ann_1,dan\n")
     assert "ann_1" in fault(root)
+
+
+def test_the_place_of_a_slice_is_read_beside_its_group(root):
+    write_groups(root, "ann_1,ann,12\nann_2,ann,14\nbob_1,bob,\ncat_1,cat,3\ndan_1,dan,1\n", "stem,group,position\n")
+    cases = open_source(settings(root, names="keep"), masks=True).cases
+    assert {case.id: case.position for case in cases} == {"ann_1": 0, "ann_2": 1, "bob_1": None, "cat_1": None, "dan_1": None}
+    write_groups(root, "ann_1,ann,12\nann_2,ann,1/4\nbob_1,b,\ncat_1,c,\ndan_1,d,\n", "stem,group,position\n")
+    assert "1 rows whose position is no number from 0 on: ann_2 (1/4)" in fault(root)

@@ -25,19 +25,19 @@ def write_tree(root: Path) -> Path:
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
-    rows = [("stem", "group")]
+    rows = [("stem", "group", "position")]
     for group in range(GROUPS):
         for i in range(2):
             stem = f"p{group:02}-{i}"
             pixels = np.kron(rng.integers(0, 250, (6, 6)), np.ones((6, 6))).astype(np.uint8)
             Image.fromarray(pixels).save(root / "images" / f"{stem}.png")
-            rows.append((stem, f"patient{group}"))
+            rows.append((stem, f"patient{group}", "" if group == 3 else str(40 + 9 * i)))
             if group < 6 and i == 0:
                 Image.fromarray((pixels > 128).astype(np.uint8) * 255).save(root / "masks" / f"{stem}.png")
     sitk.WriteImage(
         sitk.GetImageFromArray(rng.integers(0, 900, (4, 16, 16)).astype(np.int16)), str(root / "images" / "vol.nii.gz")
     )
-    rows.append(("vol", "patient-vol"))
+    rows.append(("vol", "patient-vol", ""))
     with open(root / "groups.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
     (root.parent / "salt").write_text("ab" * 32)
@@ -68,6 +68,7 @@ def test_its_cases_are_those_of_the_folder(tree, opened):
     for one in folder.cases:
         mine = cases[one.stem]
         assert mine.files == one.files and mine.group_hmac == one.group_hmac and mine.part is None
+        assert mine.position == one.position == (None if one.stem[:3] in ("p03", "vol") else int(one.stem[-1]))
         assert mine.known.shape == read_case(one, "grey").values.shape[1:]
         stats = [path.stat() for path in one.files]
         assert mine.known.stamps == tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)

@@ -120,6 +120,9 @@ def test_groups_stay_whole(root):
     (root / "groups.csv").write_text("stem,group\n" + "".join(f"b_{i:02},g{i // 2}\n" for i in range(13)))
     source = assign_parts(opened(root), 0)
     assert source.has_groups and [len(source.part(part)) for part in ("pool", "val", "test")] == [8, 2, 3]
+    rows = "".join(f"b_{i:02},g{i // 2},{i}\n" for i in range(13))
+    (root / "groups.csv").write_text("stem,group,position\n" + rows)
+    assert [case.position for case in opened(root).cases] == [0, 1] * 6 + [None]
     (root / "groups.csv").write_text("stem,group\n" + "".join(f"b_{i:02},g{i // 4}\n" for i in range(13)))
     assert "'g2' in imagesTr and imagesTs" in fault(root)
 

@@ -1,16 +1,14 @@
 import dataclasses
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from PIL import Image
 
 from resunet.config import FixedNormalisation, PercentileZScore
-from resunet.data.cases import Case, Known, read_case
+from resunet.data.cases import Case, read_case
 from resunet.data.describe import PERCENTILES
 from resunet.data.foreground import foreground_map
 from resunet.data.images import read_scan
@@ -21,43 +19,10 @@ from resunet.data.scans import Scans
 from resunet.data.store import Store
 from resunet.errors import EnvironmentFault, InputError
 from resunet.files import files_sha256
-from resunet.runtime import normalise, percentile_intensity, percentiles
+from resunet.runtime import normalise, percentile_intensity
 
 RAW = FixedNormalisation(kind="fixed", low=-1e6, high=1e6, mean=0, std=1)
 ZSCORE = PercentileZScore()
-
-
-def random(*shape: int, seed: int = 0, high: int = 3000) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, high, shape).astype(np.uint16)
-
-
-def case(*files: Path, **changes) -> Case:
-    return Case("id", "group", "hmac", "group", None, files, None, **changes)
-
-
-def png(path: Path, values: np.ndarray) -> Case:
-    Image.fromarray(values).save(path)
-    return case(path)
-
-
-def volume(path: Path, values: np.ndarray, spacing: tuple[float, ...] = (3, 1, 1)) -> Case:
-    image = sitk.GetImageFromArray(values)
-    image.SetSpacing([float(s) for s in spacing[::-1]])
-    sitk.WriteImage(image, str(path))
-    return case(path)
-
-
-def known(one: Case) -> Case:
-    """The case as a manifest gives it."""
-    values = read_scan(one.files[0], None).values
-    spread = tuple(percentiles(values, PERCENTILES))
-    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in one.files)
-    return dataclasses.replace(one, known=Known(files_sha256(one.files), values.shape[1:], len(values), spread, stamps))
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(tmp_path / "store")
 
 
 def scans_of(store: Store, *cases: Case, channels: str | int = "grey", normalisation=ZSCORE) -> Scans:
@@ -68,7 +33,7 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_a_window_says_where_it_is_from(tmp_path, store):
+def test_a_window_says_where_it_is_from(tmp_path, store, random, case, png, volume):
     """The scan, and how far along its slice axis in LPS, whatever way the file runs; slices without content count as places."""
     values = random(6, 30, 40).astype(np.int16)
     values[1] = 5
@@ -91,7 +56,22 @@ def test_a_window_says_where_it_is_from(tmp_path, store):
         np.testing.assert_array_equal(one.values, other.values)
 
 
-def test_a_whole_window_is_the_normalised_slice_of_the_whole_scan(tmp_path, store):
+def test_an_image_is_where_its_case_says(tmp_path, store, random, png, volume):
+    """So is a volume of one slice, or a stored image; the slices of a volume are where they are."""
+    side = int(DIRECT_PIXELS**0.5) + 1
+    large = np.resize(np.arange(251, dtype=np.uint8), (side, side))
+    cases = [
+        png(tmp_path / "a.png", random(20, 30), position=0.25),
+        png(tmp_path / "large.png", large, position=0.5),
+        volume(tmp_path / "single.mha", random(20, 1, 24), (1, 4, 1), position=0.75),
+        volume(tmp_path / "b.nii", random(2, 20, 30), position=0.9),
+    ]
+    scans = scans_of(store, *cases)
+    windows = [scans.window(i, 64, rng()) for i in range(scans.num_items)]
+    assert [(window.axis, window.position) for window in windows] == [(None, 0.25), (None, 0.5), (1, 0.75), (0, 0), (0, 1)]
+
+
+def test_a_whole_window_is_the_normalised_slice_of_the_whole_scan(tmp_path, store, random, png, volume):
     """Images and volumes, whatever their type, size, axis and channels; constant slices are left out."""
     floats = random(6, 30, 40).astype(np.float32) * 1e3 - 5e5
     thick = random(40, 7, 33, seed=1).astype(np.int16) - 1000
@@ -114,7 +94,7 @@ def test_a_whole_window_is_the_normalised_slice_of_the_whole_scan(tmp_path, stor
     assert store.size()[0] == 2  # images are read as they are
 
 
-def test_channels_are_read_as_they_are_asked_for(tmp_path, store):
+def test_channels_are_read_as_they_are_asked_for(tmp_path, store, random, case, png, volume):
     colour = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     one = png(tmp_path / "colour.png", colour)
     for channels, count in (("rgb", 3), ("grey", 1)):
@@ -134,7 +114,7 @@ def test_channels_are_read_as_they_are_asked_for(tmp_path, store):
 
 
 @pytest.mark.parametrize("size", [8, 48, 100, 300])
-def test_a_window_is_a_part_of_the_slice_and_holds_its_anchors(tmp_path, store, size):
+def test_a_window_is_a_part_of_the_slice_and_holds_its_anchors(tmp_path, store, size, png, volume):
     """Of a bright disc on black, as an image and as the slices of a volume: anchors are on the disc's blocks."""
     y, x = np.mgrid[:136, :200]
     disc = (y - 90) ** 2 + (x - 40) ** 2 < 25**2
@@ -164,7 +144,7 @@ def test_a_window_is_a_part_of_the_slice_and_holds_its_anchors(tmp_path, store, 
     assert len(corners) == 1 if size == 300 else len(corners) > 9
 
 
-def test_a_volume_and_its_slice_as_an_image_give_the_same_windows(tmp_path, store):
+def test_a_volume_and_its_slice_as_an_image_give_the_same_windows(tmp_path, store, random, png, volume):
     values = np.zeros((120, 150), np.uint16)
     values[30:90, 20:130] = random(60, 110, high=900) + 100
     direct, stored = png(tmp_path / "a.png", values), volume(tmp_path / "a.nrrd", values[None], (5, 1, 1))
@@ -176,7 +156,7 @@ def test_a_volume_and_its_slice_as_an_image_give_the_same_windows(tmp_path, stor
         np.testing.assert_array_equal(one.anchors, other.anchors)
 
 
-def test_large_images_are_stored(tmp_path, store):
+def test_large_images_are_stored(tmp_path, store, png, known):
     side = int(DIRECT_PIXELS**0.5) + 1
     values = (np.add.outer(np.arange(side), 2 * np.arange(side)) % 251).astype(np.uint8)
     one = png(tmp_path / "large.png", values)
@@ -190,7 +170,7 @@ def test_large_images_are_stored(tmp_path, store):
     assert not again.decoded and again.key and again.looked is None
 
 
-def test_content_is_decoded_once(tmp_path, store):
+def test_content_is_decoded_once(tmp_path, store, random, case, png, volume):
     cases = [volume(tmp_path / "a.nii", random(4, 20, 30)), png(tmp_path / "b.png", random(20, 30))]
     first, second = (list(prepare_scans(cases, "grey", ZSCORE, store)) for _ in range(2))
     assert [one.decoded for one in first] == [True, False] and not any(one.decoded for one in second)
@@ -209,7 +189,7 @@ def test_content_is_decoded_once(tmp_path, store):
     assert again.decoded and again.key == same.key
 
 
-def test_scans_without_any_content_have_no_slices(tmp_path, store):
+def test_scans_without_any_content_have_no_slices(tmp_path, store, random, png, volume, known):
     one_bright = np.zeros((40, 40), np.uint8)
     one_bright[3, 3] = 200  # clipped away
     cases = [
@@ -227,7 +207,7 @@ def test_scans_without_any_content_have_no_slices(tmp_path, store):
     assert Scans([], [], "grey", ZSCORE, store).num_items == 0
 
 
-def test_what_a_manifest_knows_is_not_read(tmp_path, store):
+def test_what_a_manifest_knows_is_not_read(tmp_path, store, random, png, known):
     """A folder of images is not decoded, only looked at; of colour the manifest cannot tell all, and keeps."""
     cases = [png(tmp_path / f"{i}.png", random(20 + i, 30, seed=i)) for i in range(3)]
     flat = png(tmp_path / "flat.png", np.full((20, 20), 9, np.uint8))
@@ -245,7 +225,7 @@ def test_what_a_manifest_knows_is_not_read(tmp_path, store):
 
 
 @pytest.mark.parametrize("ending", ["png", "nii"])
-def test_a_file_that_changed_since_it_was_indexed(tmp_path, store, ending):
+def test_a_file_that_changed_since_it_was_indexed(tmp_path, store, ending, random, png, volume, known):
     make = {"png": lambda seed: png(tmp_path / "a.png", random(20, 30, seed=seed)),
             "nii": lambda seed: volume(tmp_path / "a.nii", random(3, 20, 30, seed=seed))}[ending]  # fmt: skip
     one = known(make(0))
@@ -261,7 +241,7 @@ def test_a_file_that_changed_since_it_was_indexed(tmp_path, store, ending):
         list(prepare_scans([one], "grey", ZSCORE, store))
 
 
-def test_what_the_store_knows_needs_no_file(tmp_path, store):
+def test_what_the_store_knows_needs_no_file(tmp_path, store, random, volume, known):
     one = known(volume(tmp_path / "a.nii", random(3, 20, 30)))
     (first,) = prepare_scans([one], "grey", ZSCORE, store)
     one.files[0].unlink()
@@ -269,7 +249,7 @@ def test_what_the_store_knows_needs_no_file(tmp_path, store):
     assert first.num_slices == scans.num_items == 3 and scans.window(2, 64, rng()).values.shape == (1, 20, 30)
 
 
-def test_files_and_stored_scans_that_vanish(tmp_path, store):
+def test_files_and_stored_scans_that_vanish(tmp_path, store, random, png, volume):
     cases = [png(tmp_path / "a.png", random(20, 30)), volume(tmp_path / "b.nii", random(3, 20, 30))]
     scans = scans_of(store, *cases)
     cases[0].files[0].unlink()
@@ -280,7 +260,7 @@ def test_files_and_stored_scans_that_vanish(tmp_path, store):
         scans.window(1, 64, rng())
 
 
-def test_the_first_file_at_fault_is_told(tmp_path, store):
+def test_the_first_file_at_fault_is_told(tmp_path, store, random, png):
     cases = [png(tmp_path / f"{i:02}.png", random(20, 30, seed=i)) for i in range(40)]
     for i in (7, 30):
         cases[i].files[0].write_bytes(b"nothing")
@@ -290,7 +270,7 @@ def test_the_first_file_at_fault_is_told(tmp_path, store):
         list(look_at_cases(cases, "grey"))
 
 
-def test_results_are_in_order(tmp_path, store):
+def test_results_are_in_order(tmp_path, store, random, png):
     cases = [png(tmp_path / f"{i:02}.png", random(20 + i, 30, seed=i)) for i in range(40)]
     looked = list(look_at_cases(cases, "grey"))
     assert looked == [one.looked for one in prepare_scans(cases, "grey", ZSCORE, store)]
@@ -303,7 +283,7 @@ def test_results_are_in_order(tmp_path, store):
     np.testing.assert_array_equal(evidence.thumbnail(3), look(read_scan(cases[3].files[0], None).values).thumbnail)
 
 
-def test_an_epoch_visits_every_slice_once(tmp_path, store):
+def test_an_epoch_visits_every_slice_once(tmp_path, store, random, png, volume):
     """Slices are told by a number that only they hold."""
     cases, numbers = [], []
     for i, depth in enumerate((3, 1, 5)):
@@ -320,14 +300,14 @@ def test_an_epoch_visits_every_slice_once(tmp_path, store):
     assert sorted(seen) == sorted([*numbers, 5000]) and seen != sorted(seen)
 
 
-def test_scans_may_be_pickled(tmp_path, store):
+def test_scans_may_be_pickled(tmp_path, store, random, png, volume):
     scans = scans_of(store, png(tmp_path / "a.png", random(20, 30)), volume(tmp_path / "b.nii", random(3, 20, 30)))
     again = pickle.loads(pickle.dumps(scans))
     for item in range(4):
         np.testing.assert_array_equal(again.window(item, 8, rng(item)).values, scans.window(item, 8, rng(item)).values)
 
 
-def test_every_part_of_the_content_has_its_turn(tmp_path, store):
+def test_every_part_of_the_content_has_its_turn(tmp_path, store, png):
     values = np.zeros((200, 200), np.uint8)
     values[100:196, 8:120] = np.random.default_rng(0).integers(60, 255, (96, 112))
     scans = scans_of(store, png(tmp_path / "a.png", values))
@@ -345,7 +325,7 @@ def test_percentiles_are_those_of_a_manifest():
     assert PERCENTILES[0] == 0 and PERCENTILES[-1] == 100 and {0.5, 99.5} <= set(PERCENTILES)
 
 
-def test_a_large_tiff_of_many_channels(tmp_path, store):
+def test_a_large_tiff_of_many_channels(tmp_path, store, case):
     values = np.random.default_rng(0).random((3, 5, 16, 16)).astype(np.float32)
     path = tmp_path / "a.tif"
     tifffile.imwrite(

@@ -2,69 +2,31 @@
 
 import dataclasses
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
-from PIL import Image
 
 from resunet.config import FixedNormalisation, PercentileZScore
-from resunet.data.cases import Case, Known, read_case
-from resunet.data.describe import PERCENTILES
+from resunet.data.cases import Case
 from resunet.data.foreground import foreground_map
 from resunet.data.preparing import BLOCK, DIRECT_PIXELS, prepare_scans
 from resunet.data.scans import Scans
 from resunet.data.store import Store
-from resunet.files import files_sha256
-from resunet.runtime import normalise, percentile_intensity, percentiles
+from resunet.runtime import normalise, percentile_intensity
 
 RAW = FixedNormalisation(kind="fixed", low=-1e6, high=1e6, mean=0, std=1)
 ZSCORE = PercentileZScore()
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 3000, shape).astype(np.uint16)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def case(path: Path) -> Case:
-    return Case("id", "group", "hmac", "group", None, (path,), None)
-
-
-def png(path: Path, values: np.ndarray) -> Case:
-    Image.fromarray(values).save(path)
-    return case(path)
-
-
-def volume(path: Path, values: np.ndarray, spacing: tuple[float, ...] = (3, 1, 1)) -> Case:
-    image = sitk.GetImageFromArray(values)
-    image.SetSpacing([float(s) for s in spacing[::-1]])
-    sitk.WriteImage(image, str(path))
-    return case(path)
-
-
-def known(one: Case) -> Case:
-    """The case as a manifest gives it."""
-    values = read_case(one, "grey").values
-    spread = tuple(percentiles(values, PERCENTILES))
-    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in one.files)
-    return dataclasses.replace(one, known=Known(files_sha256(one.files), values.shape[1:], len(values), spread, stamps))
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def volumes_of(store: Store, *cases: Case, normalisation=ZSCORE) -> Scans:
     return Scans(cases, list(prepare_scans(cases, "grey", normalisation, store, 3)), "grey", normalisation, store, 3)
 
 
-def test_a_whole_window_is_the_normalised_volume_with_its_spacing(tmp_path, store):
+def test_a_whole_window_is_the_normalised_volume_with_its_spacing(tmp_path, store, random, volume):
     values = random(6, 30, 40).astype(np.int16) - 1000
     values[2] = 7  # a slice without contrast is a part of the volume all the same
     sideways = random(20, 9, 24, seed=1)
@@ -79,7 +41,7 @@ def test_a_whole_window_is_the_normalised_volume_with_its_spacing(tmp_path, stor
 
 @pytest.mark.parametrize("size", [8, (4, 30, 50), 100])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_window_is_a_part_of_the_volume_and_holds_its_anchors(tmp_path, store, size, axis):
+def test_a_window_is_a_part_of_the_volume_and_holds_its_anchors(tmp_path, store, size, axis, volume):
     """Of a bright ball on black; anchors are on the ball's blocks, which are one slice thick along the coarsest axis."""
     shape = [70, 66, 90]
     shape[axis] = 24
@@ -112,7 +74,7 @@ def test_a_window_is_a_part_of_the_volume_and_holds_its_anchors(tmp_path, store,
     assert len(corners) == 1 if size == 100 else len(corners) > 9
 
 
-def test_what_is_no_volume_is_left_out_and_not_stored(tmp_path, store):
+def test_what_is_no_volume_is_left_out_and_not_stored(tmp_path, store, random, png, volume, known):
     side = int(DIRECT_PIXELS**0.5) + 1
     cases = [
         png(tmp_path / "a.png", random(20, 30)),
@@ -134,7 +96,7 @@ def test_what_is_no_volume_is_left_out_and_not_stored(tmp_path, store):
     assert list(prepare_scans(its, "grey", ZSCORE, store, 3)) == prepared, "a manifest knows: they are not even there"
 
 
-def test_slices_and_volumes_share_the_store(tmp_path, store):
+def test_slices_and_volumes_share_the_store(tmp_path, store, random, volume):
     cases = [volume(tmp_path / "a.nii", random(4, 20, 30)), volume(tmp_path / "single.nii", random(1, 20, 30))]
     flat = list(prepare_scans(cases, "grey", ZSCORE, store))
     assert [(one.num_slices, one.is_volume, one.decoded) for one in flat] == [(4, True, True), (1, False, True)]
@@ -143,7 +105,7 @@ def test_slices_and_volumes_share_the_store(tmp_path, store):
     assert Scans(cases, again, "grey", ZSCORE, store, 3).num_items == 1
 
 
-def test_volumes_may_be_pickled(tmp_path, store):
+def test_volumes_may_be_pickled(tmp_path, store, random, volume):
     scans = volumes_of(store, volume(tmp_path / "b.nii", random(9, 20, 30)))
     again = pickle.loads(pickle.dumps(scans))
     one, other = (its.window(0, 8, rng(3)) for its in (scans, again))

@@ -187,6 +187,17 @@ def test_draws_are_nested_and_limit_val_alike(lesions, stratify):
     assert len({frozenset(groups(draw_labelled(source, 3, draw, stratify), "pool")) for draw in range(5)}) > 1
 
 
+def test_an_order_of_groups_is_drawn_from_its_beginning_and_val_as_ever(lesions):
+    source = assign_parts(open_source(settings(lesions), True), 0)
+    order = sorted(groups(source, "pool"), reverse=True)
+    for count, expected in ((1, 1), (5, 5), (0.25, 7)):
+        drawn = draw_labelled(source, count, 3, order=order)
+        assert groups(drawn, "pool") == set(order[:expected])
+        assert groups(drawn, "val") == groups(draw_labelled(source, count, 3), "val")
+    with pytest.raises(InputError, match=r"data\.labelled=29: the pool has only 28 groups"):
+        draw_labelled(source, 29, 3, order=order)
+
+
 def test_stratified_draws_are_balanced(lesions):
     source = assign_parts(open_source(settings(lesions), True), 0, stratify=True)
     share = with_lesion(groups(source, "pool")) / 28

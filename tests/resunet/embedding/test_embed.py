@@ -64,7 +64,7 @@ def test_the_batch_changes_nothing(made):
     assert made("again.parquet", batch=7).table.equals(many.table)
 
 
-def test_a_row_a_slice(made):
+def test_a_row_a_slice(made, source):
     scans, slices = by_id(made()), made("slices.parquet", per_slice=True)
     table = [row for row in slices.table.to_pylist() if row["id"] == "vol"]
     assert [row["slice"] for row in table] == [1, 2, 3, 4]
@@ -73,6 +73,12 @@ def test_a_row_a_slice(made):
     np.testing.assert_allclose(mean, scans["vol"]["embedding"], rtol=1e-5, atol=1e-6)
     image = next(row for row in slices.table.to_pylist() if row["id"] == "p0-0")
     assert image["slice"] is None and image["position"] is None and len(slices.table) == 16
+    groups = source / "groups.csv"
+    first, *rows = groups.read_text(encoding="utf-8").split()
+    lines = [f"{first},position", *(f"{row},{0.625 if row.startswith('p0-0') else ''}" for row in rows)]
+    groups.write_text("\n".join(lines), encoding="utf-8")
+    again = made("again.parquet", per_slice=True).table.to_pylist()
+    assert [row["position"] for row in again if row["id"] in ("p0-0", "p0-1", "vol")] == [0.625, None, 0.25, 0.5, 0.75, 1.0]
 
 
 def test_what_it_was_made_with_and_no_name(made, model, source, tmp_path):
