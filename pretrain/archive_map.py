@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from pretrain.archive import Archive
 from pretrain.recipe import PretrainRecipe
 from resunet.data.scans import Window
+from resunet.decoders import AnyEncoder
 from resunet.embedding.features import Embedder, EmbeddingSettings
 from resunet.embedding.picture import Colouring, map_picture, principal_plane, spread_out, thumbnail
-from resunet.encoder import ResidualEncoder
 from resunet.report import COLOURS, Section
 
 _BATCHES, _FEWEST, _MOST = 16, 256, 1000
@@ -37,7 +37,7 @@ class _Point:
     pixels: int
 
 
-def archive_map(recipe: PretrainRecipe, archive: Archive, encoder: ResidualEncoder) -> list[Section]:
+def archive_map(recipe: PretrainRecipe, archive: Archive, encoder: AnyEncoder) -> list[Section]:
     """The map, in a section of its own; none of fewer than three slices with a place. The encoder is left in evaluation mode."""
     total = archive.scans.num_items
     count = min(total, _MOST, max(_FEWEST, _BATCHES * recipe.batch))

@@ -16,26 +16,30 @@ from torch.nn import functional as F
 
 from pretrain.losses import of_all_ranks
 from pretrain.recipe import DenseSettings
-from resunet.decoder import ProgressiveDecoder
-from resunet.encoder import ResidualEncoder, initialise
+from resunet.decoders import AnyEncoder, decoder_of
+from resunet.encoder import initialise
+from resunet.light_decoder import LightDecoder
 
 
 class DenseBranch(nn.Module):
     """The decoder down to a level, and a projection of single places: two linear layers (1×1 convolutions), thrown away later."""
 
-    def __init__(self, encoder: ResidualEncoder, settings: DenseSettings, squeeze_excite: bool) -> None:
+    def __init__(
+        self, encoder: AnyEncoder, settings: DenseSettings, squeeze_excite: bool, channels: Sequence[int] | None = None
+    ) -> None:
+        """channels: of a light decoder; see `resunet.decoders`."""
         super().__init__()
-        norm = encoder.config.architecture.norm  # type: ignore[union-attr]
-        self.decoder = ProgressiveDecoder(encoder, norm, squeeze_excite, settings.level)
+        self.decoder = decoder_of(encoder, squeeze_excite, settings.level, channels)
+        self.stride = encoder.strides[settings.level]
         initialise(self.decoder)
-        width = encoder.channels[settings.level]
+        width = (self.decoder.widths if isinstance(self.decoder, LightDecoder) else encoder.channels)[settings.level]
         self.projection = nn.Sequential(
             nn.Linear(width, settings.hidden), nn.ReLU(inplace=True), nn.Linear(settings.hidden, settings.output)
         )
 
     def forward(self, features: Sequence[Tensor], sides: Sequence[int], places: Tensor) -> Tensor:
         """The encoder's features of views with these sides, and places (2N, count, dimensions) → (2N, count, output)."""
-        projected: Tensor = self.projection(read_level(self.decoder(features), 2**self.decoder.finest, sides, places))
+        projected: Tensor = self.projection(read_level(self.decoder(features), self.stride, sides, places))
         return projected
 
 

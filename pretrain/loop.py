@@ -19,6 +19,7 @@ from pretrain.report import write_report
 from pretrain.save import mirror_encoder, save_encoder
 from pretrain.step import add_gradients, fault_of, gradient_norm
 from resunet.gradients import GradientRecord
+from resunet.light_weights import weights_input
 from resunet.progress import progress
 from resunet.runs import Run, check_out, is_done
 from resunet.training import (
@@ -58,7 +59,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     wrapped, optimizer = accelerator.prepare(network, optimizer)
 
     probe = Probe(recipe, archive, accelerator)
-    inputs = {"data": archive.digest} | probe.inputs()
+    inputs = {"data": archive.digest} | probe.inputs() | weights_input(recipe.model)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
     run = Run(recipe, "pretrain", inputs, writes=main)
     with failing_as(run), stop_on_sigterm() as stop:

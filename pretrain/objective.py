@@ -4,7 +4,7 @@ Projection head and losses are lightly's, but for the one that knows groups and 
 encoder's last level; both views go through the encoder in one forward pass, so that they share their batch statistics.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from lightly.loss import DCLLoss, NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pretrain.dense import DenseBranch, contrast_places
 from pretrain.losses import Items, ScanAwareNTXent, of_all_ranks
 from pretrain.recipe import DenseSettings, HeadSettings, ObjectiveSettings
-from resunet.decoder import ProgressiveDecoder
-from resunet.encoder import ResidualEncoder
+from resunet.decoders import AnyDecoder, AnyEncoder
 
 
 class SimCLR(nn.Module):
@@ -25,16 +24,21 @@ class SimCLR(nn.Module):
     """
 
     def __init__(
-        self, encoder: ResidualEncoder, head: HeadSettings, dense: DenseSettings | None = None, squeeze_excite: bool = False
+        self,
+        encoder: AnyEncoder,
+        head: HeadSettings,
+        dense: DenseSettings | None = None,
+        squeeze_excite: bool = False,
+        decoder_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output, batch_norm=head.batch_norm)
         # last, so that encoder and head begin as they would without it
-        self.dense = None if dense is None else DenseBranch(encoder, dense, squeeze_excite)
+        self.dense = None if dense is None else DenseBranch(encoder, dense, squeeze_excite, decoder_channels)
 
     @property
-    def decoder(self) -> ProgressiveDecoder | None:
+    def decoder(self) -> AnyDecoder | None:
         """What of a decoder is trained."""
         return None if self.dense is None else self.dense.decoder
 

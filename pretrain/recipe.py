@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pretrain.probe.settings import ProbeSettings
-from resunet.architecture import EncoderArchitecture, Widths
+from resunet.architecture import MOBILE_BACKBONE, EncoderArchitecture, MobileEncoderArchitecture, Widths
 from resunet.blocks import NormKind
 from resunet.config import DataSettings, Frozen, Normalisation, PercentileZScore, Recipe
+from resunet.light_settings import LIGHT, LightSettings
+from resunet.mobile import channels_of
 
 Range = tuple[float, float]
 Side = Annotated[int, Field(ge=8)]
@@ -27,10 +29,15 @@ class ArchiveSettings(DataSettings):
     workers: int = Field(2, ge=0, description="processes that read, for each rank; 0: the rank itself")
 
 
-class EncoderSettings(Frozen):
-    """The encoder's shape; its input channels follow from data.channels."""
+class EncoderSettings(LightSettings):
+    """The encoder's shape; its input channels follow from data.channels. Keys as in fine-tuning."""
 
-    channels: Widths = (32, 64, 128, 256, 512)
+    name: Literal["resunet", "mobile_resunet"] = Field("resunet", description="the segmenter whose encoder it is")
+    channels: Widths | None = Field(
+        EncoderArchitecture().channels,
+        description="of mobile_resunet those of the decoder that dense trains, four, finest first; null: as wide as the "
+        "encoder's, 32 at least",
+    )
     units: int = Field(2, ge=1)
     spatial_dims: Literal[2, 3] = Field(
         2, description="2: images, and volumes slice by slice; 3: volumes as they are, images and single slices are left out"
@@ -38,7 +45,36 @@ class EncoderSettings(Frozen):
     norm: NormKind = "batch"
     squeeze_excite: bool = Field(False, description="on the skips of the decoder that dense trains")
 
-    def architecture(self, in_channels: int) -> EncoderArchitecture:
+    @model_validator(mode="before")
+    @classmethod
+    def _channels_of_the_kind(cls, values: Any) -> Any:
+        light = isinstance(values, dict) and values.get("name") == LIGHT
+        return {"channels": None} | values if light else values
+
+    @model_validator(mode="after")
+    def _channels_of_its_own(self) -> "EncoderSettings":
+        if self.channels is None and self.name != LIGHT:
+            raise ValueError(f"channels=null: only name='{LIGHT}' has widths of its own; name them, finest first")
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the encoder's levels, finest first; the last is the embedding's."""
+        if self.name == LIGHT:
+            return channels_of(self.backbone or MOBILE_BACKBONE)
+        assert self.channels is not None
+        return self.channels
+
+    def decoder_stride(self, level: int) -> int:
+        """Of a level of the decoder."""
+        return min(2 ** (level + 1), self.output_stride or 32) if self.name == LIGHT else int(2**level)
+
+    def architecture(self, in_channels: int) -> EncoderArchitecture | MobileEncoderArchitecture:
+        if self.name == LIGHT:
+            return MobileEncoderArchitecture(
+                in_channels=in_channels, backbone=self.backbone or MOBILE_BACKBONE, output_stride=self.output_stride or 32
+            )
+        assert self.channels is not None
         return EncoderArchitecture(
             spatial_dims=self.spatial_dims, in_channels=in_channels, channels=self.channels, units=self.units, norm=self.norm
         )
@@ -158,7 +194,11 @@ class DenseSettings(Frozen):
 
     weight: float = Field(1.0, gt=0, description="of the dense loss beside that of objective")
     temperature: float = Field(0.1, ge=0.001)
-    level: int = Field(1, ge=0, description="of the decoder, whose features are contrasted; 0: full resolution, 1: half, …")
+    level: int = Field(
+        1,
+        ge=0,
+        description="of the decoder, whose features are contrasted; 0: full resolution, 1: half, …; of mobile_resunet 0: half, …",
+    )
     points: int = Field(48, ge=1, description="places of a scan that both views show, at most")
     pairs: int = Field(2048, ge=2, description="places contrasted in a set, at most, over all ranks and as many of every scan")
     hidden: int = Field(128, ge=1, description="of the projection of a place: two layers, thrown away after pretraining")
@@ -244,7 +284,7 @@ class PretrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _dense_fits(self) -> "PretrainRecipe":
-        dense, coarsest = self.dense, len(self.model.channels) - 1
+        dense, coarsest = self.dense, len(self.model.widths) - 1
         if dense is None:
             if self.objective.weight != 1:
                 raise ValueError(
@@ -252,6 +292,11 @@ class PretrainRecipe(Recipe):
                 )
             if self.model.squeeze_excite:
                 raise ValueError("model.squeeze_excite=true: is of the decoder that dense trains; set dense, or leave it out")
+            if self.model.name == LIGHT and self.model.channels is not None:
+                raise ValueError(
+                    f"model.channels={list(self.model.channels)}: of name='{LIGHT}' are of the decoder that dense trains; set "
+                    "dense, or leave it out"
+                )
             return self
         if dense.level >= coarsest:
             raise ValueError(

@@ -41,7 +41,11 @@ def write_report(
             notes=archive.notes + archive.allowed + _skipped(recipe),
         ),
         *(_training(recipe, metrics) if "loss" in metrics else []),
-        *([dense_section(recipe.dense, metrics)] if recipe.dense is not None and "loss" in metrics else []),
+        *(
+            [dense_section(recipe.dense, recipe.model.decoder_stride(recipe.dense.level), metrics)]
+            if recipe.dense is not None and "loss" in metrics
+            else []
+        ),
         *probe_section(recipe, probe, metrics),
         *([gradients] if gradients is not None else []),
         Section(

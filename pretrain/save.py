@@ -11,10 +11,11 @@ from pretrain.probe.scans import ProbeScans
 from pretrain.recipe import PretrainRecipe
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, load_exactly, model_folder, read_config, write_weights
 from resunet.data.leakage import ARCHIVE, merge_archives, write_archive
-from resunet.decoder import ProgressiveDecoder
-from resunet.encoder import ResidualEncoder
+from resunet.data.manifest_source import ManifestCases
+from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
 from resunet.errors import InputError
 from resunet.files import folder_aside, sha256
+from resunet.model import NETWORKS
 from resunet.runs import Run, versions
 from resunet.transfer import DECODER, describe_decoder, fingerprint
 
@@ -25,15 +26,18 @@ def mirror_encoder(run: Run, archive: Archive) -> None:
         return
     folder = run.folder / "model"
     facts = {"sha256": sha256(folder / WEIGHTS), "scans": len(archive.scans.cases), "groups": archive.num_groups}
-    run.mirror.model("encoder", folder, facts, {"manifest": archive.digest})
+    cases = archive.scans.cases
+    # the whole manifest's, as the run of its index has it, and not that of the part that was trained on
+    manifest = cases.manifest.digest if isinstance(cases, ManifestCases) else archive.digest
+    run.mirror.model("encoder", folder, facts, {"manifest": manifest})
 
 
 def save_encoder(
     recipe: PretrainRecipe,
-    encoder: ResidualEncoder,
+    encoder: AnyEncoder,
     archive: Archive,
     probe: ProbeScans | None = None,
-    decoder: ProgressiveDecoder | None = None,
+    decoder: AnyDecoder | None = None,
 ) -> None:
     """model/ of a run, with what was trained of a decoder; the record beside it holds the labelled scans of the probe, too."""
     labels = probe.labels if probe is not None else None
@@ -69,14 +73,15 @@ def encoder_of_checkpoint(run: Path, step: int, out: Path) -> Path:
             f"{checkpoints}: there is no step-{step}; kept are {', '.join(map(str, kept)) or 'none'}. Train with keep_checkpoints "
             "large enough, and checkpoint_every that divides the step."
         )
-    encoder = ResidualEncoder.from_pretrained(final)
+    encoder = NETWORKS[read_config(final).architecture.name].from_pretrained(final)
+    assert isinstance(encoder, AnyEncoder)
     state = torch.load(checkpoints / f"step-{step}" / "state.pt", map_location="cpu", weights_only=True)["network"]
     load_exactly(encoder, _below("encoder.", state), f"step {step}")
     config = read_config(final)
     changed: dict[str, object] = {"feature_check": fingerprint(encoder)}
     decoder = None
     if (part := config.decoder) is not None:
-        decoder = ProgressiveDecoder(encoder, part.norm, part.squeeze_excite, part.finest)
+        decoder = decoder_of(encoder, part.squeeze_excite, part.finest, part.channels)
         load_exactly(decoder, _below("dense.decoder.", state), f"step {step}")
         changed["decoder"] = describe_decoder(encoder, decoder, part.squeeze_excite)
     encoder.config = config.model_copy(update=changed)

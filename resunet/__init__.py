@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from resunet.encoder import ResidualEncoder
     from resunet.errors import CheckFailed, EnvironmentFault, InputError, ResUNetError, Stopped
     from resunet.feature_extractor import FeatureExtractor
+    from resunet.light_decoder import LightDecoder
+    from resunet.light_model import MobileResUNet
+    from resunet.mobile import MobileEncoder
     from resunet.model import ResUNet, UNet, build_model, load_model
     from resunet.transfer import Receipt, transfer_encoder
 
@@ -22,6 +25,9 @@ _HOME = {
     "EnvironmentFault": "errors",
     "FeatureExtractor": "feature_extractor",
     "InputError": "errors",
+    "LightDecoder": "light_decoder",
+    "MobileEncoder": "mobile",
+    "MobileResUNet": "light_model",
     "ModelConfig": "checkpoint",
     "ProgressiveDecoder": "decoder",
     "Receipt": "transfer",
@@ -41,6 +47,9 @@ __all__ = [
     "EnvironmentFault",
     "FeatureExtractor",
     "InputError",
+    "LightDecoder",
+    "MobileEncoder",
+    "MobileResUNet",
     "ModelConfig",
     "ProgressiveDecoder",
     "Receipt",

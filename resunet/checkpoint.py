@@ -6,6 +6,7 @@ another shape. Nothing is unpickled.
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from resunet.architecture import Architecture, EnsembleArchitecture
+from resunet.architecture import Architecture, EnsembleArchitecture, Widths
 from resunet.blocks import NormKind
 from resunet.config import Frozen, Normalisation, PercentileZScore
 from resunet.decision import OperatingPoint, Postprocessing
@@ -25,6 +26,7 @@ from resunet.errors import InputError
 from resunet.files import file_aside, write_text
 from resunet.regions import Regions, refuse_wrong_regions
 from resunet.runtime import ObjectRule
+from resunet.widths import narrow
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -45,11 +47,14 @@ class DecoderPart(Frozen):
     finest: int = Field(ge=0, description="the level that it was trained down to; finer ones are not in it")
     norm: NormKind
     squeeze_excite: bool
+    channels: Widths | None = Field(
+        None, description="of a light decoder: every level's but the coarsest's; null: the encoder's"
+    )
     feature_check: FeatureCheck = Field(description="of its levels, in the float64 encoder's features")
 
 
-class ProbeLabels(Frozen):
-    """Labelled groups that pretraining looked at to judge itself: labels as any others, and so in neither val nor test."""
+class LabelledGroups(Frozen):
+    """Groups whose labels a model was trained on, chosen or judged by."""
 
     groups: tuple[str, ...] = Field(description="HMACs")
     salt_fingerprint: str = Field(description="of the salt that made them")
@@ -62,7 +67,13 @@ class Provenance(Frozen):
     recipe_sha256: str | None = None
     parent_sha256: str | None = Field(None, description="weights of the encoder it was fine-tuned from")
     members_sha256: tuple[str, ...] = Field((), description="of an ensemble: weights of each member, as its own run has them")
-    probe: ProbeLabels | None = Field(None, description="of an encoder: what its probe used; null: it had none")
+    teacher_sha256: str | None = Field(None, description="weights of the segmenter it was distilled from")
+    labels: tuple[LabelledGroups, ...] = Field(
+        (),
+        description="of a segmenter: groups whose labels it, its teacher or its encoder's probe was trained on or chosen by, for "
+        "each salt; empty: not known",
+    )
+    probe: LabelledGroups | None = Field(None, description="of an encoder: what its probe used; null: it had none")
     versions: dict[str, str] = {}
 
 
@@ -115,7 +126,7 @@ A network of the `resunet` package. `config.json` holds its architecture, how sc
 comes from; `model.safetensors` its weights. Load it exactly with
 
 ```python
-from resunet import load_model  # an encoder: ResidualEncoder.from_pretrained
+from resunet import load_model  # an encoder: FeatureExtractor.from_pretrained
 model = load_model("FOLDER")
 ```
 """
@@ -138,9 +149,14 @@ class Checkpointed(
 
     @classmethod
     def build(cls, architecture: Architecture) -> Self:
-        """The network that its architecture describes, with fresh weights."""
+        """The network that its architecture describes, with fresh weights; of a pruned one the full, then narrowed."""
         assert not isinstance(architecture, EnsembleArchitecture), "an ensemble builds its members; see resunet.ensemble"
-        return cls(**architecture.model_dump(exclude={"name"}))
+        network = cls(**architecture.model_dump(exclude={"name", "widths"}))
+        if architecture.widths:
+            assert isinstance(network, nn.Module)
+            narrow(network, architecture.widths)
+            _describe_narrowed(network, architecture.widths)
+        return network
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
@@ -202,6 +218,17 @@ class Checkpointed(
         load_exactly(model, read_weights(folder / WEIGHTS), str(folder / WEIGHTS))
         model.config = config
         return model.eval()
+
+
+def _describe_narrowed(network: nn.Module, widths: Mapping[str, tuple[int, int]]) -> None:
+    """Write widths into the architecture of a network, and of the networks that it is made of."""
+    for prefix, part in network.named_modules():
+        if isinstance(part, Checkpointed):
+            start = f"{prefix}." if prefix else ""
+            own = {name.removeprefix(start): width for name, width in widths.items() if name.startswith(start)}
+            part.config = part.config.model_copy(
+                update={"architecture": part.config.architecture.model_copy(update={"widths": own})}
+            )
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from resunet.architecture import EncoderArchitecture
@@ -21,8 +22,10 @@ class Encoder(Protocol):
 
     spatial_dims: int
     in_channels: int
-    channels: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def channels(self) -> tuple[int, ...]: ...
 
     def __call__(self, x: Tensor) -> list[Tensor]: ...
 
@@ -61,11 +64,10 @@ class ResidualEncoder(nn.Module, Checkpointed):
             )
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
-        self.channels = tuple(channels)
         self.strides = tuple(2**level for level in range(len(channels)))
         self.levels = nn.ModuleList()
         width_before = in_channels
-        for level, width in enumerate(self.channels):
+        for level, width in enumerate(channels):
             first = ResidualUnit(spatial_dims, width_before, width, stride=1 if level == 0 else 2, norm=norm)
             rest = [ResidualUnit(spatial_dims, width, width, norm=norm) for _ in range(units - 1)]
             self.levels.append(nn.Sequential(first, *rest))
@@ -75,6 +77,11 @@ class ResidualEncoder(nn.Module, Checkpointed):
         )
         self.config = ModelConfig(architecture=architecture)
         initialise(self)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of every level, as they are: a pruned one has fewer than it was made with."""
+        return tuple(level[-1].conv2.out_channels for level in self.levels)  # type: ignore[index]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_channels, *size) → one (N, channels[i], *ceil(size / strides[i])) a level."""
@@ -108,12 +115,16 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_channels))
         elif isinstance(layer, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.groups > 1:  # torch counts the outputs of all groups
+                with torch.no_grad():
+                    layer.weight.mul_(math.sqrt(layer.groups))
         if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
 
 
 def initialise_head(head: nn.Module) -> None:
     """Small weights, so that training starts from logits near 0 (Lin et al. 2017, arXiv 1708.02002, section 4.1)."""
+    head = head[0] if isinstance(head, nn.Sequential) else head
     assert isinstance(head, nn.Conv2d | nn.Conv3d) and head.bias is not None
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)

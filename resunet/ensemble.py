@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resunet.architecture import Architecture, EnsembleArchitecture, ResUNetArchitecture, UNetArchitecture
+from resunet.architecture import Architecture, EnsembleArchitecture, MemberArchitecture
 from resunet.checkpoint import Checkpointed, ModelConfig
 
 
@@ -61,8 +61,8 @@ def _log_probabilities(logits: Tensor, one_logit: bool) -> Tensor:
     return F.log_softmax(logits, dim=1)
 
 
-def _described(member: nn.Module) -> ResUNetArchitecture | UNetArchitecture:
+def _described(member: nn.Module) -> MemberArchitecture:
     assert isinstance(member, Checkpointed)
     architecture = member.config.architecture
-    assert isinstance(architecture, ResUNetArchitecture | UNetArchitecture), "segmenters, and no ensembles of ensembles"
+    assert isinstance(architecture, MemberArchitecture), "segmenters, and no ensembles of ensembles"
     return architecture

@@ -72,7 +72,7 @@ def load_encoder(path: Path) -> tuple[Encoder, ModelConfig]:
     if not all(hasattr(encoder, what) for what in ("channels", "strides", "in_channels", "spatial_dims")):
         raise InputError(
             f"{folder}: architecture.name={config.architecture.name!r} has no encoder of its own. Give a pretraining run, or a "
-            "fine-tuning run with model.name=resunet (of an ensemble, one of its members)."
+            "fine-tuning run with model.name=resunet or mobile_resunet (of an ensemble, one of its members)."
         )
     found: Encoder = encoder
     return found, config

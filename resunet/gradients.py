@@ -15,6 +15,8 @@ from torch import nn
 
 from resunet.blocks import ResidualUnit
 from resunet.files import write_text
+from resunet.light_decoder import LightResidualUnit
+from resunet.mobile import MobileEncoder
 from resunet.progress import say
 from resunet.report import COLOURS, Section, svg
 
@@ -22,6 +24,17 @@ FIRST_STEPS = 50
 LOWEST_NORM = 0.01
 FILE = "gradients.json"
 _LISTED = 4  # of the units in the warning
+
+
+def residual_units(model: nn.Module) -> set[nn.Module]:
+    """Those of the Res-UNet, of the light decoder, and the blocks of MobileNetV3."""
+    found: set[nn.Module] = set()
+    for one in model.modules():
+        if isinstance(one, ResidualUnit | LightResidualUnit):
+            found.add(one)
+        elif isinstance(one, MobileEncoder):
+            found.update(one.blocks())
+    return found
 
 
 def gradient_norms(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -36,10 +49,10 @@ def gradient_norms(model: nn.Module) -> dict[str, dict[str, float]]:
         prefix = f"{module_name}." if module_name else ""
         return math.sqrt(sum(square.get(prefix + name, 0.0) for name, _ in module.named_parameters(recurse=recurse)))
 
-    modules = list(model.named_modules())
+    modules, units = list(model.named_modules()), residual_units(model)
     return {
         "layers": {name: norm(name, one, False) for name, one in modules if any(True for _ in one.parameters(recurse=False))},
-        "units": {name: norm(name, one, True) for name, one in modules if isinstance(one, ResidualUnit)},
+        "units": {name: norm(name, one, True) for name, one in modules if one in units},
     }
 
 

@@ -1,13 +1,13 @@
 """From finished runs to one ensemble: what its members must have in common, and the record of all that they have seen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder, read_config
+from resunet.checkpoint import WEIGHTS, LabelledGroups, ModelConfig, Provenance, model_folder, read_config
 from resunet.data.evidence import Evidence
 from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, merge_archives, read_archive, write_archive
 from resunet.ensemble import Ensemble
@@ -102,9 +102,21 @@ def _joined(configs: Sequence[ModelConfig], weights: Sequence[str], ensemble: En
             recipe_sha256=_common([one.recipe_sha256 for one in known]),
             parent_sha256=_common([one.parent_sha256 for one in known]),
             members_sha256=tuple(weights),
+            teacher_sha256=_common([one.teacher_sha256 for one in known]),
+            labels=join_labels([labels for one in known for labels in one.labels]),
             versions=versions(),
         ),
         allowed=allowed,
+    )
+
+
+def join_labels(labels: Iterable[LabelledGroups]) -> tuple[LabelledGroups, ...]:
+    """Labelled groups, each once, for each salt."""
+    by_salt: dict[str, set[str]] = {}
+    for one in labels:
+        by_salt.setdefault(one.salt_fingerprint, set()).update(one.groups)
+    return tuple(
+        LabelledGroups(groups=tuple(sorted(groups)), salt_fingerprint=salt) for salt, groups in sorted(by_salt.items())
     )
 
 

@@ -19,6 +19,8 @@ from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder, initialise, initialise_head
 from resunet.ensemble import Ensemble
 from resunet.errors import InputError
+from resunet.light_model import MobileResUNet
+from resunet.mobile import MobileEncoder
 
 
 class ResUNet(nn.Module, Checkpointed):
@@ -145,7 +147,8 @@ class UNet(nn.Module, Checkpointed):
         return features
 
 
-Segmenter = ResUNet | UNet | Ensemble
+Segmenter = ResUNet | UNet | MobileResUNet | Ensemble
+WithEncoder = ResUNet | MobileResUNet  # that is pretrained by itself
 
 
 def logit_channels(num_classes: int) -> int:
@@ -168,7 +171,7 @@ def load_model(path: str | Path) -> Segmenter:
     """
     folder = model_folder(Path(path))
     name = read_config(folder).architecture.name
-    if name == ResidualEncoder.kind:
+    if name in (ResidualEncoder.kind, MobileEncoder.kind):
         raise InputError(f"{folder}: holds an encoder, not a segmenter. Fine-tune it: resunet finetune RECIPE encoder={path}")
     model = NETWORKS[name].from_pretrained(folder)
     assert isinstance(model, Segmenter)
@@ -187,9 +190,10 @@ def load_finetuned(folder: Path) -> tuple[Segmenter, ModelConfig]:
     return model, config
 
 
-NETWORKS: dict[str, type[ResidualEncoder] | type[ResUNet] | type[UNet] | type[Ensemble]] = {
-    network.kind: network for network in (ResidualEncoder, ResUNet, UNet, Ensemble)
-}
+NETWORKS: dict[
+    str,
+    type[ResidualEncoder] | type[ResUNet] | type[UNet] | type[MobileEncoder] | type[MobileResUNet] | type[Ensemble],
+] = {network.kind: network for network in (ResidualEncoder, ResUNet, UNet, MobileEncoder, MobileResUNet, Ensemble)}
 
 
 class _DoubleConvolution(nn.Sequential):

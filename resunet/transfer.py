@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from resunet.architecture import ResUNetArchitecture
+from resunet.architecture import MobileResUNetArchitecture, ResUNetArchitecture
 from resunet.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -28,11 +28,13 @@ from resunet.checkpoint import (
     read_weights,
 )
 from resunet.config import Frozen
-from resunet.decoder import ProgressiveDecoder
+from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
 from resunet.files import sha256
-from resunet.model import ResUNet
+from resunet.light_decoder import LightDecoder
+from resunet.mobile import MobileEncoder
+from resunet.model import WithEncoder
 
 # Features are compared in float64, where the order of summation moves them by about 1e-14 of their size. Adapted input
 # convolutions are rounded to float32 once more: measured up to 2e-9.
@@ -57,7 +59,8 @@ class TensorReceipt(Frozen):
 class Receipt(Frozen):
     """What came from pretraining, tensor by tensor: receipt.json.
 
-    source of a tensor: its name in the encoder's file, or in the decoder's. decoder_…: where a decoder came too.
+    source of a tensor: its name in the encoder's file, or in the decoder's. decoder_…: where a decoder came too. start_sha256: of a
+    run that goes on from a finished segmenter, whose every tensor was loaded; there was no encoder then.
     """
 
     schema_version: int = 1
@@ -71,11 +74,16 @@ class Receipt(Frozen):
     decoder_parameters: int = 0
     decoder_parameters_loaded: int = 0
     decoder_feature_error: float | None = None
+    start_sha256: dict[str, str] = {}
     tensors: list[TensorReceipt]
 
     def line(self) -> str:
         """The receipt in a sentence."""
         states = [tensor.state for tensor in self.tensors]
+        if self.start_sha256:
+            return (
+                f"all {len(states)} tensors of a finished segmenter, its head's too, were loaded; training went on from there"
+            )
         decoder = ""
         if self.decoder_feature_error is not None:
             decoder = (
@@ -89,7 +97,9 @@ class Receipt(Frozen):
         )
 
 
-def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool = False, parts: Parts | None = None) -> Receipt:
+def transfer_encoder(
+    encoder: Path, model: WithEncoder, allow_input_channels: bool = False, parts: Parts | None = None
+) -> Receipt:
     """Load a pretrained encoder into `model.encoder`, and what was trained of a decoder into `model.decoder`.
 
     Args:
@@ -122,7 +132,7 @@ def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool =
     problems = differences(wanted, tensors)
     if problems:
         raise InputError(f"{folder / WEIGHTS}: does not fit the network's encoder:\n{problems}")
-    trial = load_exactly(ResidualEncoder(**model.encoder.config.architecture.model_dump(exclude={"name"})), tensors, "")
+    trial: AnyEncoder = load_exactly(type(model.encoder).build(model.encoder.config.architecture), tensors, "")
     error = feature_error(trial, check, adapted=bool(adapted))
     tolerance = TOLERANCE_ADAPTED if adapted else TOLERANCE
     if not error <= tolerance:
@@ -142,12 +152,31 @@ def transfer_encoder(encoder: Path, model: ResUNet, allow_input_channels: bool =
     return _receipt(folder, model, set(adapted), error, set(from_decoder), decoder_error)
 
 
+def receipt_of_start(model: nn.Module, digests: dict[str, str]) -> Receipt:
+    """Of a finished segmenter that was loaded exactly. digests: sha256 of its files."""
+    tensors = [
+        TensorReceipt(name=name, state="loaded", shape=tuple(tensor.shape), norm=float(tensor.double().norm()), source=name)
+        for name, tensor in model.state_dict().items()
+    ]
+    return Receipt(
+        encoder_sha256={},
+        allowed=[],
+        encoder_parameters=0,
+        encoder_parameters_loaded=0,
+        encoder_share_loaded=0.0,
+        feature_error=0.0,
+        feature_tolerance=0.0,
+        start_sha256=digests,
+        tensors=tensors,
+    )
+
+
 def adapt_input(weight: Tensor, in_channels: int) -> Tensor:
     """(C_out, C_in, …) → (C_out, in_channels, …): the sum over the input channels, shared out equally."""
     return weight.sum(dim=1, keepdim=True).expand(-1, in_channels, *weight.shape[2:]).contiguous() / in_channels
 
 
-def fingerprint(encoder: ResidualEncoder) -> FeatureCheck:
+def fingerprint(encoder: AnyEncoder) -> FeatureCheck:
     """The live encoder's features of a fixed input, pooled per channel and level, in float64 on the CPU.
 
     Two inputs of uniform noise: one with equal channels, which an adaptation of the input channels must keep, and one
@@ -158,7 +187,7 @@ def fingerprint(encoder: ResidualEncoder) -> FeatureCheck:
     return FeatureCheck(seed=_SEED, size=size, features=features)
 
 
-def feature_error(encoder: ResidualEncoder, check: FeatureCheck, adapted: bool = False) -> float:
+def feature_error(encoder: AnyEncoder, check: FeatureCheck, adapted: bool = False) -> float:
     """The largest difference between an encoder's features and those recorded, relative to the largest recorded.
 
     `adapted`: the encoder has other input channels than the recorded one had, so that only equal channels compare.
@@ -166,7 +195,7 @@ def feature_error(encoder: ResidualEncoder, check: FeatureCheck, adapted: bool =
     return _worst(check, lambda kind: _pooled(_levels(encoder, check.seed, check.size, kind)), adapted)
 
 
-def describe_decoder(encoder: ResidualEncoder, decoder: ProgressiveDecoder, squeeze_excite: bool) -> DecoderPart:
+def describe_decoder(encoder: AnyEncoder, decoder: AnyDecoder, squeeze_excite: bool) -> DecoderPart:
     """The facts of a trained decoder, its levels' features of the encoder's fixed input among them; see `fingerprint`."""
     size = _SIZE[encoder.spatial_dims]
     features = {kind: _pooled(_decoded(encoder, decoder, _SEED, size, kind)) for kind in ("equal", "own")}
@@ -174,13 +203,12 @@ def describe_decoder(encoder: ResidualEncoder, decoder: ProgressiveDecoder, sque
         finest=decoder.finest,
         norm=encoder.config.architecture.norm,  # type: ignore[union-attr]
         squeeze_excite=squeeze_excite,
+        channels=decoder.widths if isinstance(decoder, LightDecoder) else None,
         feature_check=FeatureCheck(seed=_SEED, size=size, features=features),
     )
 
 
-def decoder_feature_error(
-    encoder: ResidualEncoder, decoder: ProgressiveDecoder, part: DecoderPart, adapted: bool = False
-) -> float:
+def decoder_feature_error(encoder: AnyEncoder, decoder: AnyDecoder, part: DecoderPart, adapted: bool = False) -> float:
     """As `feature_error`, of a decoder's levels down to the finest that was recorded."""
     check = part.feature_check
 
@@ -191,7 +219,7 @@ def decoder_feature_error(
 
 
 def read_decoder(
-    folder: Path, encoder: ResidualEncoder, part: DecoderPart, tolerance: float, adapted: bool = False
+    folder: Path, encoder: AnyEncoder, part: DecoderPart, tolerance: float, adapted: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of the trained decoder in a model directory, checked: names, shapes, and features from this encoder's.
 
@@ -204,7 +232,7 @@ def read_decoder(
             f"{folder / DECODER}: no such file, and {CONFIG} names a trained decoder. Restore it, or leave it: transfer=encoder."
         )
     tensors = read_weights(folder / DECODER)
-    decoder = ProgressiveDecoder(encoder, part.norm, part.squeeze_excite, part.finest)
+    decoder = decoder_of(encoder, part.squeeze_excite, part.finest, part.channels)
     problems = differences(decoder.state_dict(), tensors)
     if problems:
         raise InputError(f"{folder / DECODER}: does not fit the network's decoder:\n{problems}")
@@ -231,7 +259,7 @@ def _worst(check: FeatureCheck, pooled: Callable[[str], list[float]], adapted: b
 
 
 @torch.no_grad()
-def _levels(encoder: ResidualEncoder, seed: int, size: int, kind: str) -> list[Tensor]:
+def _levels(encoder: AnyEncoder, seed: int, size: int, kind: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (2, 1 if kind == "equal" else encoder.in_channels, *[size] * encoder.spatial_dims)
     x = torch.rand(shape, generator=generator, dtype=torch.float64) * 4 - 2
@@ -240,7 +268,7 @@ def _levels(encoder: ResidualEncoder, seed: int, size: int, kind: str) -> list[T
 
 
 @torch.no_grad()
-def _decoded(encoder: ResidualEncoder, decoder: ProgressiveDecoder, seed: int, size: int, kind: str) -> list[Tensor]:
+def _decoded(encoder: AnyEncoder, decoder: AnyDecoder, seed: int, size: int, kind: str) -> list[Tensor]:
     return cast_to(decoder, torch.float64).levels(_levels(encoder, seed, size, kind))
 
 
@@ -264,19 +292,31 @@ def _decoder_part(folder: Path, config: ModelConfig, parts: Parts | None) -> Dec
 
 
 def _check_architecture(
-    folder: Path, config: ModelConfig, part: DecoderPart | None, model: ResUNet, allow_input_channels: bool
+    folder: Path, config: ModelConfig, part: DecoderPart | None, model: WithEncoder, allow_input_channels: bool
 ) -> None:
     """What an encoder and a network must share, compared key by key before any tensor is."""
-    if config.architecture.name != ResidualEncoder.kind:
+    if config.architecture.name not in (ResidualEncoder.kind, MobileEncoder.kind):
         raise InputError(f"{folder}: holds a {config.architecture.name!r}, not an encoder. Give a pretraining run.")
+    if config.architecture.name != (own_kind := model.encoder.kind):
+        raise InputError(
+            f"{folder}: holds a {config.architecture.name!r}, and a {model.kind!r} has a {own_kind!r}. Give an encoder of that "
+            "kind, or another model.name."
+        )
     theirs = config.architecture.model_dump()
     ours = model.encoder.config.architecture.model_dump()
     free = {"in_channels"} if allow_input_channels else set()
     differing = [key for key in ours if ours[key] != theirs[key] and key not in free]
     lines = [f"  {key}: encoder {_shown(theirs[key])}, network {_shown(ours[key])}" for key in differing]
     hint = "Set the recipe's model keys to the encoder's, or pretrain an encoder of this shape."
-    assert isinstance(model.config.architecture, ResUNetArchitecture)
-    if part is not None and part.squeeze_excite != (own := model.config.architecture.squeeze_excite):
+    assert isinstance(model.config.architecture, ResUNetArchitecture | MobileResUNetArchitecture)
+    if (
+        part is not None
+        and part.channels is not None
+        and part.channels[part.finest :] != (widths := model.config.architecture.channels[part.finest :])
+    ):
+        lines.append(f"  channels: decoder {_shown(part.channels[part.finest :])}, network {_shown(widths)}")
+        hint += " transfer=encoder leaves the decoder out."
+    elif part is not None and part.squeeze_excite != (own := model.config.architecture.squeeze_excite):
         lines.append(f"  squeeze_excite: decoder {part.squeeze_excite}, network {own}")
         hint += " transfer=encoder leaves the decoder out."
     if lines:
@@ -291,7 +331,7 @@ def _shown(value: object) -> str:
 
 
 def _receipt(
-    folder: Path, model: ResUNet, adapted: set[str], error: float, from_decoder: set[str], decoder_error: float | None
+    folder: Path, model: WithEncoder, adapted: set[str], error: float, from_decoder: set[str], decoder_error: float | None
 ) -> Receipt:
     sources = {f"encoder.{name}": name for name in model.encoder.state_dict()}
     sources |= {f"decoder.{name}": name for name in from_decoder}

@@ -213,7 +213,7 @@ def randomised(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Module]]:
         for stage in reversed(stages):
             module = changing.get_submodule(stage)
             initialise(module)
-            if stage == "head":
+            if stage.split(".")[0] == "head":
                 initialise_head(module)
             for one in module.modules():
                 if isinstance(one, _NORMS):

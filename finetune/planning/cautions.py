@@ -145,8 +145,7 @@ def _uneven_volumes(recipe: FinetuneRecipe, train: PartFacts) -> list[str]:
     """What a 3D network makes of thick slices, and of few: it halves all axes alike at every level."""
     if recipe.model.spatial_dims == 2 or not train.cases:
         return []
-    assert recipe.model.channels is not None
-    stride, found = 2 ** (len(recipe.model.channels) - 1), []
+    stride, found = recipe.model.stride, []
     size = np.median([case.size for case in train.cases], axis=0)
     spacing = np.median([case.spacing for case in train.cases], axis=0)
     if train.in_mm and spacing.max() > _THICK * spacing.min():
@@ -171,11 +170,15 @@ def _width(case: CaseFacts, index: int) -> float:
 
 
 def _clipped_by_what_is_fixed(recipe: FinetuneRecipe, train: PartFacts, names: Sequence[str]) -> list[str]:
-    """Where the plan may not choose: the encoder's normalisation, or constants that the user set."""
-    whose = "the encoder's normalisation" if recipe.encoder is not None else "the recipe's constants"
-    if isinstance(recipe.normalisation, PercentileZScore) and recipe.encoder is None:
+    """Where the plan may not choose: the encoder's or the teacher's normalisation, or constants that the user set."""
+    if recipe.encoder is not None:
+        whose, remedy = "the encoder's normalisation", "pretrain again with wider ones"
+    elif recipe.teacher is not None:
+        whose, remedy = "the teacher's normalisation", "train the teacher again with wider ones"
+    elif isinstance(recipe.normalisation, PercentileZScore):
         return []
-    remedy = "pretrain again with wider ones" if recipe.encoder is not None else "widen normalisation.low and high"
+    else:
+        whose, remedy = "the recipe's constants", "widen normalisation.low and high"
     return [
         f"{train.beyond(index, 'clipped'):.0%} of the pixels of {name!r} lie beyond the limits of {whose}, and lose their "
         f"contrast: {remedy}."

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from torch.optim import Optimizer
 
+from finetune.distillation.teacher import Teacher
 from finetune.recipe import AugmentSettings, ElasticSettings, FinetuneRecipe
-from finetune.step import Batches, forward_backward, make_optimizer, refresh_statistics, supervise, training_mode
+from finetune.step import attending, forward_backward, make_optimizer, refresh_statistics, supervise, training_mode
 from finetune.training.losses import dice_loss
-from finetune.training.patches import Patches, PatchSampler
+from finetune.training.patches import Batches, Patches, PatchSampler
 from resunet.data.cases import IGNORE, LoadedCase
 from resunet.errors import InputError
 from resunet.model import Segmenter
@@ -53,11 +54,12 @@ class Sweep:
 def find_rate(
     recipe: FinetuneRecipe,
     model: Segmenter,
-    sampler: PatchSampler,
+    sampler: Batches,
     accelerator: Accelerator,
     transferred: bool,
     steps: int,
     quiet: bool = False,
+    teacher: Teacher | None = None,
 ) -> Sweep:
     """The learning-rate range test of Smith 2017 (arXiv 1506.01186, section 3.3), with rates that grow exponentially.
 
@@ -66,14 +68,14 @@ def find_rate(
     """
     network = copy.deepcopy(model)
     trained = supervise(recipe, network)
-    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(recipe, trained))
+    wrapped, optimizer = accelerator.prepare(attending(recipe, trained), make_optimizer(recipe, trained))
     training_mode(recipe, network)
     rates, losses = [], []
     for step in progress(range(steps), steps, "find learning rate", quiet=quiet):
         rate = RATES[0] * (RATES[1] / RATES[0]) ** (step / (steps - 1))
         _set_rates(recipe, optimizer, rate, transferred)
         optimizer.zero_grad(set_to_none=True)
-        loss = forward_backward(recipe, wrapped, sampler, step, accelerator)["loss"]
+        loss = forward_backward(recipe, wrapped, sampler, step, accelerator, teacher)["loss"]
         if not math.isfinite(loss):
             break
         rates.append(rate)
@@ -124,6 +126,8 @@ def overfit(
     quiet: bool = False,
 ) -> Overfit:
     """Train on one fixed batch, every patch with a class in it, without augmentation, at the recipe's rate held constant.
+
+    A teacher has no say: whether masks can be learned by heart is the question.
 
     It passes when the loss falls below `overfit_limit` within the steps.
 

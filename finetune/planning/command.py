@@ -6,13 +6,13 @@ from typing import Literal
 
 from accelerate import Accelerator
 
-from finetune.labelled import LabelledData, read_labelled, resolve
+from finetune.distillation.teacher import load_teacher
+from finetune.labelled import LabelledData, read_labelled, resolve, sampler_of
 from finetune.planning.checks import OVERFIT_STEPS, RATES, SWEEP_STEPS, Sweep, find_rate, overfit, overfit_limit
 from finetune.planning.page import page, refuse_file, write_recipe
 from finetune.planning.plan import make_plan
 from finetune.recipe import FinetuneRecipe
 from finetune.step import build
-from finetune.training.patches import PatchSampler
 from resunet.errors import CheckFailed, InputError
 from resunet.exits import is_main_rank
 from resunet.layout import place
@@ -53,8 +53,8 @@ def _find_rate(recipe: FinetuneRecipe, write: Path | None) -> str:
     if write is not None and (write.suffix != ".html" or write.exists()):
         raise InputError(f"--write {write}: --find-lr writes a page with its curve. Name a new .html file.")
     recipe, data, model, receipt, accelerator = _prepare(recipe)
-    sampler = PatchSampler(data.train, recipe.patch, recipe.foreground)
-    sweep = find_rate(recipe, model, sampler, accelerator, receipt is not None, SWEEP_STEPS)
+    sampler, teacher = sampler_of(recipe, data), load_teacher(recipe, accelerator.device)
+    sweep = find_rate(recipe, model, sampler, accelerator, receipt is not None, SWEEP_STEPS, teacher=teacher)
     text = _told(sweep, recipe.optimizer.lr)
     if write is None:
         return "\n".join(text)

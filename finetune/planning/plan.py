@@ -22,6 +22,7 @@ from finetune.training.patches import PatchSampler
 from resunet.config import PercentileZScore, Precision, validate
 from resunet.data.cases import IGNORE
 from resunet.doctor import fastest_precision
+from resunet.light_settings import LIGHT
 from resunet.training import start_ranks
 
 # Largest side of a patch and pixels of a batch, of slices and of volumes. On a CPU 8 patches of 128² train the half-width network
@@ -104,14 +105,12 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
     parts = (train, val, test)
     random_foreground = foreground_of_random_patches(data, given.patch)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    choices = recommend(given, train, names, random_foreground, device, fastest_precision())
+    choices = recommend(given, train, names, random_foreground, device, _fastest(given, device))
     decided = apply(given, choices)
     # a rank's share in one process: what each of several ranks would do
     alone = decided.model_copy(update={"processes": 1, "batch": max(1, decided.batch // decided.processes)})
-    cost = measure_cost(alone, data.train, data.val, start_ranks(alone, alone.batch, "patches"))
-    plan = Plan(
-        given, decided, parts, tuple(choices), (), tuple(data.source.notes()), compared, random_foreground, read_seconds, cost
-    )
+    cost = measure_cost(alone, data, start_ranks(alone, alone.batch, "patches"))
+    plan = Plan(given, decided, parts, tuple(choices), (), data.about(), compared, random_foreground, read_seconds, cost)
     validating = choose_validate_every(given, cost, cost.statistics + plan.validation_seconds(val))
     choices.append(validating)
     return replace(
@@ -144,8 +143,7 @@ def recommend(
     recipe: FinetuneRecipe, train: PartFacts, names: Sequence[str], random_foreground: float, device: str, fastest: Precision
 ) -> list[Choice]:
     """The choices that need no timing of the recipe itself; `fastest` of the precisions on this machine."""
-    assert recipe.model.channels is not None
-    stride, dims = 2 ** (len(recipe.model.channels) - 1), recipe.model.spatial_dims
+    stride, dims = recipe.model.stride, recipe.model.spatial_dims
     patch = _choose_patch(recipe, train, stride, _SIDE[device][dims])
     return [
         patch,
@@ -185,8 +183,8 @@ def _choose_batch(recipe: FinetuneRecipe, patch: Sequence[int], pixels: int) -> 
 
 def _choose_clip(recipe: FinetuneRecipe, train: PartFacts, names: Sequence[str]) -> list[Choice]:
     normalisation = recipe.normalisation
-    if not isinstance(normalisation, PercentileZScore) or recipe.encoder is not None:
-        return []  # fixed constants, and an encoder's own normalisation, are the user's: see the warnings
+    if not isinstance(normalisation, PercentileZScore) or recipe.encoder is not None or recipe.teacher is not None:
+        return []  # fixed constants, and an encoder's or a teacher's own normalisation, are the user's: see the warnings
     choices = []
     for key, side, kept in (("high", "above", 100.0), ("low", "below", 0.0)):
         worst = max(range(len(names)), key=lambda i, side=side: train.beyond(i, side))  # type: ignore[misc]
@@ -213,7 +211,14 @@ def _choose_foreground(recipe: FinetuneRecipe, random_foreground: float) -> Choi
 def _choose_precision(recipe: FinetuneRecipe, fastest: Precision) -> Choice:
     if recipe.precision == "fp16":
         return Choice("precision", "fp16", "fp16", "as the recipe says")
-    return Choice("precision", fastest, recipe.precision, "the faster of fp32 and bf16 here, measured on a small network")
+    reason = "the faster of fp32 and bf16 here, measured on a small network"
+    if recipe.model.name == LIGHT and fastest == "fp32":
+        reason = "depthwise convolutions are slower in bf16 on CPUs"
+    return Choice("precision", fastest, recipe.precision, reason)
+
+
+def _fastest(recipe: FinetuneRecipe, device: str) -> Precision:
+    return "fp32" if recipe.model.name == LIGHT and device == "cpu" else fastest_precision()
 
 
 def choose_validate_every(recipe: FinetuneRecipe, cost: Cost, validation: float) -> Choice:

@@ -1,26 +1,16 @@
 """What a recipe costs on this machine, from a few steps of the step that training takes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
+from finetune.distillation.teacher import load_teacher
+from finetune.labelled import LabelledData, sampler_of
 from finetune.loop import validate
 from finetune.recipe import FinetuneRecipe
-from finetune.step import (
-    apply_gradients,
-    build,
-    forward_backward,
-    make_optimizer,
-    refresh_statistics,
-    start_step,
-    supervise,
-)
-from finetune.training.patches import PatchSampler
-from resunet.data.cases import LoadedCase
-from resunet.layout import place
+from finetune.step import apply_gradients, build, forward_backward, prepare, refresh_statistics, start_step
 from resunet.measuring import ENOUGH_SECONDS, load, peak_memory, timed
 
 _STEPS = 5
@@ -48,9 +38,7 @@ class Cost:
     busy: float
 
 
-def measure_cost(
-    recipe: FinetuneRecipe, train: Sequence[LoadedCase], val: Sequence[LoadedCase], accelerator: Accelerator
-) -> Cost:
+def measure_cost(recipe: FinetuneRecipe, data: LabelledData, accelerator: Accelerator) -> Cost:
     """Take a few steps of a fresh network and predict a few val cases; the network is thrown away.
 
     Raises:
@@ -60,23 +48,22 @@ def measure_cost(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model, receipt = build(recipe)
-    model = place(model, device)
-    trained = supervise(recipe, model)
-    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(recipe, trained, receipt))
-    sampler = PatchSampler(train, recipe.patch, recipe.foreground)
+    teacher = load_teacher(recipe, device)
+    learner = prepare(recipe, model, receipt, accelerator)
+    sampler = sampler_of(recipe, data)
 
     def take(step: int) -> None:
-        start_step(recipe, model, optimizer, min(step, recipe.steps - 1), transferred=receipt is not None)
-        optimizer.zero_grad(set_to_none=True)
-        metrics = forward_backward(recipe, wrapped, sampler, step, accelerator)
-        apply_gradients(recipe, trained, optimizer, metrics["loss"], step, accelerator)
+        start_step(recipe, model, learner.optimizer, min(step, recipe.steps - 1), transferred=receipt is not None)
+        learner.optimizer.zero_grad(set_to_none=True)
+        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, teacher)
+        apply_gradients(recipe, learner.trained, learner.optimizer, metrics["loss"], step, accelerator)
 
     take(0)
     seconds: list[float] = []
     while len(seconds) < _STEPS and sum(seconds) < ENOUGH_SECONDS:
         seconds.append(timed(lambda: take(len(seconds) + 1)))
     for_statistics = timed(lambda: refresh_statistics(recipe, model, model, sampler, accelerator))
-    some = val[:_VAL_CASES]
+    some = data.val[:_VAL_CASES]
     for_val = timed(lambda: validate(model, some, recipe, accelerator)) if some else 0.0
     return Cost(
         step=float(np.median(seconds)),

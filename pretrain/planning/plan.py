@@ -11,6 +11,7 @@ from pretrain.planning.timing import Cost, measure_cost
 from pretrain.recipe import PretrainRecipe
 from pretrain.refusals import refuse_impossible
 from resunet.doctor import fastest_precision
+from resunet.light_settings import LIGHT
 
 
 @dataclass(frozen=True)
@@ -44,5 +45,6 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     refuse_impossible(recipe, archive, speaks=True)
     facts = archive_facts(recipe, archive)
     cost = measure_cost(alone, archive, accelerator)
-    cautions = cautions_of(recipe, archive, facts, cost, fastest_precision())
+    depthwise = recipe.model.name == LIGHT and cost.device == "cpu"  # which are slower in bf16
+    cautions = cautions_of(recipe, archive, facts, cost, "fp32" if depthwise else fastest_precision())
     return Plan(recipe, archive, facts, cost, tuple(cautions), read_seconds)

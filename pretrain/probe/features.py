@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resunet.encoder import ResidualEncoder
+from resunet.decoders import AnyEncoder
 from resunet.layout import channels_last
 
 
-def features_at(encoder: ResidualEncoder, image: Tensor, places: Tensor) -> Tensor:
+def features_at(encoder: AnyEncoder, image: Tensor, places: Tensor) -> Tensor:
     """What every level has at some pixels: read bilinearly, l2-normalised level by level, side by side; of length 1 in all.
 
     A strided level's position j is centred on pixel j · stride (3×3 convolutions padded by 1, and every stride-th pixel of the

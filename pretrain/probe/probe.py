@@ -26,7 +26,7 @@ from pretrain.probe.segmentation import dice_by_class, leave_one_out
 from pretrain.probe.settings import ProbeSettings
 from pretrain.ranks import on_every_rank
 from pretrain.recipe import PretrainRecipe
-from resunet.encoder import ResidualEncoder
+from resunet.decoders import AnyEncoder
 from resunet.layout import channels_last
 from resunet.runs import Run
 
@@ -79,7 +79,7 @@ class Probe:
         """Whether to look after so many steps."""
         return self._settings is not None and (step % self._settings.every == 0 or step == self._recipe.steps)
 
-    def look(self, encoder: ResidualEncoder, step: int) -> dict[str, float]:
+    def look(self, encoder: AnyEncoder, step: int) -> dict[str, float]:
         """What is logged, on the main rank; on others nothing. All ranks call it.
 
         Raises:
@@ -87,7 +87,7 @@ class Probe:
         """
         return on_every_rank(lambda: self._look(encoder, step), self._accelerator)
 
-    def _look(self, encoder: ResidualEncoder, step: int) -> dict[str, float]:
+    def _look(self, encoder: AnyEncoder, step: int) -> dict[str, float]:
         if self.scans is None:
             return {}
         assert self._settings is not None
@@ -119,7 +119,7 @@ class Probe:
 
 
 @contextmanager
-def evaluating(encoder: ResidualEncoder) -> Iterator[None]:
+def evaluating(encoder: AnyEncoder) -> Iterator[None]:
     """The encoder in evaluation mode without gradients; every layer's own mode comes back."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
@@ -131,7 +131,7 @@ def evaluating(encoder: ResidualEncoder) -> Iterator[None]:
             module.training = training
 
 
-def segment(encoder: ResidualEncoder, scans: ProbeScans, settings: ProbeSettings, device: torch.device) -> Segmented:
+def segment(encoder: AnyEncoder, scans: ProbeScans, settings: ProbeSettings, device: torch.device) -> Segmented:
     """Every probe scan by the labels of the others; Dice is the mean over foreground classes that others show too."""
     places = scans.places()
     features = torch.cat(

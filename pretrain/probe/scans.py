@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pretrain.probe.segmentation import LabelledPixels
 from pretrain.probe.settings import ProbeSettings
 from pretrain.recipe import PretrainRecipe
-from resunet.checkpoint import ProbeLabels
+from resunet.checkpoint import LabelledGroups
 from resunet.data.cases import IGNORE, Case, LoadedCase, load_cases, refuse_images, source_digest
 from resunet.data.evidence import Evidence
 from resunet.data.images import read_mask
@@ -67,7 +67,7 @@ class ProbeScans:
 
     scans: list[ProbeScan]
     num_classes: int
-    labels: ProbeLabels
+    labels: LabelledGroups
     evidence: Evidence
     digest: str
 
@@ -102,7 +102,7 @@ def read_probe_scans(recipe: PretrainRecipe, settings: ProbeSettings, spatial_di
     found = ProbeScans(
         scans=_cut(loaded, hmacs, spatial_dims),
         num_classes=len(settings.classes),
-        labels=ProbeLabels(groups=hmacs, salt_fingerprint=source.salt_fingerprint),
+        labels=LabelledGroups(groups=hmacs, salt_fingerprint=source.salt_fingerprint),
         evidence=replace(evidence, thumbnail=None),
         digest=source_digest(loaded),
     )

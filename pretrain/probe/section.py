@@ -26,7 +26,7 @@ def probe_section(recipe: PretrainRecipe, probe: Probe, metrics: Metrics) -> lis
         *(curves({label: metrics[name]}, caption, "step", label) for name, caption, label in _FIGURES),
         curves(
             {"RankMe": metrics["probe_rankme"]},
-            f"RankMe: effective rank of the embeddings, of {probe.embeddings} views in {recipe.model.channels[-1]} dimensions",
+            f"RankMe: effective rank of the embeddings, of {probe.embeddings} views in {recipe.model.widths[-1]} dimensions",
             "step",
             "RankMe",
             True,

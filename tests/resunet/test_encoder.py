@@ -59,6 +59,7 @@ def test_the_config_describes_the_network():
         "channels": (4, 6, 8),
         "units": 1,
         "norm": "group",
+        "widths": {},
     }
 
 
