@@ -2,50 +2,87 @@
 
     python -m benchmarks.suggest --data DIR --out DIR [--draws 5] [--budgets 5 11] [--steps 300] [--pretrain-steps 500]
 
-One pretraining on the pool of a source that has splits; its embeddings; then for every budget and draw a fine-tuning on as many
-groups drawn at random, and on those that k-centre (from a random start) and typicality (with clusters of that seed) choose, all
-with the encoder, and the same val groups, seed, steps and augmentation. Test is read once a run. Prints the table that LOG.md
-holds, with how far the pool lies from what was chosen. Finished runs are kept, so that an interrupted benchmark goes on where it
-was.
+One pretraining on the pool of a source that has splits, and one label curve: in every draw groups to train on are drawn at random,
+by k-centre (from a random start) and by typicality (with clusters of that seed) in the encoder's embedding of the pool, and all
+arms have the encoder, the same val groups, seed, steps and augmentation. Test is read once a cell. Prints the tables that LOG.md
+holds, with how far the pool lies from what was chosen. What is done is kept: the same command goes on where it was, and several of
+them share the cells.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.brain_tumor import ensure, mean_of_draws
-from finetune.comparison.arms import Arm, read_arm
-from finetune.evaluation.statistics import paired_difference
-from resunet.config import DataSettings
-from resunet.data.source import Source, draw_labelled, open_source
-from resunet.embedding.coverage import cover, nested_order
-from resunet.embedding.embed import EmbedRequest, embed
-from resunet.embedding.groups import Groups, groups_of
-from resunet.embedding.table import read_embeddings
-from resunet.files import write_text
-from resunet.report import shown
+from benchmarks.brain_tumor import ensure
+from finetune.drawing import pool_groups
+from finetune.label_curve.cells import points_of
+from finetune.label_curve.command import label_curve
+from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.verdict import signed
+from finetune.labelled import choose_cases
+from resunet.embedding.coverage import cover
 
 METHODS = ("random", "kcenter", "typicality")
+Distances = dict[tuple[str, int], list[float]]
 
 
-def choices(source: Source, groups: Groups, method: str, budget: int, draw: int) -> list[str]:
-    """HMACs of the pool's groups that a draw chooses."""
-    if method == "random":
-        return sorted({case.group_hmac for case in draw_labelled(source, budget, draw).part("pool")})
-    order = nested_order("kcenter" if method == "kcenter" else "typicality", groups.points, draw)
-    return [groups.names[number] for number in order[:budget]]
-
-
-def write_draw(path: Path, source: Source, chosen: list[str], budget: int, draw: int) -> None:
-    """A split whose pool is what was chosen, and whose val is that of the random draw of this number."""
-    stems = {
-        "pool": sorted(case.stem for case in source.part("pool") if case.group_hmac in set(chosen)),
-        "val": sorted(case.stem for case in draw_labelled(source, budget, draw).part("val")),
-        "test": sorted(case.stem for case in source.part("test")),
+def curve_of(options: argparse.Namespace, encoder: Path) -> LabelCurveRecipe:
+    """A curve of which an arm is a way to draw."""
+    arms: dict[str, dict[str, Any]] = {method: {"encoder": str(encoder)} for method in METHODS}
+    for method in METHODS[1:]:
+        arms[method]["data"] = {"draw_by": method, "draw_encoder": str(encoder)}
+    values = {
+        "out": options.out / "curve",
+        "resume": True,
+        "recipe": "brain_tumor",
+        "finetune": {"data": {"source": str(options.data)}, "wandb": {"mode": "disabled"}},
+        "arms": arms,
+        "baseline": "random",
+        "budgets": options.budgets,
+        "draws": options.draws,
+        "steps": [options.steps],
     }
-    write_text(path, json.dumps(stems) + "\n")
+    return LabelCurveRecipe.model_validate(values)
+
+
+def distances(recipe: LabelCurveRecipe, encoder: Path) -> Distances:
+    """(way to draw, groups) → of each draw, how far the pool's groups lie from the nearest chosen one on average."""
+    found: Distances = {}
+    groups = None
+    for point in points_of(recipe):
+        source, train, _, _ = choose_cases(point.cells[0].recipe)
+        groups = groups or pool_groups(encoder, source)
+        chosen = {case.group_hmac for case in train}
+        where = [number for number, name in enumerate(groups.names) if name in chosen]
+        found.setdefault((point.arm, point.labelled), []).append(cover(groups.points, where).mean)
+    return found
+
+
+def table(record: dict[str, Any], index: int, distance: Distances) -> str:
+    """One budget: Dice of every way to draw, and the paired difference from random draws."""
+    one = record["labels"][index]
+    lines = [
+        f"{one['train']} groups to train on and {one['val']} to choose by, {record['draws']} draws, "
+        f"{record['test_groups']} test groups",
+        "",
+        "| drawn by | Dice of each draw | mean | against random, by group and draw | p, Holm | mean distance of the pool |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        dice = record["dice"][method][index]
+        each, against, p = ", ".join(f"{value:.3f}" for value in dice["by_draw"]), "", ""
+        if method != "random":
+            figure = record["differences"][method][index]
+            ends = figure["ci95"]
+            against = signed(figure["mean"]) + ("" if ends is None else f" [{signed(ends[0])}, {signed(ends[1])}]")
+            p = "–" if figure["p_holm"] is None else f"{figure['p_holm']:.3f}"
+        lines.append(
+            f"| {method} | {each} | {dice['mean']:.3f} | {against} | {p} | {np.mean(distance[method, one['train']]):.3f} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -57,36 +94,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pretrain-steps", type=int, default=500)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = f"data.source={options.data}"
-    encoder = ensure(options.out / "pretrain", "pretrain", "brain_tumor", data, f"steps={options.pretrain_steps}")
-    table = options.out / "embeddings.parquet"
-    if not table.exists():
-        embed(encoder, table, EmbedRequest(source=options.data, precision="bf16"))
-    groups = groups_of(read_embeddings(table), labelled=set())  # of the pool: val and test are left out
-    source = open_source(DataSettings(source=options.data), masks=True)
-    for budget in options.budgets:
-        arms: dict[str, list[Arm]] = {method: [] for method in METHODS}
-        distance: dict[str, list[float]] = {method: [] for method in METHODS}
-        for draw in range(options.draws):
-            for method in METHODS:
-                chosen = choices(source, groups, method, budget, draw)
-                distance[method].append(cover(groups.points, [groups.names.index(group) for group in chosen]).mean)
-                name = f"{method}-{budget}-{draw}"
-                splits = options.out / f"{name}.json"
-                write_draw(splits, source, chosen, budget, draw)
-                keys = [data, f"data.splits={splits}", "data.labelled=null", f"steps={options.steps}", f"seed={draw}"]
-                run = ensure(options.out / name, "finetune", "brain_tumor", *keys, f"encoder={encoder}")
-                arms[method].append(read_arm(run, name))
-        print(f"\n{budget} groups of {len(groups.names)}, {options.draws} draws\n")
-        print("| drawn by | Dice of each draw | mean | against random, paired by group | mean distance of the pool |")
-        print("|---|---|---|---|---|")
-        for method, its in arms.items():
-            dice = [arm.summary["dice"]["mean"] for arm in its]
-            difference = shown(paired_difference(mean_of_draws(its), mean_of_draws(arms["random"])))
-            each = ", ".join(f"{one:.3f}" for one in dice)
-            against = "" if method == "random" else difference
-            print(f"| {method} | {each} | {np.mean(dice):.3f} | {against} | {np.mean(distance[method]):.3f} |")
+    options.out = options.out.resolve()
+    keys = (f"data.source={options.data}", f"steps={options.pretrain_steps}", "wandb.mode=disabled")
+    encoder = ensure(options.out / "pretrain", "pretrain", "brain_tumor", *keys)
+    recipe = curve_of(options, encoder)
+    label_curve(recipe)
+    record = json.loads((recipe.out / "curve.json").read_text(encoding="utf-8"))
+    distance = distances(recipe, encoder)
+    for index in range(len(record["labels"])):
+        print(f"\n{table(record, index, distance)}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,47 @@
 """What a fine-tuning run trains on, chooses by and is judged by; and that the three, and the archive, do not overlap."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from finetune.counted_labels import other_labels, probe_note, probes_of, teacher_note
+from finetune.distillation.teacher import refuse_other_teacher, teacher_normalisation
+from finetune.distillation.unlabelled import MixedSampler, load_unlabelled, unlabelled_cases
+from finetune.drawing import suggested_order
+from finetune.overlap import joined, refuse_overlap, seen_by_others
 from finetune.recipe import FinetuneRecipe
-from resunet.architecture import ResUNetArchitecture, UNetArchitecture
-from resunet.checkpoint import ProbeLabels, model_folder, read_config
+from finetune.start import as_started
+from finetune.training.patches import Batches, PatchSampler
+from resunet.architecture import MOBILE_BACKBONE, ResUNetArchitecture, UNetArchitecture
+from resunet.checkpoint import LabelledGroups, model_folder, read_config
 from resunet.config import PercentileZScore
 from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
 from resunet.data.evidence import Evidence
-from resunet.data.leakage import (
-    NO_GROUP_EVIDENCE,
-    evidence_of_cases,
-    evidence_of_groups,
-    find_leaks,
-    read_archive,
-    refuse_leaks,
-)
+from resunet.data.leakage import NO_GROUP_EVIDENCE
 from resunet.data.source import Source, assign_parts, divide, draw_labelled, hold_out, open_source
 from resunet.errors import InputError
+from resunet.light_model import decoder_widths
+from resunet.light_settings import LIGHT
+from resunet.members import join_labels
+from resunet.mobile import channels_of
 from resunet.progress import progress
 
 _CHANNELS = {"resunet": ResUNetArchitecture().channels, "unet": UNetArchitecture().channels}
 
 
+def _default_channels(recipe: FinetuneRecipe) -> tuple[int, ...]:
+    if recipe.model.name == LIGHT:
+        return decoder_widths(channels_of(recipe.model.backbone or MOBILE_BACKBONE))
+    return _CHANNELS[recipe.model.name]
+
+
 @dataclass(frozen=True)
 class LabelledData:
-    """Cases in memory. `archive` is what the encoder was pretrained on; None from scratch. `probe`: labels that it used."""
+    """Cases in memory.
+
+    archive: what else has been seen: the encoder's and the teacher's archives, and the unlabelled scans; None: nothing.
+    others: labels behind the encoder and the teacher. unlabelled: scans that the teacher is asked about, without masks.
+    remarks: what a reader has to know of labels that others used.
+    """
 
     source: Source
     train: list[LoadedCase]
@@ -34,20 +49,31 @@ class LabelledData:
     test: list[LoadedCase]
     archive: Evidence | None
     allowed: list[str]
-    probe: ProbeLabels | None = None
+    others: tuple[LabelledGroups, ...] = ()
+    unlabelled: list[LoadedCase] = field(default_factory=list)
+    remarks: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
-        allowed = [f"Allowed by the recipe: {one}." for one in self.allowed]
-        labelled = [one.case for one in (*self.train, *self.val)]
-        return self.source.notes() + _probe_note(self.probe, labelled, self.source) + allowed
+        return [*self.about(), *(f"Allowed by the recipe: {one}." for one in self.allowed)]
+
+    def about(self) -> tuple[str, ...]:
+        """What a reader has to know of the source, of labels that others used, and of scans without."""
+        groups = len({one.case.group_hmac for one in self.unlabelled})
+        mixed = [f"{len(self.unlabelled)} unlabelled scans of {groups} groups are learned from the teacher."] if groups else []
+        return (*self.source.notes(), *self.remarks, *mixed)
+
+    def labels(self) -> tuple[LabelledGroups, ...]:
+        """The labelled groups behind what is trained on these cases, for each salt."""
+        own = tuple(one.case.group_hmac for one in (*self.train, *self.val))
+        return join_labels([LabelledGroups(groups=own, salt_fingerprint=self.source.salt_fingerprint), *self.others])
 
 
 @dataclass(frozen=True)
 class FoldedData:
     """Cases in memory that are divided into folds, and the test cases, which are in none.
 
-    folds: of each fold, which of `cases`. archive, allowed, probe: as `LabelledData`.
+    folds: of each fold, which of `cases`. archive, allowed, remarks: as `LabelledData`.
     """
 
     source: Source
@@ -56,7 +82,7 @@ class FoldedData:
     test: list[LoadedCase]
     archive: Evidence | None
     allowed: list[str]
-    probe: ProbeLabels | None = None
+    remarks: tuple[str, ...] = ()
 
     def val(self, fold: int) -> list[LoadedCase]:
         return [self.cases[i] for i in self.folds[fold]]
@@ -67,16 +93,17 @@ class FoldedData:
 
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
-        allowed = [f"Allowed by the recipe: {one}." for one in self.allowed]
-        return self.source.notes() + _probe_note(self.probe, [one.case for one in self.cases], self.source) + allowed
+        return [*self.source.notes(), *self.remarks, *(f"Allowed by the recipe: {one}." for one in self.allowed)]
 
 
 def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
     """The recipe with what it leaves open filled in: the encoder's kind of norm layer and normalisation, default widths.
 
     Raises:
-        InputError: the recipe names another normalisation than the encoder's.
+        InputError: the recipe names another normalisation than the encoder's, a start of another shape, or a teacher that sees
+            scans or answers otherwise.
     """
+    recipe = as_started(recipe)
     norm, normalisation = recipe.model.norm, recipe.normalisation
     if recipe.encoder is not None:
         config = read_config(model_folder(recipe.encoder))
@@ -87,13 +114,15 @@ def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
                 f"{config.normalisation.model_dump()}. Leave the key out to use the encoder's."
             )
         normalisation = config.normalisation
-    channels = recipe.model.channels or _CHANNELS[recipe.model.name]
-    return recipe.model_copy(
+    channels = recipe.model.channels or _default_channels(recipe)
+    resolved = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"norm": norm or "batch", "channels": channels}),
-            "normalisation": normalisation or PercentileZScore(),
+            "normalisation": normalisation or teacher_normalisation(recipe) or PercentileZScore(),
         }
     )
+    refuse_other_teacher(resolved)
+    return resolved
 
 
 def choose_cases(recipe: FinetuneRecipe) -> tuple[Source, Sequence[Case], Sequence[Case], Sequence[Case]]:
@@ -121,7 +150,8 @@ def _draw(recipe: FinetuneRecipe) -> tuple[Source, Source]:
             f"data.source={settings.source}: {len(pool)} pool and {len(val)} val cases; both are needed. With data.folds the pool "
             "is enough."
         )
-    return source, draw_labelled(source, settings.labelled, settings.draw, settings.stratify)
+    order = suggested_order(settings, source)
+    return source, draw_labelled(source, settings.labelled, settings.draw, settings.stratify, order)
 
 
 def _divide(recipe: FinetuneRecipe, drawn: Source) -> dict[str, int]:
@@ -137,14 +167,35 @@ def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
 
     Raises:
         InputError: whatever is wrong with the source.
-        CheckFailed: val or test cases are among the training cases or in the encoder's archive.
+        CheckFailed: val or test cases are among the training cases, the unlabelled ones, or in the encoder's or teacher's archive.
     """
     assert recipe.normalisation is not None, "resolve() comes first"
     source, train, val, test = choose_cases(recipe)
     loaded = _load(recipe, [*train, *val, *test], quiet)
     parts = loaded[: len(train)], loaded[len(train) : len(train) + len(val)], loaded[len(train) + len(val) :]
-    archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None
-    return LabelledData(source, *parts, archive, _refuse_overlap(recipe, source, *parts, archive), probe_of(recipe))
+    unlabelled = load_unlabelled(recipe, unlabelled_cases(recipe, source, train, val), quiet)
+    seen = seen_by_others(recipe, unlabelled, source.salt_fingerprint)
+    return LabelledData(
+        source,
+        *parts,
+        archive=joined(seen.values(), source.salt_fingerprint),
+        allowed=refuse_overlap(recipe, source, *parts, seen),
+        others=other_labels(recipe),
+        unlabelled=unlabelled,
+        remarks=_remarks(recipe, [*train, *val], source),
+    )
+
+
+def sampler_of(recipe: FinetuneRecipe, data: LabelledData) -> Batches:
+    """Where a run's batches come from: the labelled cases, and with a teacher the unlabelled ones.
+
+    Raises:
+        InputError: as `PatchSampler`.
+    """
+    labelled = PatchSampler(data.train, recipe.patch, recipe.foreground)
+    if not data.unlabelled:
+        return labelled
+    return MixedSampler(labelled, data.unlabelled, recipe.patch, recipe.distillation.unlabelled, recipe.batch)
 
 
 def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:
@@ -154,7 +205,8 @@ def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:
 
     Raises:
         InputError: whatever is wrong with the source, or fewer groups than folds.
-        CheckFailed: cases of a fold are among those of the others, test cases among any, or either in the encoder's archive.
+        CheckFailed: cases of a fold are among those of the others, test cases among any or the unlabelled ones, or either in the
+            encoder's or the teacher's archive.
     """
     assert recipe.normalisation is not None, "resolve() comes first"
     assert recipe.data.folds is not None
@@ -163,39 +215,21 @@ def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:
     divided, test = drawn.part("pool", "val"), drawn.part("test") if recipe.evaluate_test else []
     folds = [[i for i, case in enumerate(divided) if fold_of[case.group_name] == fold] for fold in range(recipe.data.folds)]
     loaded = _load(recipe, [*divided, *test], quiet)
-    archive = read_archive(model_folder(recipe.encoder)) if recipe.encoder is not None else None
-    data = FoldedData(source, loaded[: len(divided)], folds, loaded[len(divided) :], archive, [], probe_of(recipe))
+    seen = seen_by_others(
+        recipe, load_unlabelled(recipe, unlabelled_cases(recipe, source, [], divided), quiet), source.salt_fingerprint
+    )
+    archive, remarks = joined(seen.values(), source.salt_fingerprint), _remarks(recipe, divided, source)
+    data = FoldedData(source, loaded[: len(divided)], folds, loaded[len(divided) :], archive, [], remarks)
     allowed = []
     for fold in range(len(folds)):
-        found = _refuse_overlap(recipe, source, data.train(fold), data.val(fold), [], archive)
+        found = refuse_overlap(recipe, source, data.train(fold), data.val(fold), [], seen)
         allowed += [f"fold {fold}: {one}" if one != NO_GROUP_EVIDENCE else one for one in found]
-    allowed += _refuse_overlap(recipe, source, data.cases, [], data.test, archive)
+    allowed += refuse_overlap(recipe, source, data.cases, [], data.test, seen)
     return replace(data, allowed=list(dict.fromkeys(allowed)))
 
 
-def probe_of(recipe: FinetuneRecipe) -> ProbeLabels | None:
-    """The labels that the recipe's encoder was judged by while it was pretrained, if there were any."""
-    return read_config(model_folder(recipe.encoder)).provenance.probe if recipe.encoder is not None else None
-
-
-def labels_beside(probe: ProbeLabels | None, labelled: Sequence[Case], source: Source) -> int:
-    """How many groups of a probe are not among those of `labelled`: all, where another salt made their HMACs."""
-    if probe is None:
-        return 0
-    if probe.salt_fingerprint != source.salt_fingerprint:
-        return len(probe.groups)
-    return len(set(probe.groups) - {case.group_hmac for case in labelled})
-
-
-def _probe_note(probe: ProbeLabels | None, labelled: Sequence[Case], source: Source) -> list[str]:
-    if probe is None:
-        return []
-    own, beside = len({case.group_hmac for case in labelled}), labels_beside(probe, labelled, source)
-    among = len(probe.groups) - beside
-    told = f" ({among} more of the probe's are among them)" if among and beside else ""
-    if not beside:
-        return [f"{own} labelled groups; the {among} that the encoder's probe used are among them."]
-    return [f"{own} labelled groups, plus {beside} that the encoder's probe used{told}: {own + beside} had to be labelled."]
+def _remarks(recipe: FinetuneRecipe, labelled: Sequence[Case], source: Source) -> tuple[str, ...]:
+    return (*probe_note(probes_of(recipe), labelled, source), *teacher_note(recipe, labelled, source))
 
 
 def _load(recipe: FinetuneRecipe, cases: Sequence[Case], quiet: bool) -> list[LoadedCase]:
@@ -210,28 +244,3 @@ def _load(recipe: FinetuneRecipe, cases: Sequence[Case], quiet: bool) -> list[Lo
     )
     refuse_images(loaded, recipe.model.spatial_dims)
     return loaded
-
-
-def _refuse_overlap(
-    recipe: FinetuneRecipe,
-    source: Source,
-    train: list[LoadedCase],
-    val: list[LoadedCase],
-    test: list[LoadedCase],
-    archive: Evidence | None,
-) -> list[str]:
-    salt = source.salt_fingerprint
-    allow = "leak" in recipe.allow
-    seen = {"the labelled training cases": evidence_of_cases(train, salt)}
-    if archive is not None:
-        seen["the pretraining archive"] = archive
-    if (probe := probe_of(recipe)) is not None:
-        seen["the labelled scans of the encoder's probe"] = evidence_of_groups(probe.groups, probe.salt_fingerprint)
-    allowed = []
-    for where, record in seen.items():
-        for part, cases in (("val", val), ("test", test)):
-            leaks = find_leaks(record, evidence_of_cases(cases, salt))
-            allowed += refuse_leaks(leaks, [case.case for case in cases], part, where, allow)
-    if archive is not None and archive.salt_fingerprint != salt:
-        allowed.append(NO_GROUP_EVIDENCE)
-    return allowed

@@ -7,38 +7,26 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from finetune.choices import Choices, choose_on_val, refuse_impossible
+from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
 from finetune.evaluation.evaluate import Measured, measure_cases, predicting, write_evaluation
 from finetune.evaluation.metrics import values_by_group
 from finetune.evaluation.statistics import figure
 from finetune.evaluation.targets import targets_of
-from finetune.labelled import LabelledData, read_labelled, resolve
+from finetune.labelled import LabelledData, read_labelled, resolve, sampler_of
 from finetune.mirrored import mirror_evaluation, mirror_segmenter
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
-from finetune.step import (
-    apply_gradients,
-    build,
-    forward_backward,
-    make_optimizer,
-    refresh_statistics,
-    start_step,
-    supervise,
-)
-from finetune.training.averaging import averaged
+from finetune.step import apply_gradients, build, forward_backward, prepare, refresh_statistics, start_step
 from finetune.training.batch_statistics import share_statistics
-from finetune.training.patches import PatchSampler
-from finetune.training.supervision import Supervised
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import LoadedCase, source_digest
 from resunet.data.leakage import ARCHIVE, evidence_of_cases, merge_archives, write_archive
 from resunet.files import folder_aside, sha256, write_text
 from resunet.gradients import GradientRecord
-from resunet.layout import place
+from resunet.light_weights import weights_input
 from resunet.model import Segmenter
 from resunet.progress import progress
 from resunet.runs import Run, check_out, is_done, versions
@@ -69,23 +57,15 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     accelerator = start_ranks(recipe, recipe.batch, "patches")
     main, device = accelerator.is_main_process, accelerator.device
     model, receipt = build(recipe)
+    teacher = load_teacher(recipe, device)
     data = read_labelled(recipe, quiet=not main)
     refuse_impossible(recipe, data)
-    model = place(model, device)
-    average = averaged(model, recipe.ema) if recipe.ema is not None else None
-    judged = model if average is None else average.module
-    assert isinstance(judged, Segmenter)
-    trained = supervise(recipe, model)
-    optimizer = make_optimizer(recipe, trained, receipt)
-    wrapped, optimizer = accelerator.prepare(trained, optimizer)
-    beside = _beside(trained, average)
-    sampler = PatchSampler(data.train, recipe.patch, recipe.foreground)
-    inputs = {"train": source_digest(data.train), "val": source_digest(data.val), "test": source_digest(data.test)}
-    if receipt is not None:
-        inputs |= {f"encoder/{name}": digest for name, digest in receipt.encoder_sha256.items()}
+    learner = prepare(recipe, model, receipt, accelerator)
+    judged, average, optimizer, beside = learner.judged, learner.average, learner.optimizer, learner.beside()
+    sampler = sampler_of(recipe, data)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
 
-    run = Run(recipe, "finetune", inputs, writes=main)
+    run = Run(recipe, "finetune", _inputs(data, receipt, teacher) | weights_input(recipe.model), writes=main)
     with failing_as(run), stop_on_sigterm() as stop:
         if main and receipt is not None:
             write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
@@ -99,8 +79,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
             lr = start_step(recipe, model, optimizer, step, transferred=receipt is not None)
             optimizer.zero_grad(set_to_none=True)
-            metrics = forward_backward(recipe, wrapped, sampler, step, accelerator)
-            metrics |= apply_gradients(recipe, trained, optimizer, metrics["loss"], step, accelerator)
+            metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, teacher)
+            metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)
             figures["loss"] = metrics["loss"]
             done = step + 1
             if done == 1 or done % recipe.log_every == 0:
@@ -136,7 +116,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             model.load_state_dict(chosen["network"])
         else:
             average.load_state_dict(chosen["average"])
-        judged.config = _model_config(recipe, judged, data, choose_on_val(judged, data, recipe, accelerator, not main))
+        judged.config = _model_config(recipe, judged, data, teacher, choose_on_val(judged, data, recipe, accelerator, not main))
         targets, rules = targets_of(recipe.data.classes, recipe.data.regions), judged.config.object_rules()
         measured = measure_cases(judged, data.test, targets, device, recipe.precision, accelerator, not main, rules=rules)
         if main:
@@ -153,10 +133,15 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     return recipe.out
 
 
-def _beside(trained: nn.Module, average: AveragedModel | None) -> dict[str, nn.Module]:
-    """What a checkpoint holds beside the network and is not part of the saved model."""
-    beside: dict[str, nn.Module] = {"heads": trained.heads} if isinstance(trained, Supervised) else {}
-    return beside if average is None else beside | {"average": average}
+def _inputs(data: LabelledData, receipt: Receipt | None, teacher: Teacher | None) -> dict[str, str]:
+    """sha256 of what the run rests on, by what it is."""
+    inputs = {"train": source_digest(data.train), "val": source_digest(data.val), "test": source_digest(data.test)}
+    if receipt is not None:
+        inputs |= {f"encoder/{name}": digest for name, digest in receipt.encoder_sha256.items()}
+        inputs |= {f"start/{name}": digest for name, digest in receipt.start_sha256.items()}
+    if teacher is not None:
+        inputs |= {f"teacher/{WEIGHTS}": teacher.sha256, "unlabelled": source_digest(data.unlabelled)}
+    return inputs
 
 
 def validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
@@ -167,8 +152,11 @@ def validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe
     return 0.0 if dice is None else float(dice)
 
 
-def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, choices: Choices) -> ModelConfig:
-    parent = sha256(model_folder(recipe.encoder) / WEIGHTS) if recipe.encoder is not None else None
+def _model_config(
+    recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, teacher: Teacher | None, choices: Choices
+) -> ModelConfig:
+    beginning = recipe.encoder or recipe.start
+    parent = sha256(model_folder(beginning) / WEIGHTS) if beginning is not None else None
     assert recipe.normalisation is not None
     whole = recipe.model.spatial_dims == 3
     seen = [[s for axis, s in enumerate(case.spacing) if whole or axis != case.axis] for case in data.train]
@@ -184,6 +172,8 @@ def _model_config(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, 
             data_sha256=source_digest([*data.train, *data.val]),
             recipe_sha256=recipe.sha256(),
             parent_sha256=parent,
+            teacher_sha256=None if teacher is None else teacher.sha256,
+            labels=data.labels(),
             versions=versions(),
         ),
         allowed=data.allowed,
@@ -211,7 +201,7 @@ def _save(
         predict = predicting(model, model.config, next(model.parameters()).device, recipe.precision)
         targets = targets_of(recipe.data.classes, recipe.data.regions)
         mirror_evaluation(run.mirror, summary, measured, targets, model.config, predict)
-    mirror_segmenter(run, model.config)
+    mirror_segmenter(run, model.config, "encoder" if recipe.start is None else "segmenter")
     write_report(recipe, data, receipt, measured, summary, model)
 
 

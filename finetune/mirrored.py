@@ -1,7 +1,7 @@
 """What Weights & Biases is told of a finished fine-tuning run: test figures, each case by a number, and the segmenter."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.outputs import Measured, Predict, telling_cases
@@ -16,13 +16,14 @@ from resunet.runs import Run
 CASES = "test_cases"  # in W&B's summary
 
 
-def mirror_segmenter(run: Run, config: ModelConfig) -> None:
-    """The run's model/ as an artifact, below the encoder that it began with."""
+def mirror_segmenter(run: Run, config: ModelConfig, parent: Literal["encoder", "segmenter"] = "encoder") -> None:
+    """The run's model/ as an artifact, below the encoder, or the segmenter, that it began with."""
     if run.mirror is None:
         return
     folder, its = run.folder / "model", config.provenance
     facts = {"sha256": sha256(folder / WEIGHTS), "architecture": config.architecture.model_dump(mode="json")}
-    inputs = {"encoder": its.parent_sha256} if its.parent_sha256 is not None else {}
+    parents = {parent: its.parent_sha256, "teacher": its.teacher_sha256}
+    inputs = {name: digest for name, digest in parents.items() if digest is not None}
     run.mirror.model("segmenter", folder, facts, inputs)
 
 

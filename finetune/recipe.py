@@ -5,9 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from resunet.architecture import ResUNetArchitecture, UNetArchitecture, Widths
+from resunet.architecture import (
+    MOBILE_BACKBONE,
+    MemberArchitecture,
+    MobileResUNetArchitecture,
+    ResUNetArchitecture,
+    UNetArchitecture,
+    Widths,
+)
 from resunet.blocks import NormKind
 from resunet.config import Classes, DataSettings, Frozen, Normalisation, Recipe
+from resunet.light_settings import LIGHT, LightSettings
 from resunet.regions import Regions, members_of, refuse_wrong_regions
 
 Range = tuple[float, float]
@@ -31,6 +39,14 @@ class LabelledSettings(DataSettings):
         None, gt=0, description="share of the pool's groups below 1, or a number of groups; null: all"
     )
     draw: int = Field(0, ge=0, description="which of the nested random draws of groups")
+    draw_by: Literal["random", "kcenter", "typicality"] = Field(
+        "random",
+        description="how training groups are drawn: by chance, or as resunet suggest would choose them in the embedding of "
+        "draw_encoder, nested too, from a random start that draw sets; val is drawn by chance",
+    )
+    draw_encoder: Path | None = Field(
+        None, description="for draw_by: a pretraining run or a model directory; it sees the pool only"
+    )
     folds: int | None = Field(
         None, ge=2, description="cross-validation: pool and val are divided into so many folds by group; null: none"
     )
@@ -47,6 +63,17 @@ class LabelledSettings(DataSettings):
     def _regions_are_of_classes(self) -> "LabelledSettings":
         if self.regions is not None:
             refuse_wrong_regions(self.classes, self.regions)
+        return self
+
+    @model_validator(mode="after")
+    def _drawn_by_something(self) -> "LabelledSettings":
+        if (self.draw_by == "random") != (self.draw_encoder is None):
+            todo = (
+                "set data.draw_encoder to a pretraining run"
+                if self.draw_encoder is None
+                else "set data.draw_by, or leave it out"
+            )
+            raise ValueError(f"draw_by={self.draw_by}, draw_encoder={self.draw_encoder}: one goes with the other; {todo}")
         return self
 
     @model_validator(mode="after")
@@ -70,15 +97,19 @@ class LabelledSettings(DataSettings):
         return None if self.regions is None else members_of(self.classes, self.regions)
 
 
-class NetworkSettings(Frozen):
+class NetworkSettings(LightSettings):
     """The network's shape; channels in and classes out follow from the data."""
 
-    name: Literal["resunet", "unet"] = "resunet"
-    channels: Widths | None = Field(None, description="null: 32 to 512, and 64 to 1024 for the plain U-Net")
+    name: Literal["resunet", "unet", "mobile_resunet"] = "resunet"
+    channels: Widths | None = Field(
+        None,
+        description="null: 32 to 512, and 64 to 1024 for the plain U-Net; of mobile_resunet the decoder's four widths, finest "
+        "first, null: the encoder's, 32 at least",
+    )
     units: int = Field(2, ge=1, description="residual units a level (resunet)")
     spatial_dims: Literal[2, 3] = Field(2, description="2: images, and volumes slice by slice; 3: volumes as they are")
     norm: NormKind | None = Field(None, description="null: the encoder's, and batch from scratch")
-    squeeze_excite: bool = Field(False, description="on the skips (resunet)")
+    squeeze_excite: bool = Field(False, description="on the skips (resunet, mobile_resunet)")
     statistics: Literal["running", "frozen", "precise"] = Field(
         "running",
         description="of batch norm. running: averages over the last batches; frozen: a transferred encoder keeps those of "
@@ -93,8 +124,24 @@ class NetworkSettings(Frozen):
             raise ValueError("name='unet': the plain U-Net has neither units nor squeeze_excite; leave them out")
         return self
 
-    def architecture(self, in_channels: int, num_classes: int, norm: NormKind) -> ResUNetArchitecture | UNetArchitecture:
+    @property
+    def stride(self) -> int:
+        """Of the coarsest level."""
+        if self.name == LIGHT:
+            return self.output_stride or 32
+        return int(2 ** (len(self.channels or _DEFAULT_CHANNELS) - 1))
+
+    def architecture(self, in_channels: int, num_classes: int, norm: NormKind) -> MemberArchitecture:
         assert self.channels is not None, "resolve() comes first"
+        if self.name == LIGHT:
+            return MobileResUNetArchitecture(
+                in_channels=in_channels,
+                num_classes=num_classes,
+                backbone=self.backbone or MOBILE_BACKBONE,
+                channels=self.channels,
+                output_stride=self.output_stride or 32,
+                squeeze_excite=self.squeeze_excite,
+            )
         if self.name == "unet":
             return UNetArchitecture(
                 spatial_dims=self.spatial_dims,
@@ -162,6 +209,25 @@ class LossSettings(Frozen):
         return self
 
 
+class DistillationSettings(Frozen):
+    """What is learned from a teacher beside the labels; see `finetune.distillation`."""
+
+    temperature: float = Field(2.0, gt=0, description="by which both networks' logits are divided (Hinton et al. 2015)")
+    logits_weight: float = Field(1.0, ge=0, description="of the teacher's softened probabilities")
+    attention_weight: float = Field(
+        0.0, ge=0, description="of the attention maps of the decoder's levels (Zagoruyko & Komodakis 2017)"
+    )
+    unlabelled: float = Field(
+        0.5, ge=0, lt=1, description="share of a batch that is cut from scans of the pool that this draw did not label"
+    )
+
+    @model_validator(mode="after")
+    def _some_term(self) -> "DistillationSettings":
+        if not (self.logits_weight or self.attention_weight):
+            raise ValueError("both weights are 0: nothing would be learned from the teacher")
+        return self
+
+
 class OptimizerSettings(Frozen):
     """AdamW."""
 
@@ -204,8 +270,19 @@ class FinetuneRecipe(Recipe):
         None,
         description="encoder: it alone; both: the decoder that was pretrained with it too, or an error; null: whatever there is",
     )
+    teacher: Path | None = Field(
+        None, description="a run or model directory of a fine-tuned segmenter or ensemble to learn from, too; null: labels only"
+    )
+    distillation: DistillationSettings = DistillationSettings()
+    start: Path | None = Field(
+        None,
+        description="a finished fine-tuning run or its model to go on from, head included, pruned ones too: on more cases, "
+        "or on another hospital's; model and normalisation are then its own. null: a fresh network",
+    )
     allow: tuple[Literal["leak", "input_channels"], ...] = ()
-    normalisation: Normalisation | None = Field(None, description="null: the encoder's, and percentiles from scratch")
+    normalisation: Normalisation | None = Field(
+        None, description="null: the encoder's, without one the teacher's, and percentiles from scratch"
+    )
     model: NetworkSettings = NetworkSettings()
     batch: int = Field(8, ge=1, description="patches a step, over all ranks")
     accumulate: int = Field(1, ge=1, description="batches an optimiser step")
@@ -255,11 +332,13 @@ class FinetuneRecipe(Recipe):
         if len(value) != model.spatial_dims:
             sides = "two numbers, (y, x)" if model.spatial_dims == 2 else "three numbers, (z, y, x)"
             raise ValueError(f"model.spatial_dims={model.spatial_dims} takes {sides}")
-        stride = 2 ** (len(model.channels or _DEFAULT_CHANNELS) - 1)
+        if info.data.get("start") is not None and model.channels is None:
+            return value  # the start has its own levels: see `finetune.start`
+        stride = model.stride
         if max(value) <= stride:
             raise ValueError(
                 f"the coarsest level, 1/{stride} of the size, would see it as one position; give it a side above {stride}, or "
-                "model.channels fewer levels"
+                f"{'model.output_stride a smaller one' if model.name == LIGHT else 'model.channels fewer levels'}"
             )
         return value
 
@@ -282,14 +361,34 @@ class FinetuneRecipe(Recipe):
 
     @model_validator(mode="after")
     def _encoder_fits(self) -> "FinetuneRecipe":
-        if self.encoder is not None and self.model.name != "resunet":
+        if self.encoder is not None and self.model.name == "unet":
             raise ValueError(f"encoder={self.encoder}: model.name={self.model.name!r} has no place for it; use 'resunet'")
+        if self.model.weights is not None and (given := self.encoder or self.start) is not None:
+            raise ValueError(f"model.weights={self.model.weights}: {given} brings weights of its own; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "FinetuneRecipe":
+        if self.start is not None and self.encoder is not None:
+            raise ValueError(
+                f"start={self.start}: brings its own encoder, and encoder={self.encoder} is another; leave one out"
+            )
+        if self.start is not None and self.optimizer.decoder_first:
+            raise ValueError(
+                f"start={self.start}: its decoder is no fresh one that optimizer.decoder_first could train; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
     def _something_to_transfer(self) -> "FinetuneRecipe":
         if self.transfer is not None and self.encoder is None:
             raise ValueError(f"transfer={self.transfer}: there is nothing to transfer; name an encoder, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_to_learn_from(self) -> "FinetuneRecipe":
+        if self.teacher is None and self.distillation != DistillationSettings():
+            raise ValueError("distillation: there is nobody to learn from; name a teacher, or leave it out")
         return self
 
     @model_validator(mode="after")

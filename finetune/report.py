@@ -16,6 +16,8 @@ from resunet.transfer import Receipt
 
 __all__ = ["figures_table", "write_report"]
 
+_LOSSES = ("loss", "focal", "dice", "distillation")
+
 
 def write_report(
     recipe: FinetuneRecipe,
@@ -36,7 +38,7 @@ def write_report(
         else f"Test Dice {shown(summary['dice'])} groups."
     )
     origin = "Trained from scratch." if receipt is None else f"Encoder: {receipt.line()}."
-    text = [f"{counts}. {recipe.steps} steps.", origin, *_chosen_on_val(model.config)]
+    text = [f"{counts}. {recipe.steps} steps.", origin, *_taught(recipe, model.config), *_chosen_on_val(model.config)]
     sections = [Section(lead=[lead], notes=data.notes(), text=text)]
     if summary is not None:
         sections += evaluation_sections(recipe.out / "evaluation", model, measured, summary, recipe.precision)
@@ -45,7 +47,7 @@ def write_report(
         Section(
             "Learning",
             pictures=[
-                curves({n: metrics[n] for n in ("loss", "focal", "dice")}, "Training loss by step", "step", "loss"),
+                curves({n: metrics[n] for n in _LOSSES if n in metrics}, "Training loss by step", "step", "loss"),
                 curves({"val": metrics["val_dice"]}, "Dice of the whole val scans by step", "step", "Dice"),
             ],
         )
@@ -54,6 +56,16 @@ def write_report(
     sections += [gradients] if gradients is not None else []
     sections += [policy_section(summary)] if summary is not None else []
     write_page(recipe.out / "report.html", "Fine-tuning", sections)
+
+
+def _taught(recipe: FinetuneRecipe, config: ModelConfig) -> list[str]:
+    """Who else taught it, and how."""
+    if (digest := config.provenance.teacher_sha256) is None:
+        return []
+    how = recipe.distillation
+    weights = {"soft targets": how.logits_weight, "attention maps": how.attention_weight}
+    told = " and ".join(f"{name} of weight {weight:g}" for name, weight in weights.items() if weight)
+    return [f"Distilled from a teacher, weights {digest[:12]}…: {told}, temperature {how.temperature:g}."]
 
 
 def _chosen_on_val(config: ModelConfig) -> list[str]:

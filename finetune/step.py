@@ -6,26 +6,35 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
+from finetune.distillation.losses import Attentive
+from finetune.distillation.teacher import Teacher
 from finetune.recipe import FinetuneRecipe
+from finetune.start import load_start
 from finetune.training.augment import augment
+from finetune.training.averaging import averaged
 from finetune.training.batch_statistics import batch_norms, moving, recompute_statistics, refuse_without_batch_norm
 from finetune.training.losses import segmentation_loss
-from finetune.training.patches import Patches
+from finetune.training.patches import UNLABELLED, Batches
 from finetune.training.schedule import encoder_stands_still, rates
 from finetune.training.supervision import Supervised, supervised_loss
+from resunet.data.cases import IGNORE
 from resunet.data.images import channel_count
 from resunet.errors import CheckFailed
-from resunet.layout import channels_last
-from resunet.model import ResUNet, Segmenter, UNet, build_model
+from resunet.layout import channels_last, place
+from resunet.light_model import MobileResUNet
+from resunet.light_weights import load_weights
+from resunet.model import Segmenter, UNet, WithEncoder, build_model
 from resunet.training import parameter_groups, refuse_non_finite, step_generator, sum_over_ranks
 from resunet.transfer import Receipt, transfer_encoder
 
@@ -34,28 +43,27 @@ _TRAINING, _STATISTICS = (2, 3), (4, 5)
 _LOWEST_SCALE = 1e-4  # as fairseq's --min-loss-scale; torch's scaler begins at 65536
 
 
-class Batches(Protocol):
-    """Where batches come from: a `PatchSampler`, or the one batch of a check."""
-
-    def batch(self, size: int, entropy: Sequence[int]) -> Patches: ...
-
-
 def build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
     """The network, fresh but for what the receipt says. The seed makes the fresh part the same in every arm.
 
     Raises:
-        InputError: an encoder that does not fit, or batch statistics that the network does not have.
+        InputError: an encoder, weights or a start that do not fit, or batch statistics that the network does not have.
     """
     torch.manual_seed(recipe.seed)
     assert recipe.model.norm is not None, "resolve() comes first"
     refuse_without_batch_norm(recipe)
+    if recipe.start is not None:
+        return load_start(recipe)
     in_channels = channel_count(recipe.data.channels)
     architecture = recipe.model.architecture(in_channels, len(recipe.data.classes), recipe.model.norm)
     model = build_model(architecture)
     assert isinstance(model, Segmenter)
+    if recipe.model.weights is not None:
+        assert isinstance(model, MobileResUNet), "the recipe refuses weights for another network"
+        load_weights(model.encoder, recipe.model.weights)
     if recipe.encoder is None:
         return model, None
-    assert isinstance(model, ResUNet), "the recipe refuses an encoder for another network"
+    assert isinstance(model, WithEncoder), "the recipe refuses an encoder for another network"
     return model, transfer_encoder(recipe.encoder, model, "input_channels" in recipe.allow, recipe.transfer)
 
 
@@ -67,18 +75,25 @@ def supervise(recipe: FinetuneRecipe, model: Segmenter) -> nn.Module:
     """
     if not recipe.loss.deep_supervision:
         return model
-    assert isinstance(model, ResUNet | UNet)
+    assert isinstance(model, UNet | WithEncoder)
     torch.manual_seed(recipe.seed)
     supervised = Supervised(model)
     supervised.heads.to(next(model.parameters()).device)
     return supervised
 
 
+def attending(recipe: FinetuneRecipe, trained: nn.Module) -> nn.Module:
+    """What a step calls: what is trained, with its attention maps where the recipe compares them with the teacher's."""
+    if recipe.teacher is None or not recipe.distillation.attention_weight:
+        return trained
+    return Attentive(trained)
+
+
 def make_optimizer(recipe: FinetuneRecipe, trained: nn.Module, receipt: Receipt | None = None) -> Optimizer:
     """AdamW with groups named encoder, decoder and head, stem for its adapted input convolutions, heads for deep supervision."""
     network = trained.network if isinstance(trained, Supervised) else trained
     modules: dict[str, nn.Module] = {"network": network}
-    if isinstance(network, ResUNet):
+    if isinstance(network, WithEncoder):
         modules = {"encoder": network.encoder, "decoder": network.decoder, "head": network.head}
     if isinstance(trained, Supervised):
         modules["heads"] = trained.heads
@@ -93,6 +108,38 @@ def make_optimizer(recipe: FinetuneRecipe, trained: nn.Module, receipt: Receipt 
     return AdamW(groups, lr=recipe.optimizer.lr)
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What is trained, and what trains it.
+
+    judged: what is validated and saved: the model, or its moving average. trained: the model, with its heads for deep supervision.
+    wrapped: what a step calls.
+    """
+
+    model: Segmenter
+    judged: Segmenter
+    average: AveragedModel | None
+    trained: nn.Module
+    wrapped: nn.Module
+    optimizer: AcceleratedOptimizer
+
+    def beside(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds beside the network and is not part of the saved model."""
+        beside: dict[str, nn.Module] = {"heads": self.trained.heads} if isinstance(self.trained, Supervised) else {}
+        return beside if self.average is None else beside | {"average": self.average}
+
+
+def prepare(recipe: FinetuneRecipe, model: Segmenter, receipt: Receipt | None, accelerator: Accelerator) -> Learner:
+    """A model that `build` gave, on the accelerator's device, ready for its first step."""
+    model = place(model, accelerator.device)
+    average = averaged(model, recipe.ema) if recipe.ema is not None else None
+    judged = model if average is None else average.module
+    assert isinstance(judged, Segmenter)
+    trained = supervise(recipe, model)
+    wrapped, optimizer = accelerator.prepare(attending(recipe, trained), make_optimizer(recipe, trained, receipt))
+    return Learner(model, judged, average, trained, wrapped, optimizer)
+
+
 def start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, step: int, transferred: bool) -> float:
     """Training mode and learning rates of a step; the rate of all but a transferred encoder.
 
@@ -104,7 +151,7 @@ def start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, s
         group["lr"] = encoder_lr if group["name"] == "encoder" else lr
     training_mode(recipe, model)
     if encoder_stands_still(recipe, step, transferred):
-        assert isinstance(model, ResUNet)
+        assert isinstance(model, WithEncoder)
         model.encoder.eval()
     return lr
 
@@ -113,22 +160,30 @@ def training_mode(recipe: FinetuneRecipe, model: Segmenter) -> None:
     """Training mode, but for the batch statistics of an encoder that the recipe keeps frozen."""
     model.train()
     if recipe.model.statistics == "frozen":
-        assert isinstance(model, ResUNet)
+        assert isinstance(model, WithEncoder)
         for layer in batch_norms(model.encoder).values():
             layer.eval()
 
 
 def forward_backward(
-    recipe: FinetuneRecipe, wrapped: nn.Module, sampler: Batches, step: int, accelerator: Accelerator
+    recipe: FinetuneRecipe,
+    wrapped: nn.Module,
+    sampler: Batches,
+    step: int,
+    accelerator: Accelerator,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
-    """The gradients of one optimiser step, accumulated; its losses and the rms elastic displacement in pixels."""
+    """The gradients of one optimiser step, accumulated; its losses and the rms elastic displacement in pixels.
+
+    wrapped: what `attending` gives, if there is a teacher.
+    """
     metrics: dict[str, float] = {}
     for part in range(recipe.accumulate):
         images, labels, moved = _batch(recipe, sampler, step * recipe.accumulate + part, accelerator, _TRAINING)
         with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
-                logits = wrapped(images)
-            terms = loss_of(recipe, logits, labels, accelerator)
+                made = wrapped(images)
+            terms = _terms(recipe, made, images, labels, accelerator, teacher)
             accelerator.backward(terms["loss"] / recipe.accumulate)
         values = {name: float(term.detach()) for name, term in terms.items()} | {"elastic_rms": moved}
         for name, value in values.items():
@@ -183,6 +238,19 @@ def loss_of(
         regions=recipe.data.region_members(),
     )
     return loss(logits, labels) if isinstance(logits, Tensor) else supervised_loss(logits, labels, loss)
+
+
+def _terms(
+    recipe: FinetuneRecipe, made: Any, images: Tensor, labels: Tensor, accelerator: Accelerator, teacher: Teacher | None
+) -> dict[str, Tensor]:
+    """`loss_of` a batch, and what is learned from the teacher. made: what the network, as `attending` gives it, made of it."""
+    if teacher is None:
+        return loss_of(recipe, made, labels, accelerator)
+    logits, maps = made if recipe.distillation.attention_weight else (made, None)
+    terms = loss_of(recipe, logits, labels.masked_fill(labels == UNLABELLED, IGNORE), accelerator)
+    finest = logits if isinstance(logits, Tensor) else logits[0]
+    learned = teacher.terms(images, finest, maps, labels != IGNORE, accelerator)
+    return terms | learned | {"loss": terms["loss"] + learned["distillation"]}
 
 
 def refresh_statistics(

@@ -7,8 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune.counted_labels import labels_beside, other_labels
 from finetune.label_curve.recipe import LabelCurveRecipe
-from finetune.labelled import choose_cases, labels_beside, probe_of
+from finetune.labelled import choose_cases
 from finetune.recipe import FinetuneRecipe
 from resunet.errors import InputError
 from resunet.runs import is_done
@@ -113,9 +114,10 @@ def _all_labelled(recipe: LabelCurveRecipe) -> FinetuneRecipe:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a number of groups comes to: groups to train on, groups to choose by, and images or volumes of both over draws.
+    """What a number of groups comes to: groups to train on, groups to choose by, and images or volumes of both.
 
-    probe: arm → groups beside those that its encoder's probe used, in the draw where they are most.
+    images: in every draw of every way to draw.
+    probe: arm → groups beside those that its encoder's probe or its teacher used, in the draw where they are most.
     """
 
     train: int
@@ -137,18 +139,19 @@ class Budget:
         return f"{self.labels} ({self.train} + {self.val})"
 
 
-def count_labels(points: Sequence[Point], baseline: str) -> list[Budget]:
+def count_labels(recipe: LabelCurveRecipe, points: Sequence[Point]) -> list[Budget]:
     """What every budget comes to, in the order of numbers of groups."""
-    probes = {point.arm: probe_of(point.cells[0].recipe) for point in points}
+    drawn_with = {arm: recipe.drawn_with(arm) for arm in recipe.arms}
+    probes = {point.arm: other_labels(point.cells[0].recipe) for point in points}
     counted: dict[int, list[tuple[int, int]]] = {}
     beside: dict[int, dict[str, int]] = {}
     for point in points:
-        if point.arm == baseline:
+        if drawn_with[point.arm] == point.arm:
             source, train, val, _ = choose_cases(point.cells[0].recipe)
             counted.setdefault(point.labelled, []).append((len({case.group_name for case in val}), len(train) + len(val)))
             most = beside.setdefault(point.labelled, {})
-            for arm, probe in probes.items():  # all arms have the same draws
-                if more := labels_beside(probe, [*train, *val], source):
+            for arm, probe in probes.items():
+                if drawn_with[arm] == point.arm and (more := labels_beside(probe, [*train, *val], source)):
                     most[arm] = max(more, most.get(arm, 0))
     return [
         Budget(train, its[0][0], tuple(images for _, images in its), beside[train]) for train, its in sorted(counted.items())

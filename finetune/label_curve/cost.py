@@ -1,4 +1,4 @@
-"""What an arm cost: hours of fine-tuning, and of the pretraining that it rests on."""
+"""What an arm cost: hours of fine-tuning, and of the pretraining, and the training of a teacher, that it rests on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ class Cost:
     """Hours of one device: of a GPU, or of one CPU thread.
 
     finetuning: all cells of the arm. chosen: those that val chose, which is what one takes who knows how long to train.
-    pretraining: 0 where there was none, None where the encoder's directory does not say. a_network: at every budget, the mean
-    over draws of all cells of a draw, which is what one network takes.
+    pretraining: with the training of a teacher; 0 where there was neither, None where a directory of theirs does not say.
+    a_network: at every budget, the mean over draws of all cells of a draw, which is what one network takes.
     """
 
     device: str
@@ -33,7 +33,8 @@ class Cost:
 
 def cost_of(points: Sequence[Point]) -> Cost:
     """The cost of one arm."""
-    encoder = points[0].cells[0].recipe.encoder
+    recipe = points[0].cells[0].recipe
+    behind = [_training(one) for one in (recipe.encoder, recipe.teacher) if one is not None]
     by_budget: dict[int, list[float]] = {}
     for point in points:
         by_budget.setdefault(point.labelled, []).append(sum(_hours(cell.record) for cell in point.cells))
@@ -41,13 +42,13 @@ def cost_of(points: Sequence[Point]) -> Cost:
         device="GPU" if points[0].cells[0].record["machine"]["gpus"] else "CPU thread",
         finetuning=sum(map(sum, by_budget.values())),
         chosen=sum(_hours(point.chosen.record) for point in points),
-        pretraining=0.0 if encoder is None else _pretraining(encoder),
+        pretraining=None if None in behind else sum((one for one in behind if one is not None), 0.0),
         a_network=tuple(sum(its) / len(its) for _, its in sorted(by_budget.items())),
     )
 
 
-def _pretraining(encoder: Path) -> float | None:
-    run = model_folder(encoder).parent
+def _training(model: Path) -> float | None:
+    run = model_folder(model).parent
     if not (run / "run.json").is_file() or not (run / "config.json").is_file():
         return None
     record, recipe = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("run.json", "config.json"))

@@ -12,6 +12,9 @@ from resunet.report import COLOURS
 
 _ASIDE = 1.05  # between arms at the same labels, on the logarithmic axis
 
+_LONG = 20  # letters of a name, of which three stand beside each other above a figure
+_LINE = 0.22  # inches
+
 Record = Mapping[str, Any]
 
 
@@ -20,7 +23,7 @@ def curve_figure(record: Record) -> Figure:
     figure, axes = _axes(record, "Dice of test groups")
     for (arm, points), colour, aside in _series(record["dice"]):
         _draw(axes, points, colour, aside, arm)
-    axes.legend(frameon=False, loc="best")
+    _legend(figure, axes)
     return figure
 
 
@@ -36,7 +39,7 @@ def difference_figure(record: Record) -> Figure:
             x = point["labels"] * aside
             axes.plot(x, point["mean"], "o", color=colour, markerfacecolor=colour if shown else "white", markersize=7, zorder=4)
     if len(others) > 1:
-        axes.legend(frameon=False, loc="best")
+        _legend(figure, axes)
     return figure
 
 
@@ -56,8 +59,16 @@ def cost_figure(record: Record) -> Figure | None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best")
+    _legend(figure, axes)
     return figure
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Above the axes, which keep their height: there it hides no point."""
+    names = axes.get_legend_handles_labels()[1]
+    columns = 1 if max(map(len, names)) > _LONG else min(len(names), 3)
+    figure.legend(frameon=False, loc="outside upper left", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + _LINE * -(-len(names) // columns))
 
 
 def _axes(record: Record, ylabel: str) -> tuple[Figure, Axes]:

@@ -17,6 +17,7 @@ from resunet.mirror import without_paths
 from resunet.report import Section, svg, write_page
 
 Record = Mapping[str, Any]
+_COLUMNS = 5  # of a table with a column for every arm; more of them are beyond the edge of the page
 
 
 def write_report(curve: Curve, record: Record, out: Path) -> None:
@@ -41,11 +42,11 @@ def write_report(curve: Curve, record: Record, out: Path) -> None:
         Section("What val chose", text=[_CHOSEN], table=_chosen(record)),
         _cost(record),
         Section("What makes the arms", table=_arms(curve)),
-        Section("How it was counted", text=_METHOD),
+        Section("How it was counted", text=[_draws(record), *_METHOD]),
     ]
     if record["test_groups"] < FEWEST_GROUPS:
         sections.insert(3, Section("Every value", table=_every_value(curve)))
-    write_page(out / "report.html", "Labels saved", sections)
+    write_page(out / "report.html", "Label curve", sections)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -73,10 +74,8 @@ _CHOSEN = (
     "In the table, of each draw: steps, and Dice on val in brackets."
 )
 _METHOD = [
-    "Labels: groups (patients or items) to train on and groups to choose by; val has at most as many groups as training. Draws "
-    "are random orders of the pool's groups: a smaller budget is part of a larger one, and all arms have the same draws. Draw d "
-    "trains with seed + d in every arm, so that draws differ in labels, initialisation and order; patches and augmentation are "
-    "the same in all arms.",
+    "Draw d trains with seed + d in every arm, so that draws differ in labels, initialisation and order; patches and augmentation "
+    "are the same in all arms.",
     "Dice of a group is the mean over its cases that have something to find; false alarms on others are in each run's evaluation.",
     "Intervals take groups and draws as random, with Student's quantile for each: half² = max(t_P² MSp, t_D² MSd, "
     "t_P² MSp + t_D² (MSd − MSe)) / PD, of the two-way mean squares of P groups and D draws. For Dice itself, the part of the "
@@ -84,6 +83,27 @@ _METHOD = [
     "benchmarks/curve_coverage.py. They say nothing of another pretraining: an encoder is one run.",
     "Where what helps is confined to a few groups, and these are the same in every draw, 95 % intervals of few groups cover less.",
 ]
+
+
+_WAYS = {"random": "at random", "kcenter": "by k-centre", "typicality": "by typicality"}
+
+
+def _draws(record: Record) -> str:
+    """How groups were drawn, of arms that differ in it for each."""
+    labels = "Labels: groups (patients or items) to train on and to choose by; val has at most as many groups as training. "
+    ways = {_WAYS[by] for by in record["draw_by"].values()}
+    if ways == {_WAYS["random"]}:
+        return (
+            f"{labels}Draws are random orders of the pool's groups: a smaller budget is part of a larger one, and all arms have "
+            "the same draws."
+        )
+    told = ", ".join(f"{arm} {_WAYS[by]}" for arm, by in record["draw_by"].items())
+    return (
+        f"{labels}Groups to train on are the beginnings of orders of the pool's groups, one a draw: a smaller budget is part of a "
+        f"larger one. They were drawn so: {told}. By k-centre and typicality means so that they cover the pool in an encoder's "
+        "embedding, from a random start. Arms that draw in the same way have the same draws, and groups to choose by are drawn at "
+        "random, the same for all."
+    )
 
 
 def _what(record: Record) -> str:
@@ -103,8 +123,8 @@ def _probes(record: Record) -> list[str]:
         if any(counts):
             at = ", ".join(f"{count} at {one['labels']}" for count, one in zip(counts, record["labels"], strict=True))
             said.append(
-                f"Labels of {arm} count the groups that its encoder's probe used and that are not among those to train on or to "
-                f"choose by (in the draw where these are most): {at}. Its points are so much farther right."
+                f"Labels of {arm} count the groups that its encoder's probe or its teacher used and that are not among those to "
+                f"train on or to choose by (in the draw where these are most): {at}. Its points are so much farther right."
             )
     return said
 
@@ -116,7 +136,17 @@ def _dice(record: Record) -> list[list[str]]:
         images = sorted(one["images"])
         spread = str(images[0]) if images[0] == images[-1] else f"{images[0]}–{images[-1]}"
         rows.append([f"{one['labels']} ({one['train']} + {one['val']})", spread, *cells])
-    return rows
+    return _narrow(rows)
+
+
+def _narrow(rows: list[list[str]]) -> list[list[str]]:
+    """A table with a column for every arm, or, of many arms, with a row for each."""
+    return rows if len(rows[0]) <= _COLUMNS else [list(column) for column in zip(*rows, strict=True)]
+
+
+def _firm(text: str) -> str:
+    """On one line, however narrow its column is."""
+    return text.replace(" ", "\u00a0")
 
 
 def _difference_rows(record: Record) -> list[list[str]]:
@@ -124,19 +154,21 @@ def _difference_rows(record: Record) -> list[list[str]]:
     for arm, figures in record["differences"].items():
         for figure in figures:
             p = "–" if figure["p_holm"] is None else _p(figure["p_holm"])
-            each = ", ".join(signed(value) for value in figure["by_draw"])
+            each = _firm(", ".join(signed(value) for value in figure["by_draw"]))
             rows.append([str(figure["labels"]), arm, figure["verdict"], _shown_difference(figure), p, each])
     return rows
 
 
 def _shown_score(figure: Record) -> str:
     ends = figure["ci95"]
-    return f"{figure['mean']:.3f} " + ("(too few for an interval)" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]")
+    return f"{figure['mean']:.3f} " + (
+        "(too few for an interval)" if ends is None else _firm(f"[{ends[0]:.3f}, {ends[1]:.3f}]")
+    )
 
 
 def _shown_difference(figure: Record) -> str:
     ends = figure["ci95"]
-    interval = "(too few for an interval)" if ends is None else f"[{signed(ends[0])}, {signed(ends[1])}]"
+    interval = "(too few for an interval)" if ends is None else _firm(f"[{signed(ends[0])}, {signed(ends[1])}]")
     return f"{signed(figure['mean'])} {interval}"
 
 
@@ -148,7 +180,7 @@ def _saved_rows(record: Record) -> list[list[str]]:
     baseline = record["baseline"]
     rows = [["arm", "with labelled groups", f"{baseline} needs", "labels saved"]]
     for arm, its in record["labels_saved"].items():
-        rows += [[arm, str(row["labels"]), needed(row), saved(row)] for row in its]
+        rows += [[arm, str(row["labels"]), _firm(needed(row)), _firm(saved(row))] for row in its]
     return rows
 
 
@@ -158,9 +190,9 @@ def _chosen(record: Record) -> list[list[str]]:
         cells = []
         for arm in record["arms"]:
             figure = record["dice"][arm][index]
-            cells.append(", ".join(f"{s} ({v:.2f})" for s, v in zip(figure["steps"], figure["val_dice"], strict=True)))
+            cells.append(", ".join(_firm(f"{s} ({v:.2f})") for s, v in zip(figure["steps"], figure["val_dice"], strict=True)))
         rows.append([str(one["labels"]), *cells])
-    return rows
+    return _narrow(rows)
 
 
 def _cost(record: Record) -> Section:

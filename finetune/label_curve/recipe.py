@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from finetune.recipe import FinetuneRecipe
+from finetune.recipe import FinetuneRecipe, LabelledSettings
 from resunet.config import Frozen, NewFolder, load_recipe, validate
 from resunet.errors import InputError
 
@@ -31,8 +31,11 @@ _SET_BY_CURVE = {
     "data.folds": "draws",
     "data.fold": "draws",
 }
-# What arms have in common, beside what the curve sets: they are judged by the same cases.
-_SHARED = ("data", "wandb")
+# What an arm may say of its data: how its training groups are drawn. The rest arms have in common, beside what the curve sets: they
+# are judged by the same cases.
+_OF_DRAWS = ("draw_by", "draw_encoder")
+_SHARED = {f"data.{key}": f"finetune.data.{key}, for all arms" for key in LabelledSettings.model_fields if key not in _OF_DRAWS}
+_SHARED["wandb"] = "finetune.wandb, for all arms"
 
 
 class LabelCurveRecipe(Frozen):
@@ -51,7 +54,12 @@ class LabelCurveRecipe(Frozen):
     budgets: tuple[Budget, ...] = Field(
         min_length=1, description="as data.labelled: shares below 1 or numbers of groups; or all"
     )
-    draws: int = Field(3, ge=1, description="nested random draws of the labelled groups, the same in every arm")
+    draws: int = Field(
+        3,
+        ge=1,
+        description="nested draws of the labelled groups, random and the same in every arm unless finetune.data.draw_by, or an "
+        "arm's, says otherwise",
+    )
     steps: tuple[Steps, ...] = Field(min_length=1, description="the grid that every arm gets; val chooses from it")
 
     @field_validator("budgets")
@@ -99,7 +107,7 @@ class LabelCurveRecipe(Frozen):
         _refuse("finetune", shared, _SET_BY_CURVE)
         for arm, changes in arms.items():
             own = {key: by for key, by in _SET_BY_CURVE.items() if key != "encoder"}
-            _refuse(f"arms.{arm}", changes, own | {key: f"finetune.{key}, for all arms" for key in _SHARED})
+            _refuse(f"arms.{arm}", changes, _SHARED | own)
         shared = _plain(_validate(shared if name is None else merge(_read(name), shared), "finetune"))
         full = {arm: _plain(_validate(merge(shared, changes), f"arm {arm}")) for arm, changes in arms.items()}
         own_keys = {arm: _only(changes, full[arm]) for arm, changes in arms.items()}
@@ -119,6 +127,15 @@ class LabelCurveRecipe(Frozen):
         values = merge(values, {"wandb": mirrored})
         cell = {"out": str(out), "resume": True, "seed": self.seed + draw, "steps": steps, "evaluate_test": False}
         return validate(FinetuneRecipe, values | cell, f"arm {arm}")
+
+    def draw_of(self, arm: str) -> tuple[str, str | None]:
+        """How an arm's training groups are drawn: by what, and in which encoder's embedding."""
+        data = merge(self.finetune, self.arms[arm])["data"]
+        return data.get("draw_by", "random"), data.get("draw_encoder")
+
+    def drawn_with(self, arm: str) -> str:
+        """The first arm, from the baseline on, that has the same groups in every draw."""
+        return next(one for one in (self.baseline, *self.arms) if self.draw_of(one) == self.draw_of(arm))
 
     def others(self) -> list[str]:
         """The arms beside the baseline."""

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from finetune.comparison.arms import read_arm
-from finetune.label_curve.cells import Budget, Point, count_labels
+from finetune.label_curve.cells import Budget, Cell, Point, count_labels
 from finetune.label_curve.cost import Cost, cost_of
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.label_curve.statistics import LEVEL, difference, holm, labels_needed, score
@@ -41,10 +41,11 @@ def read_curve(recipe: LabelCurveRecipe, points: Sequence[Point]) -> Curve:
     """The chosen runs of all points, which are done.
 
     Raises:
-        InputError: they were evaluated on different test cases.
+        InputError: they were trained on other cases than their draw has elsewhere, or evaluated on different test cases.
     """
-    budgets = count_labels(points, recipe.baseline)
+    budgets = count_labels(recipe, points)
     place = {budget.train: index for index, budget in enumerate(budgets)}
+    _refuse_other_draws(recipe, points)
     groups: list[str] = []
     scores: dict[str, Scores] = {}
     shape = len(budgets), recipe.draws
@@ -66,6 +67,21 @@ def read_curve(recipe: LabelCurveRecipe, points: Sequence[Point]) -> Curve:
         steps[point.arm][where], val[point.arm][where] = run.steps, run.record["best_val_dice"]
     cost = {arm: cost_of([point for point in points if point.arm == arm]) for arm in recipe.arms}
     return Curve(recipe, budgets, groups, scores, steps, val, cost)
+
+
+def _refuse_other_draws(recipe: LabelCurveRecipe, points: Sequence[Point]) -> None:
+    """Raise InputError if cells of one draw had different cases: the source changed, or machines embed it differently."""
+    seen: dict[tuple[str, int, int], Cell] = {}
+    for point in points:
+        for cell in point.cells:
+            first = seen.setdefault((recipe.drawn_with(point.arm), point.labelled, point.draw), cell)
+            own, theirs = ({part: one.record["inputs"][part] for part in ("train", "val")} for one in (cell, first))
+            if own != theirs:
+                raise InputError(
+                    f"{cell.folder}: was trained on or chosen by other cases than {first.folder}, of the same draw. The source has "
+                    "changed while the curve ran (with data.draw_by: or machines that share it round differently). Delete one of "
+                    "the two, and continue with resume=true on one machine."
+                )
 
 
 def summarise(curve: Curve) -> dict[str, Any]:
@@ -90,6 +106,7 @@ def summarise(curve: Curve) -> dict[str, Any]:
             }
             for one in curve.budgets
         ],
+        "draw_by": {arm: curve.recipe.draw_of(arm)[0] for arm in curve.recipe.arms},
         "dice": {arm: _levels(curve, arm) for arm in curve.recipe.arms},
         "differences": differences,
         "labels_saved": {arm: _saved(curve, arm) for arm in others},

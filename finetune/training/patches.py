@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,22 +16,34 @@ from resunet.runtime import normalise
 # Positions kept of a class in a case, as nnU-Net keeps them; shared by the slices of a volume, of which each keeps some.
 _MOST, _LEAST = 10_000, 100
 
+# In a label map: a pixel of a scan that nobody labelled. Classes are below it, IGNORE is above.
+UNLABELLED = 254
+
 Window = tuple[int, int]  # first and last + 1 on an axis
 
 
 class Patches(NamedTuple):
-    """images: (N, C, *patch) float32. labels: (N, *patch) uint8, IGNORE beyond the scan. spacing: (N, 2 or 3) float32, mm."""
+    """images: (N, C, *patch) float32. labels: (N, *patch) uint8, IGNORE beyond the scan. spacing: (N, 2 or 3) float32, mm.
+
+    Without masks the labels are UNLABELLED within the scan.
+    """
 
     images: Tensor
     labels: Tensor
     spacing: Tensor
 
 
+class Batches(Protocol):
+    """Where batches come from: a `PatchSampler`, one that others are mixed into, or the one batch of a check."""
+
+    def batch(self, size: int, entropy: Sequence[int]) -> Patches: ...
+
+
 @dataclass(frozen=True)
-class Labelled:
+class Unit:
     """What patches are cut from: a slice of a case, or with index None all of it.
 
-    foreground: class index → positions (n, dimensions), where there are many a random part of them.
+    foreground: class index → positions (n, dimensions), where there are many a random part of them; empty without labels.
     """
 
     case: LoadedCase
@@ -61,7 +73,7 @@ class PatchSampler:
         self.patch = tuple(patch)
         self.share = foreground
         refuse_images(cases, len(patch))
-        self.units = [unit for case in cases for unit in _units(case, whole=len(patch) == 3)]
+        self.units = [unit for case in cases for unit in units_of(case, whole=len(patch) == 3)]
         if not self.units:
             raise InputError("The labelled training cases hold no slice with any contrast. Check the images, or label others.")
         classes = sorted({index for one in self.units for index in one.foreground})
@@ -84,28 +96,36 @@ class PatchSampler:
                 place = positions[rng.integers(len(positions))]
             else:
                 one = self.units[rng.integers(len(self.units))]
-            values, truth = _arrays(one)
-            windows = [
-                _window(n, side, None if place is None else int(place[axis]), rng)
-                for axis, (n, side) in enumerate(zip(truth.shape, self.patch, strict=True))
-            ]
-            images.append(normalise(_cut(values, windows, edge=True), one.case.intensities))
-            labels.append(_cut(truth, windows, edge=False))
+            image, truth = cut_patch(one, place, self.patch, rng)
+            images.append(image)
+            labels.append(truth)
             spacing.append(one.spacing)
         return Patches(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), torch.tensor(spacing))
 
 
-def _units(case: LoadedCase, whole: bool) -> list[Labelled]:
-    assert case.labels is not None
+def units_of(case: LoadedCase, whole: bool) -> list[Unit]:
+    """A case's slices, or with `whole` all of it; what is without any contrast is left out."""
     if whole:
         constant = all(case.is_constant(index) for index in range(case.num_slices))
-        return [] if constant else [Labelled(case, None, _foreground(case.labels, _MOST))]
+        return [] if constant else [Unit(case, None, {} if case.labels is None else _foreground(case.labels, _MOST))]
     most = max(_MOST // case.num_slices, _LEAST)
     return [
-        Labelled(case, index, _foreground(case.label_slice(index), most))
+        Unit(case, index, {} if case.labels is None else _foreground(case.label_slice(index), most))
         for index in range(case.num_slices)
         if not case.is_constant(index)
     ]
+
+
+def cut_patch(
+    one: Unit, place: NDArray[np.int32] | None, patch: Sequence[int], rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """A patch somewhere, or around a place: the image normalised (C, *patch), and its labels (*patch)."""
+    values, truth = _arrays(one)
+    windows = [
+        _window(n, side, None if place is None else int(place[axis]), rng)
+        for axis, (n, side) in enumerate(zip(truth.shape, patch, strict=True))
+    ]
+    return normalise(_cut(values, windows, edge=True), one.case.intensities), _cut(truth, windows, edge=False)
 
 
 def _foreground(labels: NDArray[np.uint8], most: int) -> dict[int, NDArray[np.int32]]:
@@ -121,13 +141,15 @@ def _foreground(labels: NDArray[np.uint8], most: int) -> dict[int, NDArray[np.in
     return found
 
 
-def _arrays(one: Labelled) -> tuple[NDArray, NDArray[np.uint8]]:
+def _arrays(one: Unit) -> tuple[NDArray, NDArray[np.uint8]]:
     """Views of values (C, *size), not normalised, and labels (*size)."""
-    assert one.case.labels is not None
+    labels = one.case.labels
+    if labels is None:
+        labels = np.broadcast_to(np.uint8(UNLABELLED), one.case.size)
     if one.index is None or one.case.axis is None:
-        return one.case.values, one.case.labels
+        return one.case.values, labels
     at = (slice(None),) * one.case.axis + (one.index,)
-    return one.case.values[(slice(None), *at)], one.case.labels[at]
+    return one.case.values[(slice(None), *at)], labels[at]
 
 
 def _window(size: int, side: int, centre: int | None, rng: np.random.Generator) -> Window:

@@ -7,7 +7,8 @@ from PIL import Image
 
 from finetune.comparison.compare import compare
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate
-from finetune.explanation.explain import ExplainRequest, explain
+from finetune.explanation.explain import explain
+from finetune.explanation.request import ExplainRequest
 
 
 def request_for(run) -> EvaluateRequest:

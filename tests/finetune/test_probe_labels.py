@@ -10,7 +10,7 @@ from finetune.label_curve.cells import count_labels, points_of
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.labelled import read_folds, read_labelled, resolve
 from finetune.loop import finetune
-from resunet.checkpoint import ProbeLabels, read_config
+from resunet.checkpoint import LabelledGroups, read_config
 from resunet.config import validate
 from resunet.data.source import open_source
 from resunet.errors import CheckFailed
@@ -23,7 +23,9 @@ def probed(encoder: Path, recipe):
     def make(groups: list[str], salt: str | None = None, **changes):
         source = open_source(recipe().data, masks=True)
         hmacs = {case.group_name: case.group_hmac for case in source.cases}
-        labels = ProbeLabels(groups=tuple(hmacs[group] for group in groups), salt_fingerprint=salt or source.salt_fingerprint)
+        labels = LabelledGroups(
+            groups=tuple(hmacs[group] for group in groups), salt_fingerprint=salt or source.salt_fingerprint
+        )
         config = read_config(encoder)
         config = config.model_copy(update={"provenance": config.provenance.model_copy(update={"probe": labels})})
         (encoder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
@@ -84,7 +86,8 @@ def test_a_label_curves_axis_counts_them(probed, tmp_path):
         "draws": 3,
         "steps": [1],
     }
-    one, everything = count_labels(points_of(validate(LabelCurveRecipe, values, "recipe")), "scratch")
+    curve = validate(LabelCurveRecipe, values, "recipe")
+    one, everything = count_labels(curve, points_of(curve))
     # one group to train on is at most one of the two, and in one of three draws is neither or the other
     assert one.labels == 2 and one.labels_of("scratch") == 2 and one.labels_of("pretrained") in (3, 4)
     assert everything.labels_of("pretrained") == everything.labels == 8

@@ -36,7 +36,7 @@ FAULTS = {
     ),
     "unet and units": ({"model": {"name": "unet", "units": 3}}, r"name='unet': the plain U-Net has neither units"),
     "unet and squeeze_excite": ({"model": {"name": "unet", "squeeze_excite": True}}, r"nor squeeze_excite; leave them out"),
-    "another network": ({"model": {"name": "vnet"}}, r"model\.name='vnet': .*'resunet' or 'unet'"),
+    "another network": ({"model": {"name": "vnet"}}, r"model\.name='vnet': .*'resunet', 'unet' or 'mobile_resunet'"),
     "contrast upside down": ({"augment": {"contrast": [1.2, 0.8]}}, r"augment\.contrast=.*the first not above the second"),
     "contrast zero": ({"augment": {"contrast": [0, 1]}}, r"augment\.contrast=\[0, 1\]: .*two numbers above 0"),
     "elastic sigma": ({"augment": {"elastic": {"sigma": 0}}}, r"augment\.elastic\.sigma=0: .*greater than 0"),

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate
-from finetune.explanation.explain import ExplainRequest, explain
+from finetune.explanation.explain import explain
 from finetune.explanation.gradcam import grad_cam, layers_of, tile
+from finetune.explanation.request import ExplainRequest
 from finetune.inference.predict import PredictRequest, predict
 from finetune.inference.window import predict_values
 from finetune.labelled import read_labelled, resolve

@@ -21,6 +21,7 @@ from finetune.label_curve.cells import numbers_of_groups, points_of
 from finetune.label_curve.command import label_curve
 from finetune.label_curve.cost import cost_of
 from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.result import read_curve
 from finetune.label_curve.statistics import difference, labels_needed
 from finetune.label_curve.work import locked, work_alone
 from finetune.labelled import choose_cases
@@ -148,6 +149,36 @@ def test_the_record_is_what_the_cases_say(curve):
         assert record["labels_saved"]["pretrained"][index]["baseline_needs"] == needed.labels.record()
     assert record["cost"]["scratch"]["pretraining_hours"] == 0
     assert record["cost"]["pretrained"]["pretraining_hours"] is None, "a model directory does not say what it took"
+
+
+def test_suggested_draws_beside_random_ones(recipe, values, tmp_path, monkeypatch):
+    """Both from scratch: pairs have the same groups to choose by, seed and steps, and others to train on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    suggested = {"data": {"draw_by": "kcenter", "draw_encoder": values["arms"]["pretrained"]["encoder"]}}
+    made = recipe(arms={"random": {}, "suggested": suggested}, baseline="random", budgets=[2], draws=3, steps=[1])
+    label_curve(made)
+    differ = 0
+    for draw in range(3):
+        ours, theirs = (read(cell(made, arm, 2, draw, 1) / "run.json") for arm in ("suggested", "random"))
+        assert ours["inputs"]["val"] == theirs["inputs"]["val"] and ours["seed"] == theirs["seed"] == draw
+        differ += ours["inputs"]["train"] != theirs["inputs"]["train"]
+    assert differ
+    record = read(made.out / "curve.json")
+    assert record["draw_by"] == {"random": "random", "suggested": "kcenter"}
+    images = [len([*train, *val]) for _, train, val, _ in (choose_cases(point.cells[0].recipe) for point in points_of(made))]
+    assert sorted(record["labels"][0]["images"]) == sorted(images)
+    page = (made.out / "report.html").read_text(encoding="utf-8")
+    assert "random at random, suggested by k-centre" in page and str(tmp_path) not in page
+
+
+def test_cells_of_one_draw_must_have_the_same_cases(curve, tmp_path):
+    out = shutil.copytree(curve.out, tmp_path / "curve")
+    copied = curve.model_copy(update={"out": out})
+    odd = cell(copied, "pretrained", 3, 1, 2) / "run.json"
+    record = read(odd)
+    odd.write_text(json.dumps(record | {"inputs": record["inputs"] | {"train": "other"}}))
+    with pytest.raises(InputError, match=r"was trained on or chosen by other cases than .*scratch/3/draw-1"):
+        read_curve(copied, points_of(copied))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,20 +86,20 @@ def test_too_few_for_a_verdict(shape, why, tmp_path):
         assert f"{difference:+.3f}" in page
 
 
+def with_arms(curve: Curve, **others: dict) -> Curve:
+    """With further arms, whose test groups have the scores of other ones from scratch."""
+    both = {"recipe": curve.recipe.model_copy(update={"arms": curve.recipe.arms | others})}
+    for name in ("scores", "steps", "val", "cost"):
+        its = getattr(curve, name)
+        both[name] = its | dict.fromkeys(others, its["scratch"][:, ::-1] if name == "scores" else its["scratch"])
+    return replace(curve, **both)
+
+
 def test_the_family_is_all_arms_at_all_budgets():
     curve = make_curve(shift=(0.05, 0.0, 0.0, 0.0), noise=0.03)
     alone = summarise(curve)["differences"]["pretrained"][0]
     assert alone["p_holm"] == pytest.approx(min(1, 4 * alone["p"])) and alone["p"] < 0.2
-    arms = ARMS | {"again": {"encoder": "other"}}
-    more = Curve(
-        recipe=curve.recipe.model_copy(update={"arms": arms}),
-        budgets=curve.budgets,
-        groups=curve.groups,
-        scores=curve.scores | {"again": curve.scores["scratch"][:, ::-1]},
-        steps=curve.steps | {"again": curve.steps["scratch"]},
-        val=curve.val | {"again": curve.val["scratch"]},
-        cost=curve.cost | {"again": curve.cost["scratch"]},
-    )
+    more = with_arms(curve, again={"encoder": "other"})
     assert summarise(more)["differences"]["pretrained"][0]["p_holm"] == pytest.approx(min(1, 8 * alone["p"]))
 
 
@@ -116,3 +117,31 @@ def test_without_the_cost_of_pretraining_there_is_no_figure_of_it(tmp_path):
     write_report(curve, summarise(curve), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('<svg role="img"') == 2 and "not known" in page
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_page_in_a_browser(many, tmp_path, look_at):
+    """With two arms, and with so many that they do not fit beside each other, one of a long name and with draws of its own."""
+    curve = make_curve(shift=(0.1, 0.05, 0.0, -0.1), draws=5)
+    if many:
+        drawn = {"draw_by": "kcenter", "draw_encoder": "SECRET/other"}
+        curve = with_arms(
+            curve, positions={}, large={}, masked={}, **{"dense-with-a-slow-encoder-and-its-own-drawing": {"data": drawn}}
+        )
+    write_report(curve, summarise(curve), tmp_path)
+    seen = look_at(tmp_path / "report.html")
+    assert seen.headings == [
+        "Label curve",
+        "Dice",
+        "Paired differences",
+        "Labels saved",
+        "What val chose",
+        "Cost",
+        "What makes the arms",
+        "How it was counted",
+    ]
+    names = [one["name"] for one in seen.pictures]
+    assert len(names) == 3 and all(word in names[0] for word in ("labelled groups", *curve.recipe.arms))
+    assert "scratch" in names[1] and "hours" in names[2]
+    assert all(verdict in seen.text for verdict in verdicts(summarise(curve)))
+    assert ("all arms have the same draws" in seen.text) != many and ("its-own-drawing by k-centre" in seen.text) == many

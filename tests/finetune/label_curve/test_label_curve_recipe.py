@@ -81,7 +81,13 @@ def test_merge_lays_mappings_over_mappings_and_replaces_another_kind():
         ("finetune.steps=3", r"finetune\.steps: is not set here, but by steps"),
         ("finetune.encoder=x", r"finetune\.encoder: is not set here, but by arms\.NAME\.encoder"),
         ("finetune.data.labelled=3", r"finetune\.data\.labelled: is not set here, but by budgets"),
-        ("arms.other.data.source=x", r"arms\.other\.data: is not set here, but by finetune\.data, for all arms"),
+        ("arms.other.data.source=x", r"arms\.other\.data\.source: is not set here, but by finetune\.data\.source, for all"),
+        ("arms.other.data.draw=1", r"arms\.other\.data\.draw: is not set here, but by draws"),
+        (
+            "arms.other.data.draw_by=kcenter",
+            r"arm other is not valid:\n  data=.*: draw_by=kcenter, draw_encoder=None: one goes with",
+        ),
+        ("arms.other.wandb.mode=online", r"arms\.other\.wandb: is not set here, but by finetune\.wandb, for all arms"),
         ("arms.other.seed=2", r"arms\.other\.seed: is not set here, but by seed"),
         ("arms.other.optimizer.lrr=2", r"arm other is not valid:\n  optimizer\.lrr=2: .*did you mean 'optimizer\.lr'"),
         ("finetune.data=3", r"finetune is not valid:\n  data=3"),
@@ -102,3 +108,14 @@ def test_merge_lays_mappings_over_mappings_and_replaces_another_kind():
 def test_faults_name_the_key_and_what_to_do(load, override, message):
     with pytest.raises(InputError, match=message):
         load(override)
+
+
+def test_arms_may_differ_in_how_their_groups_are_drawn(load):
+    suggested = "{data: {draw_by: typicality, draw_encoder: runs/encoder}}"
+    recipe = load(f"arms.suggested={suggested}", f"arms.again={suggested}")
+    cell = recipe.cell("suggested", 2, 1, 10, Path("cell"))
+    assert (cell.data.draw_by, cell.data.draw_encoder) == ("typicality", Path("runs/encoder"))
+    assert cell.data.source == recipe.cell("scratch", 2, 1, 10, Path("cell")).data.source
+    assert [recipe.drawn_with(arm) for arm in recipe.arms] == ["scratch", "scratch", "suggested", "suggested"]
+    everywhere = load("finetune.data.draw_by=kcenter", "finetune.data.draw_encoder=runs/encoder")
+    assert {everywhere.draw_of(arm) for arm in everywhere.arms} == {("kcenter", "runs/encoder")}

@@ -1,0 +1,89 @@
+"""What a student learns from its teacher: softened probabilities, and where the decoder's levels look. In float32.
+
+As `finetune.training.losses`, every term is a function of sums over the batch of all ranks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.training.losses import Total, one_rank
+from finetune.training.supervision import Supervised
+from resunet.blocks import crop_to
+from resunet.errors import InputError
+from resunet.light_model import MobileResUNet
+from resunet.model import ResUNet, UNet
+
+
+def soft_target_loss(
+    logits: Tensor, taught: Tensor, inside: Tensor, temperature: float = 1.0, total: Total = one_rank
+) -> Tensor:
+    """T² times the mean over pixels of KL(teacher ‖ student), both of logits / T (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    The factor keeps the gradient's size whatever the temperature. One logit z stands for two classes, as a softmax of (0, z).
+
+    Args:
+        logits: the student's, (N, 1 or K, *size), any float dtype; taught: the teacher's, alike.
+        inside: (N, *size), the pixels that count.
+        total: the sum over the ranks of a tensor of any shape.
+    """
+    ours, theirs = (_log_probabilities(one.float() / temperature) for one in (logits, taught))
+    divergence = (theirs.exp() * (theirs - ours)).sum(dim=1)
+    summed, count = total(torch.stack([(divergence * inside).sum(), inside.sum().float()])).unbind()
+    return temperature**2 * summed / count.clamp_min(1)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """(N, 1 or K, *size) → (N, 2 or K, *size)."""
+    if logits.shape[1] == 1:
+        return F.logsigmoid(torch.cat([-logits, logits], dim=1))
+    return F.log_softmax(logits, dim=1)
+
+
+def attention_maps(levels: Sequence[Tensor]) -> list[Tensor]:
+    """Of each level (N, C, *size) the mean over channels of squares, of length 1 a patch: (N, *size) float32.
+
+    The maps F²_sum of Zagoruyko & Komodakis 2017 (arXiv 1612.03928, section 3.1), which have no channels: networks of other widths
+    compare without a layer between them.
+    """
+    return [F.normalize(level.float().square().mean(dim=1).flatten(1), dim=1).view_as(level[:, 0]) for level in levels]
+
+
+def attention_loss(maps: Sequence[Tensor], taught: Sequence[Tensor], total: Total = one_rank) -> Tensor:
+    """The mean over patches and levels of the squared distance of `attention_maps`, between 0 and 2.
+
+    Zagoruyko & Komodakis 2017, equation 2, with the square that their code has. Levels meet by their size, so that networks of
+    other depths compare by those that both have.
+
+    Raises:
+        InputError: no level of one has the size of any level of the other.
+    """
+    by_size = {one.shape[1:]: one for one in taught}
+    pairs = [(ours, by_size[ours.shape[1:]]) for ours in maps if ours.shape[1:] in by_size]
+    if not pairs:
+        raise InputError(
+            "distillation.attention_weight: no level of the student's decoder has the size of one of the teacher's. Give "
+            "model.channels more levels, or set it to 0."
+        )
+    distances = torch.stack([(ours - theirs).square().flatten(1).sum(dim=1) for ours, theirs in pairs])
+    summed, count = total(torch.stack([distances.sum(), distances.new_tensor(distances.numel())])).unbind()
+    return summed / count
+
+
+class Attentive(nn.Module):
+    """What is trained, whose forward pass gives its attention maps beside its logits."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        super().__init__()
+        self.trained = trained
+
+    def forward(self, x: Tensor) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+        """(N, in_channels, *size) → what `trained` gives, and `attention_maps` of its decoder's levels, finest first."""
+        if isinstance(self.trained, Supervised):
+            levels = self.trained.network.levels(x)
+            return self.trained.heads_of(levels), attention_maps(levels)
+        assert isinstance(self.trained, ResUNet | UNet | MobileResUNet)
+        levels = self.trained.levels(x)
+        return crop_to(self.trained.head(levels[0]), x.shape[2:]), attention_maps(levels)
