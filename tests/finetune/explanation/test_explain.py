@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from finetune.evaluation.metrics import measure_case
 from finetune.evaluation.wrong import wrong_lesions
-from finetune.explanation.explain import ExplainRequest, chosen_slices, explain
+from finetune.explanation.explain import chosen_slices, explain
 from finetune.explanation.gradcam import (
     Layer,
     Tiling,
@@ -29,6 +29,7 @@ from finetune.explanation.gradcam import (
     tile,
 )
 from finetune.explanation.heatmap import heat_picture
+from finetune.explanation.request import ExplainRequest
 from finetune.inference.window import predict_values
 from resunet.data.cases import IGNORE
 from resunet.errors import InputError
