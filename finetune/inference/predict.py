@@ -25,6 +25,7 @@ from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
 from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_taken, write_predictions
 from resunet.inference.threshold import requested_threshold
+from resunet.inference.window import Scorer
 from resunet.layout import place
 from resunet.model import load_finetuned
 from resunet.progress import progress, say
@@ -42,7 +43,7 @@ class PredictRequest(Inference):
 
 
 def predict_case(
-    model: nn.Module, case: LoadedCase, device: torch.device, precision: Precision, inference: Inference | None = None
+    model: nn.Module | Scorer, case: LoadedCase, device: torch.device, precision: Precision, inference: Inference | None = None
 ) -> NDArray[np.uint8]:
     """The class index of every pixel, (y, x) or (z, y, x). The model is put into evaluation mode."""
     inference = inference or Inference()

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from resunet.config import Frozen, Precision
-from resunet.inference.window import Floats, Footprint, Plan, mirrors, plan_slices
+from resunet.inference.window import Floats, Footprint, Plan, Scorer, mirrors, plan_slices
 from resunet.inference.window import predict_values as predict_with
 from resunet.layout import channels_last, spatial_dims_of
 from resunet.runtime import Intensity
@@ -96,7 +96,7 @@ class LiveNetwork:
 
 
 def predict_values(
-    network: nn.Module,
+    network: nn.Module | Scorer,
     values: NDArray,
     axis: int | None,
     intensities: Sequence[Intensity],
@@ -106,8 +106,13 @@ def predict_values(
     probabilities: bool = False,
     plan: Plan | None = None,
 ) -> NDArray:
-    """`resunet.inference.window.predict_values` of a network, which is put into evaluation mode."""
-    live = LiveNetwork(network.eval(), values.shape[0], device, precision, inference.flips)
+    """`resunet.inference.window.predict_values` of a network, which is put into evaluation mode; or of a bundle's scorer, whose
+    device, precision and flips are its own."""
+    live: Scorer
+    if isinstance(network, nn.Module):
+        live = LiveNetwork(network.eval(), values.shape[0], device, precision, inference.flips)
+    else:
+        live = network
     return predict_with(live, values, axis, intensities, inference, probabilities, plan)
 
 

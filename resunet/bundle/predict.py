@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from resunet.bundle.bundle import Bundle
+from numpy.typing import NDArray
+
+from resunet.bundle.bundle import Bundle, BundleSegmenter, Seeing
 from resunet.bundle.engines import name_of, version_of
 from resunet.errors import InputError
 from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
-from resunet.inference.predict import Predicted, predict_input, predicted, refuse_taken, write_predictions
+from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_taken, segment, write_predictions
 from resunet.inference.threshold import requested_threshold
+from resunet.inference.video import predict_video, refuse_for_video
+from resunet.inference.window import Scorer
 from resunet.progress import progress, say
 
 
@@ -44,6 +48,17 @@ class BundleRequest:
             raise InputError("resunet predict is not valid:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A bundle ready to predict. how: the request's settings, with the contract's where it leaves them open."""
+
+    behaviour: Behaviour
+    how: Seeing
+    threshold: float | None
+    segmenter: BundleSegmenter
+    scorer: Scorer
+
+
 def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: BundleRequest) -> Predicted:
     """Predict every scan that `inputs` name, into `out`, a folder that does not exist or is empty.
 
@@ -54,19 +69,10 @@ def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: Bundl
         CheckFailed: the bundle was changed. EnvironmentFault: no runtime of it is installed.
     """
     refuse_taken(out)
-    request.refuse_wrong()
-    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(
-            f"{path}: a bundle is predicted by one process, here are {ranks}. Start resunet predict without a launcher."
-        )
-    bundle = Bundle.open(path)
-    contract, behaviour = bundle.contract, bundle.contract.behaviour()
-    threshold = requested_threshold(contract, request.threshold, request.operating_point, request.probabilities)
-    segmenter = bundle.segmenter(request.precision, request.runtime)
-    found = list_inputs(inputs, contract.input.channels)
-    given = {key: value for key in ("memory", "window", "overlap") if (value := getattr(request, key)) is not None}
-    how = replace(bundle.seeing(), flips=request.flips, probabilities=request.probabilities, **given)
-    runtime = segmenter.graph.runtime
+    opened = _open(path, request)
+    behaviour, how, threshold, scorer = opened.behaviour, opened.how, opened.threshold, opened.scorer
+    found = list_inputs(inputs, behaviour.input_channels)
+    runtime = opened.segmenter.graph.runtime
     say(
         f"{name_of(runtime)} {version_of(runtime)}, {len(found.scans)} scans, {request.precision}, {how.memory:g} GiB"
         + (", mirrored" if how.flips else "")
@@ -76,7 +82,6 @@ def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: Bundl
         say(decision)
     for fault in found.faults:
         say(fault)
-    scorer = segmenter.scorer(how.flips)
 
     def make(one: Input) -> Prediction:
         return predict_input(one, scorer, behaviour, how, threshold)
@@ -85,3 +90,39 @@ def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: Bundl
     faults = [*found.faults]
     faults += write_predictions(progress(found.scans, len(found.scans), "predict"), make, out, single=count == 1)
     return predicted(out, count, faults, single=count == 1)
+
+
+def predict_bundle_video(path: Path, video: Path, out: Path, request: BundleRequest, masks: bool) -> Path:
+    """Overlay, timing and, with `masks`, masks of a video, into `out`, a folder that does not exist or is empty; `out`.
+
+    Raises:
+        InputError, CheckFailed, EnvironmentFault: as `predict_bundle` and `resunet.inference.video.predict_video`.
+    """
+    refuse_taken(out)
+    refuse_for_video(video, request.probabilities, int(os.environ.get("WORLD_SIZE", "1")))
+    opened = _open(path, request)
+    if (decision := opened.behaviour.decision(opened.threshold, False)) is not None:
+        say(decision)
+
+    def labels_of(values: NDArray) -> NDArray:
+        return segment(values, (1.0, 1.0), opened.scorer, opened.behaviour, opened.how, opened.threshold)
+
+    runtime = opened.segmenter.graph.runtime
+    about = {"runtime": f"{name_of(runtime)} {version_of(runtime)}", "precision": request.precision, "flips": request.flips}
+    return predict_video(video, out, labels_of, opened.behaviour, masks, about)
+
+
+def _open(path: Path, request: BundleRequest) -> _Opened:
+    """Raises as `predict_bundle`, but for its inputs."""
+    request.refuse_wrong()
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(
+            f"{path}: a bundle is predicted by one process, here are {ranks}. Start resunet predict without a launcher."
+        )
+    bundle = Bundle.open(path)
+    contract = bundle.contract
+    threshold = requested_threshold(contract, request.threshold, request.operating_point, request.probabilities)
+    given = {key: value for key in ("memory", "window", "overlap") if (value := getattr(request, key)) is not None}
+    how = replace(bundle.seeing(), flips=request.flips, probabilities=request.probabilities, **given)
+    segmenter = bundle.segmenter(request.precision, request.runtime)
+    return _Opened(contract.behaviour(), how, threshold, segmenter, segmenter.scorer(how.flips))

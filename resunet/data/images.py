@@ -90,7 +90,7 @@ def read_scan(files: Path | Sequence[Path], channels: str | int | None) -> Scan:
     else:
         path, content, format = files[0], read_series(files), "dicom"
     scan = _scan(content, format, path)
-    return scan if channels is None else replace(scan, values=_with_channels(scan.values, channels, path))
+    return scan if channels is None else replace(scan, values=with_channels(scan.values, channels, path))
 
 
 def read_hashed(path: Path) -> tuple[Scan, str]:
@@ -234,7 +234,12 @@ def _without_alpha(values: NDArray) -> NDArray:
     return values[:-1] if values.shape[0] in (2, 4) else values
 
 
-def _with_channels(values: NDArray, channels: str | int, path: Path) -> NDArray:
+def with_channels(values: NDArray, channels: str | int, path: Path) -> NDArray:
+    """(C, *size) with the channels that are asked for: grey is the luminance of a colour image, rgb three times a grey one.
+
+    Raises:
+        InputError: another number, of `path`.
+    """
     count = values.shape[0]
     if channels == "grey":
         if count == 1:
