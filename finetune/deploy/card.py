@@ -97,6 +97,12 @@ def _about(contract: Contract) -> str:
         ),
         ("post-processing", contract.postprocessing.described if contract.postprocessing else "none"),
     ]
+    if (rounding := contract.quantisation) is not None:
+        trained = (
+            f"{rounding.steps} steps of training with rounded values" if rounding.steps else "not trained with rounded values"
+        )
+        patches = f"ranges from {rounding.calibration} training patches"
+        rows.append(("int8", f"{rounding.method}: {patches}, {trained}; the figures below are of the network before"))
     if contract.regions is not None:
         rows.append(("regions", "; ".join(f"{name}: {', '.join(its)}" for name, its in contract.regions.items())))
     if (point := contract.operating_point) is not None:
@@ -168,8 +174,9 @@ def _proof(contract: Contract, rows: Sequence[Row]) -> str:
     head = ("runtime", "version", "precision", "largest difference", "tolerance")
     return (
         "## Proof\n\n`resunet verify` compares every file with `contract.json` and replays `golden/`: synthetic scans with the "
-        "answers of the live PyTorch network in fp32. Differences are of logits, over max(1, the largest of them). When this was "
-        f"exported:\n\n{_table(head, lines)}\n\nThe sha256 in `contract.sha256` shows damage and changes in one place. It is no "
+        "answers of the live PyTorch network in fp32, for graphs in int8 of the rounded one. Differences are of logits, over "
+        f"max(1, the largest of them). When this was exported:\n\n{_table(head, lines)}\n\nThe sha256 in `contract.sha256` shows "
+        "damage and changes in one place. It is no "
         "signature: compare it with the one that was noted at the export (`resunet verify . --sha256 …`). bf16 of OpenVINO is the "
         "fp32 graph computed in bfloat16 where the CPU has it; fp16 of OpenVINO keeps weights in half precision and computes in "
         "single, fp16 of ONNX computes in half."

@@ -15,17 +15,21 @@ import torch
 from finetune.deploy.card import card, read_figures
 from finetune.deploy.golden import write_goldens
 from finetune.deploy.graph import INPUT, OPSET, OUTPUT, write_onnx, write_openvino
+from finetune.deploy.mirrored import mirror_bundle
+from finetune.deploy.quantised import graphs_of_quantised, quantisation_facts, quantised_beside
 from finetune.deploy.requirements import requirements
 from finetune.deploy.tensorrt_check import VERSION as TENSORRT
 from finetune.deploy.tensorrt_check import tensorrt_faults
 from finetune.inference.predict import behaviour_of
-from finetune.inference.window import Inference, footprint
+from finetune.inference.window import Inference, LiveNetwork, footprint
+from finetune.quantisation.result import Quantised
 from resunet.bundle.bundle import Bundle
 from resunet.bundle.contract import (
     SCHEMA_VERSION,
     ClassName,
     Contract,
     FootprintFacts,
+    Golden,
     Graph,
     InputFacts,
     Normalising,
@@ -53,7 +57,7 @@ from resunet.progress import say
 
 Format = Literal["onnx", "openvino", "pytorch", "tensorrt"]
 FORMATS: tuple[Format, ...] = ("onnx", "openvino", "pytorch", "tensorrt")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
 
 # Of logits, over max(1, the largest of them). Measured on trained and on random networks in 2D and 3D: below 1e-5, 2e-3 and 4e-2.
 _TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
@@ -82,6 +86,7 @@ class Source:
     network: Segmenter
     config: ModelConfig
     behaviour: Behaviour
+    quantised: tuple[Path, Quantised] | None = None
 
 
 def export(run: Path, out: Path, request: ExportRequest) -> Path:
@@ -95,7 +100,9 @@ def export(run: Path, out: Path, request: ExportRequest) -> Path:
     formats, precisions = _refuse_wrong(out, request)
     folder = model_folder(run)
     network, config = load_finetuned(folder)
-    source = Source(folder, network.eval(), config, behaviour_of(config, sha256(folder / WEIGHTS)))
+    behaviour = behaviour_of(config, sha256(folder / WEIGHTS))
+    quantised = quantised_beside(folder, behaviour.weights, formats) if "int8" in precisions else None
+    source = Source(folder, network.eval(), config, behaviour, quantised)
     figures = read_figures(folder.parent / "evaluation" / "summary.json") if folder.name == "model" else None
     with folder_aside(out) as aside:
         contract = _write_graphs(aside, source, formats, precisions)
@@ -111,6 +118,7 @@ def export(run: Path, out: Path, request: ExportRequest) -> Path:
     for line in table(rows):
         say(line)
     say(f"sha256 of the bundle, to be noted: {digest}")
+    mirror_bundle(folder, out, digest, rows)
     return out
 
 
@@ -125,6 +133,10 @@ def _refuse_wrong(out: Path, request: ExportRequest) -> tuple[tuple[Format, ...]
         raise InputError(
             f"--precision {','.join(request.precisions)}: {wrong or 'none'} is no precision; there are {', '.join(PRECISIONS)}."
         )
+    if precisions == ("int8",):  # the network in PyTorch is of another precision than what is asked for
+        formats = tuple(one for one in formats if one != "pytorch")
+        if not formats:
+            raise InputError("--precision int8: is of graphs. Add onnx or openvino to --formats.")
     if "bf16" in precisions and "openvino" not in formats:
         raise InputError(
             "--precision bf16: of the formats OpenVINO alone computes in it. Add openvino to --formats, or take fp16."
@@ -155,15 +167,16 @@ def _write_graphs(folder: Path, source: Source, formats: Sequence[Format], preci
     graphs: list[Graph] = []
     faults: tuple[str, ...] | None = None
     single = folder / "graphs" / "fp32" / "model.onnx"
-    if set(formats) != {"pytorch"}:
+    floating = [one for one in precisions if one != "int8"]
+    if set(formats) != {"pytorch"} and floating:
         write_onnx(source.network, channels, single)
         faults = tensorrt_faults(single)
         if faults:
             say("TensorRT would refuse the graph: " + "; ".join(faults))
     if "tensorrt" in formats:
-        graphs += _tensorrt(folder, source, single, precisions, faults or ())
+        graphs += _tensorrt(folder, source, single, floating, faults or ())
     if "openvino" in formats:
-        graphs += _openvino(folder, single, precisions)
+        graphs += _openvino(folder, single, floating)
     if "onnx" in formats:
         if "fp32" in precisions:
             graphs.append(_graph("onnxruntime", "fp32", "graphs/fp32/model.onnx", opset=OPSET))
@@ -176,10 +189,22 @@ def _write_graphs(folder: Path, source: Source, formats: Sequence[Format], preci
     if "pytorch" in formats:
         _write_model(folder / "model", source)
         graphs.append(_graph("pytorch", "fp32", "model"))
-    behaviour = source.behaviour
-    golden = write_goldens(
-        folder, source.network, channels, source.config.architecture.spatial_dims, behaviour, Inference().overlap
-    )
+    golden: tuple[Golden, ...] = ()
+    if graphs:
+        dims, cpu = source.config.architecture.spatial_dims, torch.device("cpu")
+        golden = write_goldens(
+            folder,
+            lambda flips: LiveNetwork(source.network.eval(), channels, cpu, "fp32", flips),
+            channels,
+            dims,
+            source.behaviour,
+            Inference().overlap,
+        )
+    if source.quantised is not None:
+        rounded, cases, found = graphs_of_quantised(*source.quantised, folder, formats)
+        graphs += rounded
+        golden += cases
+        faults = found if faults is None else tuple(dict.fromkeys((*faults, *found)))
     trt = None if faults is None else TensorRtFacts(TENSORRT, faults)
     return replace(_contract(source), graphs=tuple(graphs), golden=golden, tensorrt=trt)
 
@@ -278,5 +303,6 @@ def _contract(source: Source) -> Contract:
         graphs=(),
         golden=(),
         tensorrt=None,
+        quantisation=quantisation_facts(source.quantised),
         files={},
     )

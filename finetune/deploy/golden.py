@@ -1,18 +1,17 @@
 """Golden cases: synthetic scans, and what the live network makes of them. They hold no patient's data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from finetune.inference.window import LiveNetwork
 from resunet.bundle.contract import Golden
 from resunet.bundle.golden import GoldenCase, answer, mask_of, write_golden
 from resunet.inference.predict import Behaviour
-from resunet.model import Segmenter
+from resunet.inference.window import Scorer
 
 # Even, odd, long and short ones: of the coarsest level one position and many.
 _SIZES = {
@@ -24,18 +23,24 @@ _WINDOWED = {2: ((3, 75, 43), 32, (5.0, 1.0, 1.0)), 3: ((20, 33, 19), 16, (1.0, 
 
 
 def write_goldens(
-    folder: Path, network: Segmenter, channels: int, spatial_dims: int, behaviour: Behaviour, overlap: float
+    folder: Path,
+    live: Callable[[bool], Scorer],
+    channels: int,
+    spatial_dims: int,
+    behaviour: Behaviour,
+    overlap: float,
+    precision: Literal["fp32", "int8"] = "fp32",
 ) -> tuple[Golden, ...]:
-    """Write golden/*.npz; what the contract says of them."""
-    (folder / "golden").mkdir()
+    """Write golden/*.npz; what the contract says of them. live: the network, mirrored or not, whose answers they are."""
+    (folder / "golden").mkdir(exist_ok=True)
     written = []
     windowed, window, windowed_spacing = _WINDOWED[spatial_dims]
     wanted = [(size, (1.0,) * spatial_dims, None, False) for size in _SIZES[spatial_dims]]
     for number, (size, spacing, side, flips) in enumerate([*wanted, (windowed, windowed_spacing, window, True)]):
-        golden = Golden(f"golden/{'x'.join(map(str, size))}.npz", side, flips)
-        live = LiveNetwork(network.eval(), channels, torch.device("cpu"), "fp32", flips)
+        name = "x".join(map(str, size)) + ("-int8" if precision == "int8" else "")
+        golden = Golden(f"golden/{name}.npz", precision, side, flips)
         values = synthetic_scan(channels, size, number)
-        logits = answer(live, values, np.array(spacing), behaviour.rule, golden, overlap)
+        logits = answer(live(flips), values, np.array(spacing), behaviour.rule, golden, overlap)
         case = GoldenCase(values, np.array(spacing), logits, mask_of(logits, behaviour.object_rules))
         write_golden(folder / golden.file, case)
         written.append(golden)

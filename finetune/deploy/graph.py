@@ -32,11 +32,8 @@ class _Graph(nn.Module):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).eval().to(device="cpu", dtype=dtype)
+        self.network = graphable(network).eval().to(dtype=dtype)
         self.dtype = dtype
-        for part in self.network.modules():
-            if isinstance(part, UNet):
-                part.pool = _pool  # type: ignore[assignment]
 
     def forward(self, scan: Tensor) -> Tensor:
         x = scan.to(self.dtype)
@@ -44,6 +41,20 @@ class _Graph(nn.Module):
             return _mean(self.network, x)
         logits: Tensor = self.network(x).float()
         return logits
+
+
+def graphable(network: nn.Module) -> nn.Module:
+    """A copy on the CPU, in operators that every engine takes."""
+    copied = copy.deepcopy(network).to(device="cpu")
+    for part in copied.modules():
+        if isinstance(part, UNet):
+            part.pool = _pool  # type: ignore[assignment]
+    return copied
+
+
+def example_of(channels: int, dims: int) -> Tensor:
+    """A batch to capture a network with."""
+    return torch.randn(2, channels, *_SIZES[dims], generator=torch.Generator().manual_seed(0))
 
 
 def _mean(ensemble: Ensemble, x: Tensor) -> Tensor:
@@ -71,16 +82,20 @@ def write_onnx(network: nn.Module, channels: int, path: Path, dtype: torch.dtype
     Raises:
         CheckFailed: the graph does not keep its batch or a size open.
     """
-    dims = spatial_dims_of(network)
-    example = torch.randn(2, channels, *_SIZES[dims], generator=torch.Generator().manual_seed(0))
+    write_module(_Graph(network, dtype).eval(), channels, spatial_dims_of(network), path)
+
+
+def write_module(module: nn.Module, channels: int, dims: int, path: Path) -> None:
+    """Write the graph of a module whose argument is `scan`; see `write_onnx`."""
+    example = example_of(channels, dims)
     open_axes = dict.fromkeys((0, *range(2, 2 + dims)), Dim.DYNAMIC)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter's own parts
         program = torch.onnx.export(
-            _Graph(network, dtype).eval(),
+            module,
             (example,),
             dynamo=True,
-            dynamic_shapes={"scan": open_axes},
+            dynamic_shapes=(open_axes,),
             external_data=False,
             input_names=[INPUT],
             output_names=[OUTPUT],

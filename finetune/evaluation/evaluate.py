@@ -32,6 +32,7 @@ from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import Targets, targets_of
 from finetune.inference.predict import predict_case
 from finetune.inference.window import predict_values
+from resunet.bundle import is_bundle
 from resunet.checkpoint import CONFIG, ModelConfig, model_folder
 from resunet.config import Precision
 from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
@@ -39,6 +40,7 @@ from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, evidence_of_cases, 
 from resunet.data.source import Source, open_source
 from resunet.decision import OperatingPoint
 from resunet.errors import InputError
+from resunet.inference.window import Scorer
 from resunet.layout import place
 from resunet.model import Segmenter, load_finetuned
 from resunet.progress import progress, say
@@ -62,14 +64,19 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     """Evaluate a segmenter, or masks that another program made, on a source; the folder with the results.
 
     Args:
-        model: a fine-tuning run, a segmenter's model directory, or a folder of masks with the images' stems.
+        model: a fine-tuning run, a segmenter's model directory, a bundle, or a folder of masks with the images' stems.
         request: the source and the part of it; a source without splits is evaluated whole, and the summary says so.
-        out: a new folder; without it `evaluation-SPLIT` in the model's, or beside a folder of masks.
+        out: a new folder; without it `evaluation-SPLIT` in the model's, or beside a folder of masks or a bundle.
 
     Raises:
         InputError: the model, the masks, the source or `out`.
         CheckFailed: cases of the split were in the model's training data, and `allow_leak` is not set.
     """
+    if is_bundle(model):
+        from finetune.evaluation.bundles import evaluate_bundle  # which measures with what is here
+
+        return evaluate_bundle(model, request, out)
+    precision = _precision_of_model(model, request)
     folder = model_folder(model)
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return evaluate_masks(folder, request, out)
@@ -97,7 +104,7 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
             )
         val, remarks = load(source.part("val"), "val")
         refuse_val_without_clean(val, f"--false-alarms-per-1000 {budget:g}")
-        point = choose_threshold(_clean_peaks(network, val, device, request.precision), budget)
+        point = choose_threshold(clean_peaks(network, val, device, precision), budget)
         notes += remarks
     notes += notes_of(point) if point is not None else []
     loaded, remarks = load(cases, request.split)
@@ -105,10 +112,17 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     for note in notes:
         say(note)
     targets, rules = targets_of(config.classes, config.regions), config.object_rules()
-    measured = measure_cases(network, loaded, targets, device, request.precision, tolerance=request.tolerance, rules=rules)
+    measured = measure_cases(network, loaded, targets, device, precision, tolerance=request.tolerance, rules=rules)
     title = f"Evaluation on {request.split}"
-    write_evaluation(out, network, measured, config, request.split, notes, device, request.precision, point, title)
+    write_evaluation(out, network, measured, config, request.split, notes, device, precision, point, title)
     return out
+
+
+def _precision_of_model(model: Path, request: EvaluateRequest) -> Precision:
+    if request.precision == "int8" or request.runtime is not None:
+        given = "--precision int8" if request.precision == "int8" else f"--runtime {request.runtime}"
+        raise InputError(f"{given}: is of bundles; {model} is none. Leave it out, or export it first.")
+    return request.precision
 
 
 def _load_unseen(
@@ -134,7 +148,9 @@ def _load_unseen(
     return loaded, notes
 
 
-def _clean_peaks(network: nn.Module, cases: Sequence[LoadedCase], device: torch.device, precision: Precision) -> list[float]:
+def clean_peaks(
+    network: nn.Module | Scorer, cases: Sequence[LoadedCase], device: torch.device, precision: Precision
+) -> list[float]:
     """The greatest foreground probability of every case without target."""
     labelled = [(case, case.labels) for case in cases if case.labels is not None]
     clean = [(case, Probabilities(), labels) for case, labels in labelled if is_without_target(labels)]
@@ -143,7 +159,9 @@ def _clean_peaks(network: nn.Module, cases: Sequence[LoadedCase], device: torch.
     return [kept.peak for _, kept, _ in clean]
 
 
-def case_probabilities(network: nn.Module, case: LoadedCase, device: torch.device, precision: Precision) -> NDArray[np.float32]:
+def case_probabilities(
+    network: nn.Module | Scorer, case: LoadedCase, device: torch.device, precision: Precision
+) -> NDArray[np.float32]:
     """(1 or K, *size): of the foreground, or of every class."""
     found: NDArray[np.float32] = predict_values(
         network, case.values, case.axis, case.intensities, device, precision, probabilities=True
@@ -152,7 +170,7 @@ def case_probabilities(network: nn.Module, case: LoadedCase, device: torch.devic
 
 
 def measure_cases(
-    model: nn.Module,
+    model: nn.Module | Scorer,
     cases: Sequence[LoadedCase],
     targets: Targets,
     device: torch.device,
@@ -164,6 +182,7 @@ def measure_cases(
 ) -> list[Measured]:
     """Predict and measure every case; with an accelerator each rank takes its share and all get the whole.
 
+    model: or a bundle's scorer, whose device and precision are its own.
     rules: post-processing. The probabilities that are kept are as the network gives them.
     """
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)

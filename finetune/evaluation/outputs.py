@@ -48,9 +48,12 @@ class EvaluateRequest(DataSettings):
     """What `resunet evaluate` takes beside the model; how channels are read comes from the model."""
 
     split: Literal["pool", "val", "test"] = "test"
-    precision: Precision = "fp32"
+    precision: Precision | Literal["int8"] = Field("fp32", description="int8 is of bundles")
+    runtime: str | None = Field(None, description="of a bundle: openvino, onnxruntime or pytorch; null: the first installed")
     tolerance: float = Field(TOLERANCE, gt=0, description="mm, of surface Dice")
-    ignore: tuple[int, ...] = Field((), description="mask values that nobody labelled; a model says so itself")
+    ignore: tuple[int, ...] = Field(
+        (), description="mask values that nobody labelled; a model says so itself, a bundle does not"
+    )
     false_alarms_per_1000: float | None = Field(
         None, gt=0, lt=1000, description="the budget of an operating point, chosen on val"
     )
@@ -95,7 +98,7 @@ def write(
     targets: Targets,
     split: str,
     notes: Sequence[str],
-    precision: Precision | None,
+    precision: Precision | Literal["int8"] | None,
     predict: Predict,
     point: OperatingPoint | None = None,
     postprocessing: str = NO_POSTPROCESSING,

@@ -20,7 +20,7 @@ CONTRACT = "contract.json"
 SEAL = "contract.sha256"
 
 Runtime = Literal["openvino", "onnxruntime", "tensorrt", "pytorch"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Graph:
     """The network for a runtime at a precision.
 
     file: below the bundle; of PyTorch a model directory. opset: ONNX's; ir: OpenVINO's version of its format; null elsewhere.
-    tolerance: how far logits may be from the live network's in fp32, over max(1, the largest of them).
+    tolerance: how far logits may be from the live network's in fp32, over max(1, the largest of them); in int8 from those of the
+    rounded network in PyTorch.
     """
 
     runtime: Runtime
@@ -152,9 +153,13 @@ class Graph:
 
 @dataclass(frozen=True)
 class Golden:
-    """A synthetic scan with the live network's logits and mask. window: pixels a side, null: seen whole; flips: as --tta."""
+    """A synthetic scan with the live network's logits and mask. window: pixels a side, null: seen whole; flips: as --tta.
+
+    precision: of whose answers they are: fp32 for all graphs but those in int8, which have a network of their own.
+    """
 
     file: str
+    precision: Literal["fp32", "int8"]
     window: int | None
     flips: bool
 
@@ -165,6 +170,17 @@ class TensorRtFacts:
 
     version: str
     faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuantisationFacts:
+    """How the int8 graphs were made: qat and nncf_qat trained with rounded values for `steps`, ptq and nncf_ptq took ranges from
+    `calibration` training patches. grid: of activations."""
+
+    method: str
+    grid: str
+    steps: int
+    calibration: int
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,7 @@ class Contract:
     graphs: tuple[Graph, ...]
     golden: tuple[Golden, ...]
     tensorrt: TensorRtFacts | None
+    quantisation: QuantisationFacts | None
     files: Mapping[str, FileFacts]
 
     @property
@@ -261,5 +278,9 @@ def _contradiction(contract: Contract) -> str | None:
         and (normalisation.std is None or normalisation.std > 0),
         "window: size at least 1, overlap 0 to 0.75": contract.window.size >= 1 and 0 <= contract.window.overlap <= 0.75,
         "graphs and golden: at least one of each": bool(contract.graphs and contract.golden),
+        "golden: a case for graphs in int8, and one for all others": {one.precision for one in contract.golden}
+        == {"int8" if graph.precision == "int8" else "fp32" for graph in contract.graphs},
+        "quantisation: of graphs in int8, and of no others": (contract.quantisation is not None)
+        == any(graph.precision == "int8" for graph in contract.graphs),
     }
     return next((fault for fault, fine in checks.items() if not fine), None)

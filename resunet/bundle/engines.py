@@ -9,15 +9,28 @@ import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 
-from resunet.bundle.contract import Contract, Graph, Runtime
+from resunet.bundle.contract import Graph, InputFacts, OutputFacts, Runtime
 from resunet.bundle.onnx_header import opset_of
 from resunet.errors import CheckFailed, EnvironmentFault
 from resunet.inference.window import Floats
 
 Engine = Callable[[Floats], Floats]
+
+
+class Signed(Protocol):
+    """What says what a graph takes and gives: a contract."""
+
+    @property
+    def spatial_dims(self) -> Literal[2, 3]: ...
+    @property
+    def input(self) -> InputFacts: ...
+    @property
+    def output(self) -> OutputFacts: ...
+
 
 _MODULES: dict[Runtime, str] = {
     "openvino": "openvino",
@@ -31,7 +44,8 @@ _NAMES: dict[Runtime, str] = {
     "tensorrt": "TensorRT",
     "pytorch": "PyTorch",
 }
-_HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}  # fp16 of OpenVINO is how weights are kept
+# fp16 of OpenVINO is how weights are kept; what int8 leaves in floating point is in single
+_HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
 
 
 def name_of(runtime: Runtime) -> str:
@@ -50,7 +64,7 @@ def version_of(runtime: Runtime) -> str | None:
     return None
 
 
-def open_engine(folder: Path, contract: Contract, graph: Graph) -> Engine:
+def open_engine(folder: Path, contract: Signed, graph: Graph) -> Engine:
     """A graph of a bundle in `folder`, ready to run.
 
     Raises:
@@ -61,7 +75,7 @@ def open_engine(folder: Path, contract: Contract, graph: Graph) -> Engine:
         raise EnvironmentFault(f"{name_of(graph.runtime)} is not installed: pip install -r requirements.txt, of the bundle.")
     refuse_format(folder, graph)
     path = folder / graph.file
-    openers: dict[Runtime, Callable[[Path, Contract, Graph], Engine]] = {
+    openers: dict[Runtime, Callable[[Path, Signed, Graph], Engine]] = {
         "openvino": _openvino,
         "onnxruntime": _onnxruntime,
         "pytorch": _pytorch,
@@ -89,7 +103,7 @@ def ir_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def _onnxruntime(path: Path, contract: Contract, graph: Graph) -> Engine:
+def _onnxruntime(path: Path, contract: Signed, graph: Graph) -> Engine:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
@@ -109,7 +123,7 @@ def _onnxruntime(path: Path, contract: Contract, graph: Graph) -> Engine:
     return run
 
 
-def _openvino(path: Path, contract: Contract, graph: Graph) -> Engine:
+def _openvino(path: Path, contract: Signed, graph: Graph) -> Engine:
     import openvino
 
     core = openvino.Core()
@@ -127,7 +141,7 @@ def _openvino(path: Path, contract: Contract, graph: Graph) -> Engine:
     return run
 
 
-def _pytorch(path: Path, contract: Contract, graph: Graph) -> Engine:
+def _pytorch(path: Path, contract: Signed, graph: Graph) -> Engine:
     import torch
 
     from resunet.model import load_model
@@ -141,13 +155,13 @@ def _pytorch(path: Path, contract: Contract, graph: Graph) -> Engine:
     return run
 
 
-def _tensorrt(path: Path, contract: Contract, graph: Graph) -> Engine:
+def _tensorrt(path: Path, contract: Signed, graph: Graph) -> Engine:
     from resunet.bundle.tensorrt_engine import open_plan
 
     return open_plan(path, contract)
 
 
-def _refuse_signature(contract: Contract, graph: Graph, found: dict[str, tuple[int, object]]) -> None:
+def _refuse_signature(contract: Signed, graph: Graph, found: dict[str, tuple[int, object]]) -> None:
     """found: name → (dimensions, channels or None) of what the graph takes and gives."""
     rank = 2 + contract.spatial_dims
     wanted = {contract.input.name: (rank, contract.input.count), contract.output.name: (rank, contract.output.channels)}

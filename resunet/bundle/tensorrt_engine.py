@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resunet.bundle.contract import Contract
 from resunet.errors import CheckFailed, EnvironmentFault, InputError
 from resunet.inference.window import Floats
 
 if TYPE_CHECKING:
-    from resunet.bundle.engines import Engine
+    from resunet.bundle.engines import Engine, Signed
 
 _LARGEST = {2: (16, 1024), 3: (4, 192)}  # images at once, and pixels a side, that an engine is built for
 
@@ -20,7 +19,7 @@ def largest_of(spatial_dims: int) -> tuple[int, int]:
     return _LARGEST[spatial_dims]
 
 
-def open_plan(path: Path, contract: Contract) -> "Engine":
+def open_plan(path: Path, contract: "Signed") -> "Engine":
     """The engine of a file.
 
     Raises:

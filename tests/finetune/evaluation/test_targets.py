@@ -20,7 +20,8 @@ from finetune.evaluation.objects import caption_of, largest_wrong, wrong_objects
 from finetune.evaluation.summary import case_rows, policy, summarise
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import FALSE, FOUND, MISSED, targets_of
-from finetune.explanation.explain import ExplainRequest, explain
+from finetune.explanation.explain import explain
+from finetune.explanation.request import ExplainRequest
 from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune
 from finetune.planning.checks import overfit

@@ -1,0 +1,154 @@
+"""A finished run → quantised/ → a bundle that answers, is evaluated, and notices what was changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune.deploy.export import ExportRequest, export
+from finetune.evaluation.evaluate import EvaluateRequest, evaluate, measure_cases
+from finetune.evaluation.targets import targets_of
+from finetune.finished import recipe_of
+from finetune.labelled import read_labelled
+from finetune.quantisation.quantise import quantise
+from finetune.quantisation.result import open_quantised, read_quantised
+from finetune.quantisation.settings import QuantiseSettings
+from resunet.bundle import Bundle
+from resunet.bundle.contract import parse
+from resunet.cli import main
+from resunet.config import validate
+from resunet.errors import CheckFailed, InputError
+from resunet.members import make_ensemble
+
+
+@pytest.fixture(scope="module")
+def run(runs, tmp_path_factory) -> Path:
+    """A finished run with its network in INT8 beside its model. Not to be changed."""
+    copied = Path(shutil.copytree(runs[0], tmp_path_factory.mktemp("int8") / "run", symlinks=True))
+    quantise(copied, QuantiseSettings(steps=3, lr=1e-3, calibration=3, freeze_statistics=0.5), copied / "quantised")
+    return copied
+
+
+@pytest.fixture(scope="module")
+def bundle(run, tmp_path_factory) -> Path:
+    request = ExportRequest(formats=("onnx", "openvino"), precisions=("fp32", "int8"))
+    return export(run, tmp_path_factory.mktemp("out") / "int8.bundle", request)
+
+
+def test_what_is_written(run):
+    folder, facts = run / "quantised", read_quantised(run / "quantised")
+    assert sorted(path.name for path in folder.iterdir()) == ["golden", "metrics.jsonl", "model.onnx", "quantised.json"]
+    assert (facts.method, facts.steps, facts.calibration, facts.grid) == ("qat", 3, 3, "affine")
+    assert facts.difference.keys() == {"openvino", "onnxruntime"} and len(facts.golden) == 6
+    (last,) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[-1:])
+    assert last["step"] == 3 and last["loss"] > 0 and last["gradient_norm"] > 0
+
+
+def test_figures_of_the_rounded_network(run, runs):
+    recipe = recipe_of(run)
+    assert recipe.encoder is None and not recipe.evaluate_test
+    val, targets = read_labelled(recipe, quiet=True).val, targets_of(recipe.data.classes)
+    measured = measure_cases(open_quantised(run / "quantised"), val, targets, None, "fp32", quiet=True)
+    assert len(measured) == len(val) and all(one.measures.macro("dice") is not None for one in measured)
+
+
+def test_the_same_again(run, tmp_path):
+    settings = QuantiseSettings(steps=3, lr=1e-3, calibration=3, freeze_statistics=0.5)
+    again = quantise(run, settings, tmp_path / "again")
+    assert (again / "model.onnx").read_bytes() == (run / "quantised" / "model.onnx").read_bytes()
+
+
+def test_the_bundle(bundle):
+    contract = Bundle.open(bundle).contract
+    assert [(graph.runtime, graph.precision) for graph in contract.graphs] == [
+        *(("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8"))
+    ]
+    assert contract.quantisation is not None and contract.quantisation.method == "qat"
+    assert [one.precision for one in contract.golden] == ["fp32"] * 6 + ["int8"] * 6
+    sizes = {graph: (bundle / "graphs" / graph / "model.bin").stat().st_size for graph in ("fp32", "int8")}
+    assert sizes["int8"] < 0.5 * sizes["fp32"]
+    assert main(["verify", str(bundle)]) == 0
+
+
+def test_a_changed_byte(bundle, run, tmp_path, capsys):
+    copied = Path(shutil.copytree(bundle, tmp_path / "b"))
+    path = copied / "graphs" / "int8" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert main(["verify", str(copied)]) == 1
+    assert "graphs/int8/model.onnx: was changed" in capsys.readouterr().err
+    other = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    (other / "quantised" / "model.onnx").write_bytes(data)
+    with pytest.raises(CheckFailed, match=r"model\.onnx: missing or changed"):
+        export(other, tmp_path / "out", ExportRequest(precisions=("int8",)))
+
+
+def test_a_contract_that_contradicts_itself(bundle):
+    said = json.loads((bundle / "contract.json").read_text())
+    with pytest.raises(ValueError, match="golden: a case for graphs in int8"):
+        parse(json.dumps(said | {"golden": said["golden"][:6]}))
+    with pytest.raises(ValueError, match="quantisation: of graphs in int8"):
+        parse(json.dumps(said | {"quantisation": None}))
+
+
+def test_a_bundle_is_evaluated_as_its_model_is(bundle, run, runs, tmp_path):
+    source = runs[0].parent / "labelled"
+    request = dict(source=source, split="test", names="keep", salt_file=runs[0].parent / "salt")
+    of_model = evaluate(run, validate(EvaluateRequest, request, "r"), tmp_path / "model")
+    of_bundle = evaluate(bundle, validate(EvaluateRequest, request | {"runtime": "onnxruntime"}, "r"), tmp_path / "bundle")
+    ours, theirs = (json.loads((out / "summary.json").read_text()) for out in (of_bundle, of_model))
+    assert ours.keys() == theirs.keys()
+    for key in ("dice", "hd95", "classes", "lesions", "policy", "cases", "groups"):
+        assert ours[key] == theirs[key], key
+    assert any("not known" in note for note in ours["notes"]) and any("ONNX Runtime" in note for note in ours["notes"])
+    rounded = evaluate(bundle, validate(EvaluateRequest, request | {"precision": "int8"}, "r"), tmp_path / "int8")
+    summary = json.loads((rounded / "summary.json").read_text())
+    assert summary["arithmetic"] == "int8" and summary["cases"] == theirs["cases"] and (rounded / "report.html").is_file()
+    with pytest.raises(InputError, match="--precision int8: is of bundles"):
+        evaluate(run, validate(EvaluateRequest, request | {"precision": "int8"}, "r"), tmp_path / "none")
+
+
+def test_int8_alone_needs_no_pytorch_in_the_bundle(run, tmp_path):
+    out = export(run, tmp_path / "b", ExportRequest(precisions=("int8",)))
+    assert not (out / "model").exists() and sorted(path.name for path in (out / "graphs").iterdir()) == ["int8"]
+    with pytest.raises(InputError, match="is of graphs"):
+        export(run, tmp_path / "c", ExportRequest(formats=("pytorch",), precisions=("int8",)))
+
+
+def test_what_cannot_be_quantised(run, runs, tmp_path):
+    with pytest.raises(InputError, match="exists already"):
+        quantise(run, QuantiseSettings(), run / "quantised")
+    with pytest.raises(InputError, match="is no finished fine-tuning run"):
+        quantise(run / "model", QuantiseSettings(), tmp_path / "out")
+    with pytest.raises(CheckFailed, match="not finite"):
+        quantise(run, QuantiseSettings(steps=4, lr=1e30, calibration=2), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+    both = Path(shutil.copytree(run, tmp_path / "both", symlinks=True))
+    shutil.rmtree(both / "model")
+    make_ensemble(runs, both / "model")
+    with pytest.raises(InputError, match="is an ensemble"):
+        quantise(both, QuantiseSettings(), tmp_path / "out")
+
+
+def test_quantised_of_other_weights(run, runs, tmp_path):
+    other = Path(shutil.copytree(runs[1], tmp_path / "run", symlinks=True))
+    with pytest.raises(InputError, match="has no quantised/ beside it"):
+        export(other, tmp_path / "out", ExportRequest(precisions=("int8",)))
+    shutil.copytree(run / "quantised", other / "quantised")
+    with pytest.raises(InputError, match="was made of other weights"):
+        export(other, tmp_path / "out", ExportRequest(precisions=("int8",)))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"method": "ptq", "freeze_statistics": 0.5}, "only method='qat' trains with batch norm"),
+        ({"method": "nncf_ptq", "grid": "symmetric"}, "NNCF writes for OpenVINO"),
+        ({"freeze_observers": 1.5}, "freeze_observers"),
+    ],
+)
+def test_settings_that_contradict_each_other(values, message):
+    with pytest.raises(InputError, match=message):
+        validate(QuantiseSettings, values, "quantise")
