@@ -56,6 +56,10 @@ def index(
     memory: Annotated[float, typer.Option(min=0.1, help="GiB that reading one scan may take")] = 4,
     check: Annotated[Path | None, typer.Option(help="an archive's manifest: look for images of --against in it")] = None,
     against: Annotated[Path | None, typer.Option(help="with --check: the manifest of what must not be in it")] = None,
+    wandb_project: Annotated[str | None, typer.Option(help="tell W&B of the manifest: what it counts, and its hash")] = None,
+    wandb_mode: Annotated[
+        str, typer.Option(help="with --wandb-project: offline, for a later wandb sync, or online")
+    ] = "offline",
 ) -> None:
     """An archive → a manifest; or, with --check A --against B, which images of B are in A."""
     from resunet.data.check import check as check_archive
@@ -64,14 +68,25 @@ def index(
     from resunet.data.pool import Limits
 
     if check is not None or against is not None:
-        if check is None or against is None or sources:
-            raise InputError("resunet index --check A.parquet --against B.parquet takes both manifests and no SOURCE.")
+        if check is None or against is None or sources or wandb_project is not None:
+            raise InputError(
+                "resunet index --check A.parquet --against B.parquet takes both manifests, no SOURCE and no --wandb-project."
+            )
         if check_archive(check, against, out):
             raise typer.Exit(1)
         return
     if not sources or out is None:
         raise InputError("resunet index SOURCE… --out M.parquet: give a folder of scans, and the name of the manifest.")
-    print(index_archive(IndexRequest(tuple(sources), out, masks, workers, salt_file, Limits(seconds, memory))))
+    if wandb_mode not in ("offline", "online"):
+        raise InputError(f"--wandb-mode {wandb_mode}: is neither offline nor online.")
+    manifest = index_archive(IndexRequest(tuple(sources), out, masks, workers, salt_file, Limits(seconds, memory)))
+    if wandb_project is not None:
+        from resunet.config import WandbSettings
+        from resunet.data.manifest import open_manifest
+        from resunet.data.mirrored import mirror_manifest
+
+        mirror_manifest(open_manifest(manifest), WandbSettings.model_validate({"mode": wandb_mode, "project": wandb_project}))
+    print(manifest)
 
 
 @app.command()
@@ -198,26 +213,33 @@ def suggest(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="a fine-tuning run, a model directory, or a folder of predicted masks")],
+    model: Annotated[
+        Path, typer.Argument(help="a fine-tuning run, a model directory, a bundle, or a folder of predicted masks")
+    ],
     data: Annotated[Path, typer.Option(help="a folder with images/ and masks/")],
     split: Annotated[str, typer.Option(help="pool, val or test")] = "test",
     out: Annotated[Path | None, typer.Option(help="a new folder; default: evaluation-SPLIT beside the model")] = None,
     names: Annotated[str, typer.Option(help="hash, or keep for public data")] = "hash",
     salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; of a bundle int8, too")] = "fp32",
+    runtime: Annotated[
+        str | None, typer.Option(help="of a bundle: openvino, onnxruntime or pytorch; default: its first that is installed")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="mm, of surface Dice")] = 1,
-    ignore: Annotated[list[int] | None, typer.Option(help="mask values that nobody labelled; of predicted masks only")] = None,
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="mask values that nobody labelled; of predicted masks and bundles")
+    ] = None,
     false_alarms_per_1000: Annotated[
         float | None, typer.Option(help="a budget: choose a threshold on val that keeps it")
     ] = None,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="evaluate cases that were trained on")] = False,
 ) -> None:
-    """A segmenter, or another program's masks, on labelled scans → report.html, summary.json, cases.csv, overlays/."""
+    """A segmenter, a bundle, or another program's masks, on labelled scans → report.html, summary.json, cases.csv, overlays/."""
     from finetune.evaluation.evaluate import EvaluateRequest, evaluate
     from resunet.config import validate
 
     request = dict(source=data, split=split, names=names, salt_file=salt_file, precision=precision, tolerance=tolerance)
-    request |= dict(ignore=ignore or (), false_alarms_per_1000=false_alarms_per_1000)
+    request |= dict(runtime=runtime, ignore=ignore or (), false_alarms_per_1000=false_alarms_per_1000)
     print(evaluate(model, validate(EvaluateRequest, request, "resunet evaluate"), out, allow_leak))
 
 
@@ -225,9 +247,10 @@ def evaluate(
 def predict(
     model: Annotated[Path, typer.Argument(help="a fine-tuning run, a model directory, or a bundle, which needs no PyTorch")],
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT…", help="scans, folders, DICOM series, nnU-Net data, a manifest")
+        list[Path], typer.Argument(metavar="INPUT…", help="scans, folders, DICOM series, nnU-Net data, a manifest; or a video")
     ],
     out: Annotated[Path, typer.Option(help="a new folder")],
+    masks: Annotated[bool, typer.Option("--masks", help="of a video: a PNG a frame, beside the overlay")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="float32 probabilities, not labels")] = False,
     threshold: Annotated[float | None, typer.Option(help="of the probability, for models of one class; default: 0.5")] = None,
     operating_point: Annotated[
@@ -244,16 +267,24 @@ def predict(
         str | None, typer.Option(help="of a bundle: openvino, onnxruntime or pytorch; default: its first that is installed")
     ] = None,
 ) -> None:
-    """A segmenter on scans → masks in their own format and geometry."""
+    """A segmenter on scans → masks in their own format and geometry; on a video → an overlay, and how long a frame takes."""
     from resunet.bundle import is_bundle
     from resunet.exits import is_main_rank
+    from resunet.inference.video import only_video
 
     request: dict[str, Any] = dict(memory=memory, window=window, overlap=overlap, precision=precision)
     request |= dict(flips=tta, probabilities=probabilities, threshold=threshold, operating_point=operating_point)
+    video = only_video(inputs)
+    if masks and video is None:
+        raise InputError("--masks: is of videos; of scans masks are what is written. Leave it out.")
     if is_bundle(model):
-        from resunet.bundle.predict import BundleRequest, predict_bundle
+        from resunet.bundle.predict import BundleRequest, predict_bundle, predict_bundle_video
 
-        predicted = predict_bundle(model, inputs, out, BundleRequest(**request, runtime=runtime))
+        asked = BundleRequest(**request, runtime=runtime)
+        if video is not None:
+            print(predict_bundle_video(model, video, out, asked, masks))
+            return
+        predicted = predict_bundle(model, inputs, out, asked)
     else:
         from finetune.inference.predict import PredictRequest, predict
         from resunet.config import validate
@@ -261,7 +292,13 @@ def predict(
         if runtime is not None:
             raise InputError(f"--runtime {runtime}: is of bundles; {model} is none. Leave it out, or export it first.")
         given = {key: value for key, value in request.items() if value is not None}
-        predicted = predict(model, inputs, out, validate(PredictRequest, given, "resunet predict"))
+        wanted = validate(PredictRequest, given, "resunet predict")
+        if video is not None:
+            from finetune.inference.video import predict_model_video
+
+            print(predict_model_video(model, video, out, wanted, masks))
+            return
+        predicted = predict(model, inputs, out, wanted)
     if is_main_rank():
         print(predicted.out)
     if predicted.faults:
@@ -289,7 +326,8 @@ def explain(
     overlap: Annotated[float, typer.Option(help="share of a window that the next one sees again")] = 0.25,
 ) -> None:
     """Grad-CAM: where a layer holds what a prediction, a missed lesion or a false alarm is decided by."""
-    from finetune.explanation.explain import ExplainRequest, explain
+    from finetune.explanation.explain import explain
+    from finetune.explanation.request import ExplainRequest
     from resunet.config import validate
 
     inference = dict(memory=memory, window=window, overlap=overlap)
@@ -310,11 +348,31 @@ def ensemble(
 
 
 @app.command()
+def compress(
+    run: Annotated[Path, typer.Argument(help="a finished fine-tuning run")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="a YAML file, or a shipped one: prune_int8, prune, int8")] = "prune_int8",
+    out: Annotated[Path | None, typer.Option(help="a new folder; the same as out=; default: RUN-compressed")] = None,
+) -> None:
+    """Prune a segmenter, and quantise it, under a gate: what costs too much on val is taken back."""
+    import json
+
+    from finetune.compression.command import compress
+    from finetune.compression.recipe import CompressRecipe
+    from resunet.config import load_recipe
+
+    beside = run.resolve().with_name(f"{run.resolve().name}-compressed")
+    given = [f"run={json.dumps(str(run))}", f"out={json.dumps(str(beside))}", *(overrides or ())]
+    given += [f"out={json.dumps(str(out))}"] if out is not None else []
+    print(compress(load_recipe(CompressRecipe, "compress", recipe, given)))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a fine-tuning run or a model directory")],
     out: Annotated[Path, typer.Option(help="a new folder, the bundle")],
     formats: Annotated[str, typer.Option(help="onnx, openvino, pytorch, tensorrt")] = "onnx,openvino,pytorch",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 (OpenVINO), fp16")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 (OpenVINO), fp16, int8 (if it was quantised)")] = "fp32",
     zipped: Annotated[bool, typer.Option("--zip", help="OUT.zip beside it, too")] = False,
 ) -> None:
     """A segmenter → a bundle: graphs, contract, golden cases, model card."""

@@ -1,0 +1,1 @@
+"""Smaller segmenters: structural pruning under a gate, then quantisation; `resunet compress`."""

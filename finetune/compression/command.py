@@ -1,0 +1,91 @@
+"""`resunet compress RUN`: prune a little, train, pass the gate, and again, until the target; then read test once.
+
+    OUT/config.json        the recipe
+    OUT/sensitivity.json   val Dice after every layer alone has lost channels
+    OUT/pruned/NN/         a bite: the network that was taken from the last accepted one, untrained
+    OUT/steps/NN/          its training, an ordinary fine-tuning run
+    OUT/val/NN.json        what the gate saw of it; 00 is the run that came in
+    OUT/steps/int8/        the last accepted network in INT8, if the recipe quantises
+    OUT/model/             the last accepted network, which export, predict and evaluate take
+    OUT/quantised/         its INT8 graph, if the gate let that pass, which export takes too
+    OUT/evaluation/        that on test
+    OUT/compress.json  OUT/report.html
+
+What is finished stays: after a kill, the same command with resume=true goes on.
+"""
+
+import json
+from pathlib import Path
+
+from finetune.compression.gate import Scores
+from finetune.compression.int8 import quantise_step
+from finetune.compression.page import write_report
+from finetune.compression.recipe import CompressRecipe
+from finetune.compression.result import Record, finish, mirror, write_record
+from finetune.compression.steps import kept, prune_steps
+from finetune.compression.subject import read_subject
+from resunet.errors import CheckFailed, InputError
+from resunet.files import folder_aside, write_text
+
+_FREE_ON_RESUME = {"resume", "out", "wandb"}
+
+
+def compress(recipe: CompressRecipe) -> Path:
+    """Compress a finished run; the folder.
+
+    Raises:
+        ResUNetError: input, environment, or SIGTERM; finished steps stay.
+        CheckFailed: no step passed the gate; the report says what each would have cost.
+    """
+    out = recipe.out
+    if not _is_begun(recipe):
+        subject = read_subject(recipe)
+        with folder_aside(out) as aside:
+            write_text(aside / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+    elif (out / "compress.json").is_file():
+        record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
+        _refuse_nothing(record, out)
+        return out
+    else:
+        subject = read_subject(recipe)
+    start = kept(out / "val" / "00.json", Scores, lambda: subject.scores(recipe.run))
+    outcome = prune_steps(subject, start)
+    quantised = None
+    if recipe.quantise is not None:
+        quantised = quantise_step(subject, recipe.quantise, outcome.accepted.run if outcome.accepted else recipe.run, start)
+    record = finish(subject, outcome, quantised, start)
+    write_report(record, out)
+    mirror(subject, record)
+    write_record(record, out)
+    _refuse_nothing(record, out)
+    return out
+
+
+def _is_begun(recipe: CompressRecipe) -> bool:
+    """Whether the folder holds a compression by the same recipe that is to be continued.
+
+    Raises:
+        InputError: it exists, and is not to be continued, is no compression or one by another recipe.
+    """
+    out = recipe.out
+    if not out.exists():
+        return False
+    if not recipe.resume:
+        raise InputError(f"out={out}: exists already. Name another folder, continue it with resume=true, or delete it.")
+    try:
+        before = CompressRecipe.model_validate_json((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"out={out}: cannot be continued, it is no compression: {error}") from error
+    then, now = before.model_dump(exclude=_FREE_ON_RESUME), recipe.model_dump(exclude=_FREE_ON_RESUME)
+    if differing := [key for key in now if then[key] != now[key]]:
+        lines = "\n".join(f"  {key}: {then[key]} then, {now[key]} now" for key in differing)
+        raise InputError(f"out={out}: was started with another recipe:\n{lines}\nName another out.")
+    return True
+
+
+def _refuse_nothing(record: Record, out: Path) -> None:
+    """Raises CheckFailed if no step was accepted."""
+    tried_all = [*record["steps"], *([record["quantised"]] if record["quantised"] is not None else [])]
+    if not any(one["accepted"] for one in tried_all):
+        tried = "\n".join(f"  step {one['name']}: {'; '.join(one['reasons'])}" for one in tried_all)
+        raise CheckFailed(f"{out}: no step passed the gate on val, so that nothing is compressed (report.html):\n{tried}")

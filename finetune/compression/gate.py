@@ -1,0 +1,106 @@
+"""The gate: what a step costs on val, beside the network that came in, paired by group; and whether that is too much."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.compression.recipe import GateSettings
+from finetune.evaluation.lesions import LESION_SIZES
+from finetune.evaluation.metrics import Case, share, values_by_group
+from finetune.evaluation.statistics import FEWEST_GROUPS, figure, group_means, paired_difference
+from resunet.config import Frozen
+from resunet.errors import InputError
+
+ByGroup = dict[str, list[float]]
+
+
+class Scores(Frozen):
+    """What the gate needs of an evaluation, by group: values of its cases.
+
+    dice: as evaluation counts it, false alarms too. dice_of_targets: of the cases that have something to find, the same whatever
+    is predicted. recall: of truth lesions by range of voxels, of the cases that hold any.
+    """
+
+    dice: ByGroup
+    dice_of_targets: ByGroup
+    recall: dict[str, ByGroup]
+
+    def dice_figure(self) -> dict[str, Any]:
+        return figure(self.dice, (0.0, 1.0))
+
+    def recall_figure(self, size: str) -> dict[str, Any]:
+        return figure(self.recall[size], (0.0, 1.0))
+
+
+class Verdict(Frozen):
+    """Of one step. fall: of Dice, relative. …_difference: step − start, paired by group. size: the smallest objects' voxels."""
+
+    dice: dict[str, Any]
+    fall: float
+    dice_difference: dict[str, Any]
+    size: str | None
+    recall: dict[str, Any] | None
+    recall_difference: dict[str, Any] | None
+    reasons: tuple[str, ...]
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reasons
+
+
+def scores_of(rows: Sequence[Case]) -> Scores:
+    """Of measured cases: (id, group, measures)."""
+    with_target = [row for row in rows if any(one.truth_voxels for one in row[2].classes)]
+    recall = {}
+    for name, smallest, largest in LESION_SIZES:
+        found = values_by_group(rows, lambda case, a=smallest, b=largest: share(case.lesions_found(a, b)))  # type: ignore[misc]
+        recall[name] = {group: values for group, values in found.items() if values}
+    dice = {group: values for group, values in values_by_group(rows, lambda case: case.macro("dice")).items() if values}
+    return Scores(dice=dice, dice_of_targets=values_by_group(with_target, lambda case: case.macro("dice")), recall=recall)
+
+
+def smallest_size(scores: Scores) -> str | None:
+    """The range of the smallest lesions that are of enough groups for an interval; else of any; None where there are none."""
+    sizes = {name: len(groups) for name, groups in scores.recall.items() if groups}
+    return next((name for name, count in sizes.items() if count >= FEWEST_GROUPS), next(iter(sizes), None))
+
+
+def judge(before: Scores, after: Scores, settings: GateSettings) -> Verdict:
+    """Whether a step may stay.
+
+    Raises:
+        InputError: val defines no Dice, or the network that came in has Dice 0, of which nothing can be lost.
+    """
+    start, now = before.dice_figure(), after.dice_figure()
+    if not start["mean"]:
+        raise InputError(f"run: its Dice on val is {start['mean']}; there is nothing to hold on to. Train it first.")
+    fall = 1 - (now["mean"] or 0.0) / start["mean"]
+    reasons = []
+    if not fall < settings.dice:
+        reasons.append(
+            f"Dice on val falls by {fall:.1%}, from {start['mean']:.4f} to {now['mean'] or 0:.4f}; the gate is {settings.dice:.1%}"
+        )
+    size = smallest_size(before)
+    recall, difference = None, None
+    if size is not None:
+        recall = after.recall_figure(size)
+        difference = _paired(after.recall[size], before.recall[size])
+        if difference["mean"] < -settings.recall - 1e-12:
+            reasons.append(
+                f"recall of objects of {size} voxels falls by {-difference['mean']:.3f} to {recall['mean']:.3f}; the gate is "
+                f"{settings.recall:g}"
+            )
+    return Verdict(
+        dice=now,
+        fall=fall,
+        dice_difference=_paired(after.dice_of_targets, before.dice_of_targets),
+        size=size,
+        recall=recall,
+        recall_difference=difference,
+        reasons=tuple(reasons),
+    )
+
+
+def _paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    assert all(math.isfinite(value) for values in after.values() for value in values)
+    return paired_difference(group_means(after), group_means(before))

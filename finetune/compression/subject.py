@@ -1,0 +1,102 @@
+"""The run that is compressed: its recipe, its cases, and how networks are measured on them and trained again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from finetune.compression.gate import Scores, scores_of
+from finetune.compression.importance import Scores as ChannelScores
+from finetune.compression.importance import taylor_importance, weight_importance
+from finetune.compression.prune import Prunable
+from finetune.compression.recipe import CompressRecipe, PruneSettings
+from finetune.evaluation.evaluate import measure_cases
+from finetune.evaluation.metrics import values_by_group
+from finetune.evaluation.outputs import Measured
+from finetune.evaluation.statistics import figure
+from finetune.evaluation.targets import Targets, targets_of
+from finetune.finished import recipe_of
+from finetune.labelled import LabelledData, read_labelled
+from finetune.recipe import FinetuneRecipe
+from finetune.training.patches import PatchSampler
+from resunet.checkpoint import model_folder
+from resunet.config import validate
+from resunet.data.cases import LoadedCase
+from resunet.ensemble import Ensemble
+from resunet.errors import InputError
+from resunet.layout import place
+from resunet.model import Segmenter, load_finetuned, load_model
+from resunet.training import start_ranks
+
+
+@dataclass(frozen=True)
+class Subject:
+    """data: without test."""
+
+    settings: CompressRecipe
+    recipe: FinetuneRecipe
+    data: LabelledData
+    accelerator: Accelerator
+
+    @property
+    def targets(self) -> Targets:
+        return targets_of(self.recipe.data.classes, self.recipe.data.regions)
+
+    def measure(self, network: Segmenter, cases: Sequence[LoadedCase], quiet: bool = True) -> list[Measured]:
+        """Whole cases, after the network's own post-processing."""
+        device, rules = self.accelerator.device, network.config.object_rules()
+        return measure_cases(
+            place(network, device), cases, self.targets, device, self.recipe.precision, quiet=quiet, rules=rules
+        )
+
+    def scores(self, run: Path) -> Scores:
+        """A model's, on val."""
+        return scores_of([one.row() for one in self.measure(load_finetuned(model_folder(run))[0], self.data.val, quiet=False)])
+
+    def dice(self, network: Segmenter, cases: Sequence[LoadedCase]) -> float:
+        """As evaluation counts it; 0 where no case defines one."""
+        rows = [one.row() for one in self.measure(network, cases)]
+        return float(figure(values_by_group(rows, lambda case: case.macro("dice")))["mean"] or 0.0)
+
+    def importance(self, subject: Prunable, settings: PruneSettings) -> ChannelScores:
+        """Of the channels of every group."""
+        if settings.importance != "taylor":
+            return weight_importance(subject.network, subject.groups, settings.importance)
+        sampler = PatchSampler(self.data.train, self.recipe.patch, self.recipe.foreground)
+        network = place(subject.network, self.accelerator.device)
+        return taylor_importance(self.recipe, network, subject.groups, sampler, settings.batches, self.accelerator)
+
+    def training(self, settings: PruneSettings, start: Path, out: Path, steps: int, number: int) -> FinetuneRecipe:
+        """The fine-tuning after a bite: the run's own recipe, from the pruned network, which continues what is there."""
+        values = self.recipe.model_dump()
+        own = self.settings.wandb
+        group = own.group or f"compress-{self.recipe.sha256()[:8]}"
+        changes = dict(
+            start=start,
+            out=out,
+            resume=True,
+            seed=self.settings.seed + number,
+            steps=steps,
+            evaluate_test=False,
+            teacher=self.settings.run if settings.teacher else None,
+            wandb=own.model_copy(update={"group": group, "name": f"{own.name or 'step'}-{number:02}"}),
+        )
+        values["optimizer"] |= dict(lr=settings.lr or self.recipe.optimizer.lr / 2)
+        return validate(FinetuneRecipe, values | changes, f"the training after bite {number}")
+
+
+def read_subject(settings: CompressRecipe) -> Subject:
+    """A finished run with its cases.
+
+    Raises:
+        InputError: no finished run of a single network, or whatever is wrong with its source.
+        CheckFailed: val cases are among the training cases.
+    """
+    recipe = recipe_of(settings.run)
+    if isinstance(load_model(settings.run), Ensemble):
+        raise InputError(
+            f"run={settings.run}: is an ensemble; compress one of its members, or distil it into one network first (teacher=)."
+        )
+    accelerator = start_ranks(recipe, recipe.batch, "patches")
+    return Subject(settings, recipe, read_labelled(recipe, quiet=False), accelerator)

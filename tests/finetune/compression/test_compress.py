@@ -1,0 +1,207 @@
+"""A whole compression, tiny: its steps, its gate, its continuation after a kill, and what takes its result."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.compression.command import compress
+from finetune.compression.importance import taylor_importance
+from finetune.compression.prune import prunable
+from finetune.compression.recipe import CompressRecipe
+from finetune.compression.sensitivity import Sensitivity
+from finetune.compression.subject import read_subject
+from finetune.loop import finetune
+from finetune.step import forward_backward
+from finetune.training.patches import PatchSampler
+from resunet.cli import main
+from resunet.config import load_recipe, validate
+from resunet.ensemble import Ensemble
+from resunet.errors import CheckFailed, InputError
+from resunet.model import load_model
+from tests.finetune.conftest import make_recipe, write_labelled
+
+PRUNE = {"parameters": 0.6, "macs": 0.7, "bites": 1, "round_to": 2, "steps": 4, "sensitivity": [0.5], "sensitivity_cases": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose Dice on val is not 0."""
+    root = tmp_path_factory.mktemp("compress")
+    made = make_recipe(
+        write_labelled(root / "labelled"), root / "run", steps=30, validate_every=15, loss={"deep_supervision": False}
+    )
+    return finetune(made)
+
+
+def settings(run: Path, out: Path, prune: dict | None = None, **changes: object) -> CompressRecipe:
+    values = dict(run=run, out=out, prune=PRUNE | (prune or {}), wandb={"mode": "disabled"}) | changes
+    return validate(CompressRecipe, values, "recipe")
+
+
+@pytest.fixture(scope="module")
+def compressed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By a gate that lets all pass. Not to be changed: copy what a test changes."""
+    out = tmp_path_factory.mktemp("compressed") / "small"
+    return compress(settings(run, out, gate={"dice": 0.99, "recall": 0.99}))
+
+
+def test_the_result_is_a_smaller_model_that_everything_takes(run: Path, compressed: Path, tmp_path: Path):
+    record = json.loads((compressed / "compress.json").read_text())
+    before, after = load_model(run), load_model(compressed)
+    count = [sum(one.numel() for one in model.parameters()) for model in (before, after)]
+    step = record["steps"][-1]
+    assert record["accepted"] == step["name"] == "01" and step["parameters"] == count[1] <= 0.6 * count[0]
+    assert record["start"]["parameters"] == count[0] and step["macs"] <= 0.7 * record["start"]["macs"]
+    assert after.config.architecture.widths and after.config.provenance.parent_sha256 is not None
+    assert (compressed / "steps" / "01" / "run.json").is_file()  # an ordinary fine-tuning run
+    labelled = json.loads((run / "config.json").read_text())["data"]["source"]
+    image = next((Path(labelled) / "images").iterdir())
+    assert main(["predict", str(compressed), str(image), "--out", str(tmp_path / "masks")]) == 0
+    evaluated = json.loads((compressed / "evaluation" / "summary.json").read_text())
+    assert evaluated["dice"]["mean"] == pytest.approx(record["test"]["networks"]["after"]["dice"]["mean"])
+    theirs = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert record["test"]["networks"]["before"]["dice"]["mean"] == pytest.approx(theirs["dice"]["mean"])
+
+
+def test_the_page_says_it(compressed: Path, look_at):
+    seen = look_at(compressed / "report.html")
+    assert {"Steps", "Test, read once", "Which layers hurt", "What went", "Size and speed"} <= set(seen.headings)
+    assert "of the parameters" in seen.text and len(seen.pictures) == 3
+
+
+def test_sensitivity_is_of_one_group_alone(run: Path, compressed: Path):
+    made = Sensitivity.model_validate_json((compressed / "sensitivity.json").read_text())
+    subject = read_subject(settings(run, compressed))
+    whole = prunable(load_model(run))
+    assert [layer.layer for layer in made.layers] == [group.name for group in whole.groups]
+    cases = [case for case in subject.data.val if case.labels.any()]
+    chosen = [cases[0], cases[len(cases) // 2]]
+    assert made.dice == pytest.approx(subject.dice(whole.network, chosen))
+    scores = subject.importance(whole, subject.settings.prune)
+    removed = [[] for _ in whole.groups]
+    removed[2] = sorted(scores[2].argsort(stable=True)[: whole.groups[2].channels // 2].tolist())
+    assert made.layers[2].dice == {"0.5": pytest.approx(subject.dice(whole.without(removed), chosen))}
+
+
+def test_what_is_finished_stays_and_the_rest_is_the_same(run: Path, compressed: Path, tmp_path: Path):
+    out = tmp_path / "again"
+    shutil.copytree(compressed, out)
+    same = json.loads((out / "compress.json").read_text())
+    trained = (out / "steps" / "01" / "run.json").read_text()
+    for name in ("compress.json", "report.html", "val/01.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "model")
+    made = settings(run, out, gate={"dice": 0.99, "recall": 0.99}, resume=True)
+    compress(made)
+    again = json.loads((out / "compress.json").read_text())
+    assert {key: again[key] for key in same if key != "cost"} == {key: same[key] for key in same if key != "cost"}
+    assert (out / "steps" / "01" / "run.json").read_text() == trained
+    assert compress(made) == out  # nothing is left to do
+    with pytest.raises(InputError, match="was started with another recipe:\n  seed: 0 then, 1 now"):
+        compress(made.model_copy(update={"seed": 1}))
+    with pytest.raises(InputError, match="exists already"):
+        compress(made.model_copy(update={"resume": False}))
+
+
+def test_what_costs_too_much_is_taken_back_by_half_a_bite(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "refused"
+    # a rate so high that every step ruins the network
+    prune = {"retries": 1, "steps": 2, "lr": 3.0, "teacher": False, "sensitivity": [0.5]}
+    made = settings(run, out, prune)
+    with pytest.raises(CheckFailed, match="no step passed the gate"):
+        compress(made)
+    record = json.loads((out / "compress.json").read_text())
+    assert [(step["goal"], step["accepted"]) for step in record["steps"]] == [(1.0, False), (0.5, False)]
+    assert record["accepted"] is None and record["test"] is None and not (out / "model").exists()
+    assert record["steps"][0]["parameters"] < record["steps"][1]["parameters"]
+    assert not (out / "evaluation").exists()
+    assert "refused: Dice on val falls" in capsys.readouterr().err
+    with pytest.raises(CheckFailed):  # asked again, it says so again
+        compress(made.model_copy(update={"resume": True}))
+
+
+def test_taylor_importance_is_the_change_of_the_loss_to_first_order(run: Path, tmp_path: Path):
+    subject = read_subject(settings(run, tmp_path / "x"))
+    whole = prunable(load_model(run))
+    sampler = PatchSampler(subject.data.train, subject.recipe.patch, subject.recipe.foreground)
+    made = taylor_importance(subject.recipe, whole.network, whole.groups, sampler, 2, subject.accelerator)
+    # naively, layer by layer and channel by channel
+    which = 1
+    group, found = whole.groups[which], []
+    for batch in range(2):
+        live = load_model(run)
+        forward_backward(subject.recipe, live, sampler, batch, subject.accelerator)
+        for channel in range(group.channels):
+            terms = []
+            for use in group.uses:
+                layer, place = live.get_submodule(use.layer), use.places[channel]
+                dim = int((use.side == "in") != isinstance(layer, torch.nn.ConvTranspose2d)) if layer.weight.ndim > 1 else 0
+                terms.append((layer.weight * layer.weight.grad).select(dim, place).sum().abs())
+            found.append(torch.stack(terms).mean())
+    naive = torch.stack(found).view(2, -1).mean(dim=0).detach()
+    torch.testing.assert_close(made[which], naive / naive.mean(), rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in whole.network.parameters())
+
+
+def test_runs_that_cannot_be_compressed(run: Path, tmp_path: Path):
+    several = tmp_path / "several"
+    shutil.copytree(run, several, ignore=shutil.ignore_patterns("model", "checkpoints"))
+    Ensemble([load_model(run), load_model(run)]).save_pretrained(several / "model")
+    with pytest.raises(InputError, match="is no finished fine-tuning run"):
+        compress(settings(run / "model", tmp_path / "a"))
+    with pytest.raises(InputError, match="is an ensemble"):
+        compress(settings(several, tmp_path / "b"))
+    with pytest.raises(InputError, match="target is not met"):
+        compress(settings(run, tmp_path / "c", {"parameters": 0.01, "macs": None, "least": 0.5}))
+
+
+@pytest.mark.parametrize("name, prunes, quantises", [("prune_int8", True, True), ("prune", True, False), ("int8", False, True)])
+def test_the_shipped_recipes_do_what_they_are_called(name, prunes, quantises):
+    made = load_recipe(CompressRecipe, "compress", name, ["run=a", "out=b"])
+    assert (made.prune is not None, made.quantise is not None) == (prunes, quantises)
+
+
+def test_by_default_it_goes_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]):
+    (run.parent / "run-compressed").mkdir()
+    assert main(["compress", str(run)]) == 2
+    assert f"out={run.parent / 'run-compressed'}: exists already" in capsys.readouterr().err
+    assert main(["compress", str(run), "out=nowhere", "--out", str(run)]) == 2
+    assert f"out={run}: exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"prune": {"parameters": None, "macs": None}}, {"prune": None}])
+def test_something_has_to_be_asked(changes, run: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"there is no target|nothing to do"):
+        validate(CompressRecipe, dict(run=run, out=tmp_path / "o") | changes, "recipe")
+
+
+def test_what_is_left_is_quantised_under_the_same_gate(run: Path, tmp_path: Path):
+    pytest.importorskip("torchao")
+    out = tmp_path / "int8"
+    loose = {"dice": 0.99, "recall": 0.99}
+    quantise = {"method": "ptq", "calibration": 4}
+    made = settings(run, out, prune=None, gate=loose, quantise=quantise)
+    compress(made.model_copy(update={"prune": None}))
+    record = json.loads((out / "compress.json").read_text())
+    assert record["steps"] == [] and record["accepted"] is None and record["quantised"]["accepted"]
+    assert record["quantised"]["bytes"] == sum(file.stat().st_size for file in (out / "quantised").rglob("*.onnx"))
+    assert (out / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    assert set(record["test"]["networks"]) == {"before", "after", "int8"}
+    before, int8 = (record["test"]["networks"][name]["dice"]["mean"] for name in ("before", "int8"))
+    assert int8 == pytest.approx(before, abs=0.1)
+
+
+def test_wandb_has_a_run_of_its_kind(run: Path, compressed: Path, tmp_path: Path, offline, read_mirror):
+    out = tmp_path / "mirrored"
+    shutil.copytree(compressed, out)
+    (out / "compress.json").unlink()
+    compress(settings(run, out, gate={"dice": 0.99, "recall": 0.99}, resume=True, wandb=offline))
+    record, mirrored = json.loads((out / "compress.json").read_text()), read_mirror(out)
+    assert mirrored.run().job_type == "compress"
+    assert mirrored.summary()["parameters_share"] == pytest.approx(record["steps"][-1]["parameters_share"])
+    assert [line["val_dice"] for line in mirrored.history()] == [step["dice"]["mean"] for step in record["steps"]]
+    assert next(one.type for one in mirrored.artifacts()) == "segmenter"
+    assert str(run.parent).encode() not in mirrored.content and b"small" not in json.dumps(mirrored.config()).encode()
