@@ -20,7 +20,9 @@ from resunet.config import WandbSettings
 from resunet.progress import say
 
 # Values of these keys are the user's paths: they stay in the local config.json and never reach W&B.
-_PATH_KEYS = frozenset({"out", "source", "salt_file", "held_out", "encoder", "store", "splits"})
+_PATH_KEYS = frozenset(
+    {"draw_encoder", "encoder", "held_out", "out", "salt_file", "source", "splits", "start", "store", "teacher"}
+)
 # What of each figure W&B keeps in a run's summary, and shows in its tables: the best, not the last.
 _BEST: Mapping[str, Literal["min", "max"]] = {"loss": "min", "val_dice": "max", "probe_dice": "max"}
 _MODEL_FILES = ("config.json", "model.safetensors")  # of a model directory; archive.parquet tells of patients and stays at home
@@ -82,6 +84,16 @@ class Mirror:
             facts: its metadata; `sha256`, of its weights, names it.
             inputs: kind → sha256 of what it was made from, by which W&B draws the lineage.
         """
+        self.artifact(kind, folder, facts, inputs, _MODEL_FILES)
+
+    def artifact(
+        self, kind: str, folder: Path, facts: Mapping[str, Any], inputs: Mapping[str, str], files: Sequence[str]
+    ) -> None:
+        """`model`, of anything: a manifest, a bundle.
+
+        Args:
+            files: in the folder, that hold weights: they go where the recipe lets them.
+        """
         import wandb
 
         for its, digest in inputs.items():
@@ -89,7 +101,7 @@ class Mirror:
         artifact = wandb.Artifact(
             artifact_name(kind, facts["sha256"]), type=kind, metadata=dict(facts) | {"inputs": dict(inputs)}
         )
-        for name in _MODEL_FILES if "weights" in self._settings.upload else ():
+        for name in files if "weights" in self._settings.upload else ():
             artifact.add_file(str(folder / name), name=name, policy="mutable")  # a copy: the file for later names it
         self._run.log_artifact(artifact)
 
@@ -113,7 +125,7 @@ def start_mirror(settings: WandbSettings, job_type: str, run_id: str, folder: Pa
     """Open the W&B run of a run directory, or continue it; None where the recipe wants none. Without a key or network: offline.
 
     Args:
-        job_type: 'pretrain', 'finetune', 'evaluate'.
+        job_type: 'index', 'pretrain', 'finetune', 'evaluate', 'compress', 'export'.
         folder: where W&B writes: the run directory.
         config: what W&B may know of the recipe.
     """

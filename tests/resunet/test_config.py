@@ -93,7 +93,7 @@ def test_a_recipe_is_frozen(path):
         ("finetune", "data.clases=3", "data.clases=3: there is no such key; did you mean 'data.classes'?"),
         ("finetune", "stpes=10", "did you mean 'steps'?"),
         ("finetune", "labelled=0.5", "did you mean 'data.labelled'?"),  # the right word in the wrong place
-        ("finetune", "model.temperature=1", "allowed here: model.name, model.channels, model.units"),
+        ("finetune", "model.fuel=1", "allowed here: model.backbone, model.output_stride, model.weights, model.name"),
     ],
 )
 def test_a_misspelt_key_suggests_the_right_one(stage, override, suggestion):
@@ -160,9 +160,9 @@ def test_a_value_that_is_not_yaml(load):
 
 def test_an_unknown_recipe_suggests_one():
     message = fault(find_recipe, "finetune", "brain_tumour")
-    assert "Did you mean 'brain_tumor'?" in message and "brain_tumor, demo" in message
+    assert "Did you mean 'brain_tumor'?" in message and "brain_tumor, brain_tumor_distilled, brain_tumor_light, demo" in message
     message = fault(find_recipe, "finetune", "zzzzz")
-    assert "Did you mean" not in message and "brain_tumor, demo" in message
+    assert "Did you mean" not in message and "brain_tumor, brain_tumor_distilled, brain_tumor_light, demo" in message
     assert "no such file" in fault(find_recipe, "finetune", "somewhere/recipe.yaml")
 
 
