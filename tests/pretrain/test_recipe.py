@@ -109,6 +109,7 @@ def test_the_architecture_is_that_of_the_recipe():
         "channels": (4, 8),
         "units": 3,
         "norm": "group",
+        "widths": {},  # nothing is pruned
     }
 
 

@@ -179,7 +179,6 @@ def test_something_has_to_be_asked(changes, run: Path, tmp_path: Path):
 
 
 def test_what_is_left_is_quantised_under_the_same_gate(run: Path, tmp_path: Path):
-    pytest.importorskip("torchao")
     out = tmp_path / "int8"
     loose = {"dice": 0.99, "recall": 0.99}
     quantise = {"method": "ptq", "calibration": 4}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,6 @@ from resunet.inference.masks import palette
 from resunet.inference.video import is_video, only_video, overlaid, timing_of
 from resunet.model import ResUNet
 
-av = pytest.importorskip("av")
 CLASSES = {0: "background", 7: "lesion", 200: "tumour"}
 
 

@@ -6,12 +6,12 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from resunet.cli import main
 
-av = pytest.importorskip("av")
 BLOCKED = ("torch", "torchvision", "monai", "omegaconf", "accelerate", "pyarrow", "highdicom", "lightly", "scipy")
 
 
