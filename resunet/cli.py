@@ -257,7 +257,7 @@ def predict(
         bool, typer.Option("--operating-point", help="the model's threshold for its budget of false alarms")
     ] = False,
     tta: Annotated[bool, typer.Option("--tta", help="the mean over mirror images: 4 times the work")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; of a bundle int8, too")] = "fp32",
     memory: Annotated[float | None, typer.Option(help="GiB that a process may take; default: 4, of a bundle its own")] = None,
     window: Annotated[
         int | None, typer.Option(help="pixels a side of the window, for what does not fit whole; default: 512, or the bundle's")

@@ -22,11 +22,14 @@ from resunet.errors import CheckFailed, InputError
 from resunet.members import make_ensemble
 
 
+SETTINGS = QuantiseSettings(steps=3, lr=1e-3, calibration=3)
+
+
 @pytest.fixture(scope="module")
 def run(runs, tmp_path_factory) -> Path:
     """A finished run with its network in INT8 beside its model. Not to be changed."""
     copied = Path(shutil.copytree(runs[0], tmp_path_factory.mktemp("int8") / "run", symlinks=True))
-    quantise(copied, QuantiseSettings(steps=3, lr=1e-3, calibration=3, freeze_statistics=0.5), copied / "quantised")
+    quantise(copied, SETTINGS, copied / "quantised")
     return copied
 
 
@@ -54,8 +57,7 @@ def test_figures_of_the_rounded_network(run, runs):
 
 
 def test_the_same_again(run, tmp_path):
-    settings = QuantiseSettings(steps=3, lr=1e-3, calibration=3, freeze_statistics=0.5)
-    again = quantise(run, settings, tmp_path / "again")
+    again = quantise(run, SETTINGS, tmp_path / "again")
     assert (again / "model.onnx").read_bytes() == (run / "quantised" / "model.onnx").read_bytes()
 
 
