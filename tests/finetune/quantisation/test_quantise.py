@@ -21,7 +21,6 @@ from resunet.config import validate
 from resunet.errors import CheckFailed, InputError
 from resunet.members import make_ensemble
 
-
 SETTINGS = QuantiseSettings(steps=3, lr=1e-3, calibration=3)
 
 
