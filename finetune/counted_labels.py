@@ -19,7 +19,8 @@ def probes_of(recipe: FinetuneRecipe) -> tuple[LabelledGroups, ...]:
 
 def other_labels(recipe: FinetuneRecipe) -> tuple[LabelledGroups, ...]:
     """The labels behind the recipe's encoders, its start and its teacher, as far as these know."""
-    return join_labels([*probes_of(recipe), *teacher_labels(recipe.start), *teacher_labels(recipe.teacher)])
+    models = (recipe.data.draw_encoder, recipe.start, recipe.teacher)
+    return join_labels([*probes_of(recipe), *(one for model in models for one in teacher_labels(model))])
 
 
 def labels_beside(others: Sequence[LabelledGroups], labelled: Sequence[Case], source: Source) -> int:
@@ -38,6 +39,19 @@ def probe_note(probes: Sequence[LabelledGroups], labelled: Sequence[Case], sourc
     if not beside:
         return [f"{own} labelled groups; the {among} that the encoder's probe used are among them."]
     return [f"{own} labelled groups, plus {beside} that the encoder's probe used{told}: {own + beside} had to be labelled."]
+
+
+def start_note(recipe: FinetuneRecipe, labelled: Sequence[Case], source: Source) -> list[str]:
+    """How many labels the finished segmenter that a run goes on from adds."""
+    if recipe.start is None:
+        return []
+    its = teacher_labels(recipe.start)
+    if not its:
+        return ["On how many labelled groups the start was trained is not known: they count, too."]
+    own, beside = len({case.group_hmac for case in labelled}), labels_beside(its, labelled, source)
+    return [
+        f"{own} labelled groups, plus {beside} that the start was trained on or chosen by: {own + beside} had to be labelled."
+    ]
 
 
 def teacher_note(recipe: FinetuneRecipe, labelled: Sequence[Case], source: Source) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from finetune.counted_labels import other_labels, probe_note, probes_of, teacher_note
+from finetune.counted_labels import other_labels, probe_note, probes_of, start_note, teacher_note
 from finetune.distillation.teacher import refuse_other_teacher, teacher_normalisation
 from finetune.distillation.unlabelled import MixedSampler, load_unlabelled, unlabelled_cases
 from finetune.drawing import suggested_order
@@ -103,6 +103,10 @@ def resolve(recipe: FinetuneRecipe) -> FinetuneRecipe:
         InputError: the recipe names another normalisation than the encoder's, a start of another shape, or a teacher that sees
             scans or answers otherwise.
     """
+    if recipe.data.draw_by != "random" and recipe.data.labelled is None:
+        raise InputError(
+            f"data.draw_by={recipe.data.draw_by}: all groups are labelled, and none is drawn. Set data.labelled, or leave it out."
+        )
     recipe = as_started(recipe)
     norm, normalisation = recipe.model.norm, recipe.normalisation
     if recipe.encoder is not None:
@@ -229,7 +233,8 @@ def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:
 
 
 def _remarks(recipe: FinetuneRecipe, labelled: Sequence[Case], source: Source) -> tuple[str, ...]:
-    return (*probe_note(probes_of(recipe), labelled, source), *teacher_note(recipe, labelled, source))
+    probes = probe_note(probes_of(recipe), labelled, source)
+    return (*probes, *start_note(recipe, labelled, source), *teacher_note(recipe, labelled, source))
 
 
 def _load(recipe: FinetuneRecipe, cases: Sequence[Case], quiet: bool) -> list[LoadedCase]:

@@ -19,7 +19,7 @@ from finetune.labelled import LabelledData, read_labelled, resolve, sampler_of
 from finetune.mirrored import mirror_evaluation, mirror_segmenter
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
-from finetune.step import apply_gradients, build, forward_backward, prepare, refresh_statistics, start_step
+from finetune.step import apply_gradients, begins_trained, build, forward_backward, prepare, refresh_statistics, start_step
 from finetune.training.batch_statistics import share_statistics
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import LoadedCase, source_digest
@@ -77,7 +77,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         gradients = GradientRecord(run.folder, recipe.optimizer.clip, first, writes=main)
         figures: dict[str, float] = {}
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
-            lr = start_step(recipe, model, optimizer, step, transferred=receipt is not None)
+            lr = start_step(recipe, model, optimizer, step, transferred=begins_trained(recipe))
             optimizer.zero_grad(set_to_none=True)
             metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, teacher)
             metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)

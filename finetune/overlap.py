@@ -67,7 +67,11 @@ def refuse_overlap(
     for probe in probes_of(recipe):
         labels = evidence_of_groups(probe.groups, probe.salt_fingerprint)
         records.append(("the labelled scans of the encoder's probe", labels, ("val", "test")))
-    for whose, model in (("teacher", recipe.teacher), ("start", recipe.start)):
+    for whose, model in (
+        ("teacher", recipe.teacher),
+        ("start", recipe.start),
+        ("model that draws", recipe.data.draw_encoder),
+    ):
         for its in teacher_labels(model):  # its val may be this run's: both choose a checkpoint
             labels = evidence_of_groups(its.groups, its.salt_fingerprint)
             records.append((f"the labelled scans of the {whose}", labels, ("test",)))

@@ -225,6 +225,8 @@ class DistillationSettings(Frozen):
     def _some_term(self) -> "DistillationSettings":
         if not (self.logits_weight or self.attention_weight):
             raise ValueError("both weights are 0: nothing would be learned from the teacher")
+        if not self.logits_weight and self.temperature != 2.0:
+            raise ValueError(f"temperature={self.temperature:g}: is of the logits, and logits_weight is 0; leave it out")
         return self
 
 
@@ -389,10 +391,17 @@ class FinetuneRecipe(Recipe):
     def _somebody_to_learn_from(self) -> "FinetuneRecipe":
         if self.teacher is None and self.distillation != DistillationSettings():
             raise ValueError("distillation: there is nobody to learn from; name a teacher, or leave it out")
+        share = self.distillation.unlabelled
+        if self.teacher is not None and share and not min(round(share * self.batch), self.batch - 1):
+            raise ValueError(
+                f"distillation.unlabelled={share:g}: of a batch of {self.batch} that is no patch; raise it or batch, or set it to 0"
+            )
         return self
 
     @model_validator(mode="after")
     def _frozen_statistics_come_from_somewhere(self) -> "FinetuneRecipe":
-        if self.model.statistics == "frozen" and self.encoder is None:
+        if self.model.statistics == "frozen" and self.encoder is None and self.start is None:
             raise ValueError("model.statistics='frozen': keeps an encoder's, and there is none; use 'precise' or an encoder")
+        if self.model.statistics == "frozen" and self.model.name == "unet":
+            raise ValueError("model.statistics='frozen': is of an encoder, and the plain U-Net has none; use 'precise'")
         return self

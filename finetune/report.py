@@ -37,7 +37,9 @@ def write_report(
         if summary is None
         else f"Test Dice {shown(summary['dice'])} groups."
     )
-    origin = "Trained from scratch." if receipt is None else f"Encoder: {receipt.line()}."
+    given = recipe.model.weights
+    fresh = "Trained from scratch." if given is None else "The encoder began with given MobileNetV3 weights, the rest fresh."
+    origin = fresh if receipt is None else f"{'Encoder' if recipe.start is None else 'Start'}: {receipt.line()}."
     text = [f"{counts}. {recipe.steps} steps.", origin, *_taught(recipe, model.config), *_chosen_on_val(model.config)]
     sections = [Section(lead=[lead], notes=data.notes(), text=text)]
     if summary is not None:
@@ -65,7 +67,8 @@ def _taught(recipe: FinetuneRecipe, config: ModelConfig) -> list[str]:
     how = recipe.distillation
     weights = {"soft targets": how.logits_weight, "attention maps": how.attention_weight}
     told = " and ".join(f"{name} of weight {weight:g}" for name, weight in weights.items() if weight)
-    return [f"Distilled from a teacher, weights {digest[:12]}…: {told}, temperature {how.temperature:g}."]
+    temperature = f", temperature {how.temperature:g}" if how.logits_weight else ""
+    return [f"Distilled from a teacher, weights {digest[:12]}…: {told}{temperature}."]
 
 
 def _chosen_on_val(config: ModelConfig) -> list[str]:

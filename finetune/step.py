@@ -140,6 +140,11 @@ def prepare(recipe: FinetuneRecipe, model: Segmenter, receipt: Receipt | None, a
     return Learner(model, judged, average, trained, wrapped, optimizer)
 
 
+def begins_trained(recipe: FinetuneRecipe) -> bool:
+    """Whether the encoder has learned something before the first step: rates and schedules of a transferred one are for it."""
+    return recipe.encoder is not None or recipe.start is not None or recipe.model.weights is not None
+
+
 def start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, step: int, transferred: bool) -> float:
     """Training mode and learning rates of a step; the rate of all but a transferred encoder.
 

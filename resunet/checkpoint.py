@@ -118,6 +118,11 @@ class ModelConfig(Frozen):
 M = TypeVar("M", bound=nn.Module)
 
 
+def without_patients(config: ModelConfig) -> ModelConfig:
+    """What may leave the house of a config: without the HMACs of groups whose labels were used."""
+    return config.model_copy(update={"provenance": config.provenance.model_copy(update={"probe": None, "labels": ()})})
+
+
 MODEL_CARD = """---
 {{ card_data }}
 ---

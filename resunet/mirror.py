@@ -7,6 +7,7 @@ called by the sha256 of their weights. The local record is complete without W&B.
 
 import netrc
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resunet.config import WandbSettings
+from resunet.files import write_text
 from resunet.progress import say
 
 # Values of these keys are the user's paths: they stay in the local config.json and never reach W&B.
 _PATH_KEYS = frozenset(
-    {"draw_encoder", "encoder", "held_out", "out", "salt_file", "source", "splits", "start", "store", "teacher"}
+    {"draw_encoder", "encoder", "held_out", "out", "salt_file", "source", "splits", "start", "store", "teacher", "weights"}
 )
 # What of each figure W&B keeps in a run's summary, and shows in its tables: the best, not the last.
 _BEST: Mapping[str, Literal["min", "max"]] = {"loss": "min", "val_dice": "max", "probe_dice": "max"}
-_MODEL_FILES = ("config.json", "model.safetensors")  # of a model directory; archive.parquet tells of patients and stays at home
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,23 @@ class Mirror:
         self._run.log({name: table})
 
     def model(self, kind: str, folder: Path, facts: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """A model directory as an artifact: what it is, and, where the recipe lets them go, its weights.
+        """A model directory as an artifact: what it is, and, where the recipe lets them go, its weights; no HMAC of a group.
 
         Args:
             kind: 'encoder' or 'segmenter'.
             facts: its metadata; `sha256`, of its weights, names it.
             inputs: kind → sha256 of what it was made from, by which W&B draws the lineage.
         """
-        self.artifact(kind, folder, facts, inputs, _MODEL_FILES)
+        if "weights" not in self._settings.upload:
+            self.artifact(kind, folder, facts, inputs, ())
+            return
+        from resunet.checkpoint import CONFIG, WEIGHTS, read_config, without_patients  # torch, which an index does without
+
+        with tempfile.TemporaryDirectory() as name:
+            aside = Path(name)
+            write_text(aside / CONFIG, without_patients(read_config(folder)).model_dump_json(indent=2) + "\n")
+            (aside / WEIGHTS).symlink_to((folder / WEIGHTS).resolve())
+            self.artifact(kind, aside, facts, inputs, (CONFIG, WEIGHTS))
 
     def artifact(
         self, kind: str, folder: Path, facts: Mapping[str, Any], inputs: Mapping[str, str], files: Sequence[str]

@@ -18,13 +18,14 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from resunet.config import Recipe
@@ -99,9 +100,10 @@ def check_out(recipe: Recipe) -> None:
         raise InputError(f"out={out}: exists already. Name another folder, continue it with resume=true, or delete it.")
     if not (out / "config.json").is_file():
         raise InputError(f"out={out}: cannot be resumed, it is not a run directory (no config.json).")
-    before, now = (
-        _compared(json.loads(text)) for text in ((out / "config.json").read_text(encoding="utf-8"), recipe.model_dump_json())
-    )
+    then = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    with suppress(ValidationError):  # keys that a later version added have their defaults; one that it dropped is shown
+        then = json.loads(type(recipe).model_validate(then).model_dump_json())
+    before, now = _compared(then), _compared(json.loads(recipe.model_dump_json()))
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differing:
         lines = "\n".join(f"  {key}: {before.get(key)} then, {now.get(key)} now" for key in differing)

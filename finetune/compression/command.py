@@ -1,6 +1,7 @@
 """`resunet compress RUN`: prune a little, train, pass the gate, and again, until the target; then read test once.
 
     OUT/config.json        the recipe
+    OUT/run.sha256         of the weights that came in
     OUT/sensitivity.json   val Dice after every layer alone has lost channels
     OUT/pruned/NN/         a bite: the network that was taken from the last accepted one, untrained
     OUT/steps/NN/          its training, an ordinary fine-tuning run
@@ -9,6 +10,7 @@
     OUT/model/             the last accepted network, which export, predict and evaluate take
     OUT/quantised/         its INT8 graph, if the gate let that pass, which export takes too
     OUT/evaluation/        that on test
+    OUT/test.json          all networks on test
     OUT/compress.json  OUT/report.html
 
 What is finished stays: after a kill, the same command with resume=true goes on.
@@ -17,16 +19,19 @@ What is finished stays: after a kill, the same command with resume=true goes on.
 import json
 from pathlib import Path
 
-from finetune.compression.gate import Scores
+from finetune.compression.gate import Scores, judge
 from finetune.compression.int8 import quantise_step
 from finetune.compression.page import write_report
 from finetune.compression.recipe import CompressRecipe
 from finetune.compression.result import Record, finish, mirror, write_record
 from finetune.compression.steps import kept, prune_steps
 from finetune.compression.subject import read_subject
+from finetune.quantisation.quantise import refuse_missing
+from resunet.checkpoint import WEIGHTS, model_folder
 from resunet.errors import CheckFailed, InputError
-from resunet.files import folder_aside, write_text
+from resunet.files import folder_aside, sha256, write_text
 
+_WEIGHTS_OF_RUN = "run.sha256"
 _FREE_ON_RESUME = {"resume", "out", "wandb"}
 
 
@@ -38,10 +43,13 @@ def compress(recipe: CompressRecipe) -> Path:
         CheckFailed: no step passed the gate; the report says what each would have cost.
     """
     out = recipe.out
+    if recipe.quantise is not None:
+        refuse_missing(recipe.quantise)
     if not _is_begun(recipe):
         subject = read_subject(recipe)
         with folder_aside(out) as aside:
             write_text(aside / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+            write_text(aside / _WEIGHTS_OF_RUN, sha256(model_folder(recipe.run) / WEIGHTS) + "\n")
     elif (out / "compress.json").is_file():
         record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
         _refuse_nothing(record, out)
@@ -49,14 +57,15 @@ def compress(recipe: CompressRecipe) -> Path:
     else:
         subject = read_subject(recipe)
     start = kept(out / "val" / "00.json", Scores, lambda: subject.scores(recipe.run))
+    judge(start, start, recipe.gate)  # a network that finds nothing is told before anything is trained
     outcome = prune_steps(subject, start)
     quantised = None
     if recipe.quantise is not None:
         quantised = quantise_step(subject, recipe.quantise, outcome.accepted.run if outcome.accepted else recipe.run, start)
     record = finish(subject, outcome, quantised, start)
     write_report(record, out)
-    mirror(subject, record)
     write_record(record, out)
+    mirror(subject, record)
     _refuse_nothing(record, out)
     return out
 
@@ -80,6 +89,8 @@ def _is_begun(recipe: CompressRecipe) -> bool:
     if differing := [key for key in now if then[key] != now[key]]:
         lines = "\n".join(f"  {key}: {then[key]} then, {now[key]} now" for key in differing)
         raise InputError(f"out={out}: was started with another recipe:\n{lines}\nName another out.")
+    if (out / _WEIGHTS_OF_RUN).read_text(encoding="utf-8").strip() != sha256(model_folder(recipe.run) / WEIGHTS):
+        raise InputError(f"out={out}: was started with other weights than {recipe.run} holds now. Name another out.")
     return True
 
 

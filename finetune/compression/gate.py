@@ -68,36 +68,44 @@ def smallest_size(scores: Scores) -> str | None:
 def judge(before: Scores, after: Scores, settings: GateSettings) -> Verdict:
     """Whether a step may stay.
 
+    Dice of all cases alone could be held by fewer false alarms, each of which counts as 0, while targets are lost: that of the
+    cases that have something to find is judged as well.
+
     Raises:
         InputError: val defines no Dice, or the network that came in has Dice 0, of which nothing can be lost.
     """
-    start, now = before.dice_figure(), after.dice_figure()
-    if not start["mean"]:
-        raise InputError(f"run: its Dice on val is {start['mean']}; there is nothing to hold on to. Train it first.")
-    fall = 1 - (now["mean"] or 0.0) / start["mean"]
+    found = difference_of(before, after)
+    start, now = before.dice_figure()["mean"], found.dice["mean"] or 0.0
+    if not start:
+        raise InputError(f"run: its Dice on val is {start}; there is nothing to hold on to. Train it first.")
     reasons = []
-    if not fall < settings.dice:
-        reasons.append(
-            f"Dice on val falls by {fall:.1%}, from {start['mean']:.4f} to {now['mean'] or 0:.4f}; the gate is {settings.dice:.1%}"
-        )
-    size = smallest_size(before)
-    recall, difference = None, None
-    if size is not None:
-        recall = after.recall_figure(size)
-        difference = _paired(after.recall[size], before.recall[size])
-        if difference["mean"] < -settings.recall - 1e-12:
+    if not found.fall < settings.dice:
+        reasons.append(f"Dice on val falls by {found.fall:.1%}, from {start:.4f} to {now:.4f}; the gate is {settings.dice:.1%}")
+    elif (of_targets := figure(before.dice_of_targets, (0.0, 1.0))["mean"]) and (
+        lost := -found.dice_difference["mean"] / of_targets
+    ) >= settings.dice:
+        reasons.append(f"Dice of the cases that have something to find falls by {lost:.1%}; the gate is {settings.dice:.1%}")
+    if found.recall is not None and found.recall_difference is not None:
+        fewer = -found.recall_difference["mean"]
+        if fewer > settings.recall + 1e-12:
             reasons.append(
-                f"recall of objects of {size} voxels falls by {-difference['mean']:.3f} to {recall['mean']:.3f}; the gate is "
+                f"recall of objects of {found.size} voxels falls by {fewer:.3f} to {found.recall['mean']:.3f}; the gate is "
                 f"{settings.recall:g}"
             )
+    return found.model_copy(update={"reasons": tuple(reasons)})
+
+
+def difference_of(before: Scores, after: Scores) -> Verdict:
+    """What there is between two networks, without a judgement; fall is 0 where there was nothing to lose."""
+    start, now, size = before.dice_figure()["mean"], after.dice_figure(), smallest_size(before)
     return Verdict(
         dice=now,
-        fall=fall,
+        fall=1 - (now["mean"] or 0.0) / start if start else 0.0,
         dice_difference=_paired(after.dice_of_targets, before.dice_of_targets),
         size=size,
-        recall=recall,
-        recall_difference=difference,
-        reasons=tuple(reasons),
+        recall=None if size is None else after.recall_figure(size),
+        recall_difference=None if size is None else _paired(after.recall[size], before.recall[size]),
+        reasons=(),
     )
 
 

@@ -63,8 +63,6 @@ def _notes(record: Record) -> list[str]:
         notes.append(
             f"The target was not reached: step {record['steps'][-1]['name']} was refused, and the last accepted stands."
         )
-    elif record["steps"] and record["steps"][-1]["goal"] < 1:
-        notes.append("The target was not reached: no smaller bite was left to try.")
     if record["quantised"] is not None and not record["quantised"]["accepted"]:
         notes.append("INT8 was refused; the network stays float32.")
     return notes

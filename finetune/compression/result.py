@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.comparison.cost import costs_of, record_of
-from finetune.compression.gate import Scores, judge, scores_of
+from finetune.compression.gate import Scores, difference_of, judge, scores_of
 from finetune.compression.int8 import NAME, Quantised, keep_quantised, measure_int8, record_of_int8
 from finetune.compression.steps import Outcome, Step
 from finetune.compression.subject import Subject
@@ -79,7 +79,7 @@ def mirror(subject: Subject, record: Record) -> None:
         its.summarise({key: accepted[key] for key in ("parameters_share", "macs_share", "fall")})
     if record["quantised"] is not None:
         its.summarise({f"int8/{key}": record["quantised"][key] for key in ("fall", "bytes", "accepted")})
-    if "model" in record["weights_sha256"]:
+    if record["accepted"] is not None:
         facts = {"sha256": record["weights_sha256"]["model"]}
         facts["architecture"] = read_config(out / "model").architecture.model_dump(mode="json")
         its.model("segmenter", out / "model", facts, {"segmenter": record["weights_sha256"]["run"]})
@@ -105,9 +105,11 @@ def _of_step(step: Step, outcome: Outcome) -> Record:
 def _on_test(subject: Subject, int8: Quantised | None) -> Record | None:
     """All networks on test, and their differences from the run's, paired by group; None without test cases.
 
-    Writes evaluation/ of the float network.
+    Writes evaluation/ of the float network, and test.json, so that nothing that happens later lets test be read again.
     """
     out = subject.settings.out
+    if (kept := out / "test.json").is_file():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
     recipe = subject.recipe.model_copy(update={"evaluate_test": True})
     data = read_labelled(recipe, quiet=False)
     if not data.test:
@@ -120,8 +122,10 @@ def _on_test(subject: Subject, int8: Quantised | None) -> Record | None:
     if int8 is not None:
         measured[NAME] = measure_int8(subject, int8.folder, int8.run, data.test)
     scores = {name: scores_of([one.row() for one in its]) for name, its in measured.items()}
-    verdicts = {name: judge(scores[START], its, subject.settings.gate) for name, its in scores.items()}
-    return {
+    found = {name: difference_of(scores[START], its) for name, its in scores.items()}
+    made = {
         "cases": source_digest(data.test),
-        "networks": {name: verdict.model_dump(mode="json", exclude={"reasons"}) for name, verdict in verdicts.items()},
+        "networks": {name: its.model_dump(mode="json", exclude={"reasons"}) for name, its in found.items()},
     }
+    write_text(kept, json.dumps(made, indent=2) + "\n")
+    return made

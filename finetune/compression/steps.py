@@ -123,7 +123,8 @@ def _step(
     network = load_model(pruned)
     size, lost = prunable(network).size, lost_channels(before.network, network, before.groups)
     say(f"compress {name}: {size.parameters:,} parameters and {size.macs / 1e9:.3g} G multiply-adds, training")
-    steps = settings.last_steps if goal == 1 and settings.last_steps is not None else settings.steps
+    last = _bounds(settings, prunable(origin).size, 1.0).hold(size)
+    steps = settings.last_steps if last and settings.last_steps is not None else settings.steps
     if not is_done(run):
         finetune(subject.training(settings, pruned, run, steps, number))
     verdict = judge(start, kept(out / "val" / f"{name}.json", Scores, lambda: subject.scores(run)), subject.settings.gate)

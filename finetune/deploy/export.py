@@ -47,7 +47,7 @@ from resunet.bundle.scorer import SIGMA
 from resunet.bundle.seal import described, write_sealed
 from resunet.bundle.unzip import zip_folder
 from resunet.bundle.verify import Row, check_graphs, table
-from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, model_folder
+from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, model_folder, without_patients
 from resunet.config import FixedNormalisation
 from resunet.errors import CheckFailed, EnvironmentFault, InputError
 from resunet.files import file_aside, folder_aside, sha256
@@ -256,9 +256,7 @@ def _write_model(folder: Path, source: Source) -> None:
     """The model directory without archive.parquet: what it was trained on stays at home."""
     folder.mkdir()
     (folder / WEIGHTS).write_bytes((source.folder / WEIGHTS).read_bytes())
-    provenance = source.config.provenance.model_copy(update={"probe": None})
-    config = source.config.model_copy(update={"provenance": provenance})
-    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(without_patients(source.config).model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_failures(rows: Sequence[Row]) -> None:

@@ -35,7 +35,7 @@ def evaluate_bundle(path: Path, request: EvaluateRequest, out: Path | None) -> P
         InputError: the request, the source or `out`, or a precision that the bundle does not have.
         CheckFailed: the bundle was changed. EnvironmentFault: no runtime of it is installed.
     """
-    out = new_folder(out if out is not None else path.with_name(f"{path.resolve().name}-evaluation-{request.split}"))
+    out = new_folder(out if out is not None else path.resolve().with_name(f"{path.resolve().name}-evaluation-{request.split}"))
     bundle = Bundle.open(path)
     contract, behaviour = bundle.contract, bundle.contract.behaviour()
     segmenter = bundle.segmenter(request.precision, request.runtime)

@@ -73,6 +73,8 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
         CheckFailed: cases of the split were in the model's training data, and `allow_leak` is not set.
     """
     if is_bundle(model):
+        if allow_leak:
+            raise InputError("--allow-leak: a bundle does not say what it was trained on; leave it out.")
         from finetune.evaluation.bundles import evaluate_bundle  # which measures with what is here
 
         return evaluate_bundle(model, request, out)

@@ -120,7 +120,9 @@ def classes_of_masks(root: Path, cases: Sequence[Case], ignore: Sequence[int], p
 
 def evaluate_masks(folder: Path, request: EvaluateRequest, out: Path | None) -> Path:
     """Evaluate masks that another program made; see `finetune.evaluation.evaluate.evaluate`."""
-    out = new_folder(out if out is not None else folder.with_name(f"{folder.resolve().name}-evaluation-{request.split}"))
+    out = new_folder(
+        out if out is not None else folder.resolve().with_name(f"{folder.resolve().name}-evaluation-{request.split}")
+    )
     if request.false_alarms_per_1000 is not None:
         raise InputError(
             f"--false-alarms-per-1000 {request.false_alarms_per_1000:g}: {folder} holds masks and no model: there are no "

@@ -34,7 +34,7 @@ class Cost:
 def cost_of(points: Sequence[Point]) -> Cost:
     """The cost of one arm."""
     recipe = points[0].cells[0].recipe
-    behind = [_training(one) for one in (recipe.encoder, recipe.teacher) if one is not None]
+    behind = [_training(one) for one in (recipe.encoder, recipe.start, recipe.teacher) if one is not None]
     by_budget: dict[int, list[float]] = {}
     for point in points:
         by_budget.setdefault(point.labelled, []).append(sum(_hours(cell.record) for cell in point.cells))

@@ -211,12 +211,21 @@ def _cost(record: Record) -> Section:
 
 
 def _arms(curve: Curve) -> list[list[str]]:
-    rows = [["arm", "encoder", "its own keys of the fine-tuning recipe"]]
+    rows = [["arm", "begins", "its own keys of the fine-tuning recipe"]]
     for arm, values in curve.recipe.arms.items():
         own = without_paths(values)
-        encoder = "from scratch" if values.get("encoder") is None else "pretrained"
-        rows.append([arm, encoder, json.dumps(own) if own else "none"])
+        rows.append([arm, _beginning(curve.recipe.finetune, values), json.dumps(own) if own else "none"])
     return rows
+
+
+def _beginning(shared: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """What an arm's networks begin with, by its keys and those that all arms share."""
+    if own.get("start", shared.get("start")) is not None:
+        return "a finished segmenter"
+    if own.get("encoder", shared.get("encoder")) is not None:
+        return "pretrained"
+    weights = ((shared.get("model") or {}) | (own.get("model") or {})).get("weights")
+    return "from scratch" if weights is None else "given MobileNetV3 weights"
 
 
 def _every_value(curve: Curve) -> list[list[str]]:

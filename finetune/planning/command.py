@@ -12,14 +12,13 @@ from finetune.planning.checks import OVERFIT_STEPS, RATES, SWEEP_STEPS, Sweep, f
 from finetune.planning.page import page, refuse_file, write_recipe
 from finetune.planning.plan import make_plan
 from finetune.recipe import FinetuneRecipe
-from finetune.step import build
+from finetune.step import begins_trained, build
 from resunet.errors import CheckFailed, InputError
 from resunet.exits import is_main_rank
 from resunet.layout import place
 from resunet.model import Segmenter
 from resunet.report import Section, curves, write_page
 from resunet.training import start_ranks
-from resunet.transfer import Receipt
 
 Mode = Literal["plan", "find-lr", "overfit"]
 _APART = 0.2  # of Dice, between the two modes of norms
@@ -52,9 +51,9 @@ def before_training(recipe: FinetuneRecipe, mode: Mode, write: Path | None) -> s
 def _find_rate(recipe: FinetuneRecipe, write: Path | None) -> str:
     if write is not None and (write.suffix != ".html" or write.exists()):
         raise InputError(f"--write {write}: --find-lr writes a page with its curve. Name a new .html file.")
-    recipe, data, model, receipt, accelerator = _prepare(recipe)
+    recipe, data, model, accelerator = _prepare(recipe)
     sampler, teacher = sampler_of(recipe, data), load_teacher(recipe, accelerator.device)
-    sweep = find_rate(recipe, model, sampler, accelerator, receipt is not None, SWEEP_STEPS, teacher=teacher)
+    sweep = find_rate(recipe, model, sampler, accelerator, begins_trained(recipe), SWEEP_STEPS, teacher=teacher)
     text = _told(sweep, recipe.optimizer.lr)
     if write is None:
         return "\n".join(text)
@@ -82,8 +81,8 @@ def _told(sweep: Sweep, now: float) -> list[str]:
 
 
 def _overfit(recipe: FinetuneRecipe) -> str:
-    recipe, data, model, receipt, accelerator = _prepare(recipe)
-    done = overfit(recipe, model, data.train, accelerator, receipt is not None, OVERFIT_STEPS)
+    recipe, data, model, accelerator = _prepare(recipe)
+    done = overfit(recipe, model, data.train, accelerator, begins_trained(recipe), OVERFIT_STEPS)
     figures = (
         f"loss {done.first_loss:.3g} → {done.last_loss:.3g} in {done.steps} steps at lr {recipe.optimizer.lr:g} on one batch of "
         f"{recipe.batch} patches; Dice of the batch {done.dice_training:.3f} in training mode, {done.dice_evaluation:.3f} in "
@@ -115,13 +114,13 @@ def _what_to_check(recipe: FinetuneRecipe) -> str:
     )
 
 
-def _prepare(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, LabelledData, Segmenter, Receipt | None, Accelerator]:
+def _prepare(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, LabelledData, Segmenter, Accelerator]:
     """One process, the recipe's own start, no test cases."""
     recipe = resolve(recipe).model_copy(update={"processes": 1, "evaluate_test": False})
     accelerator = start_ranks(recipe, recipe.batch, "patches")
-    model, receipt = build(recipe)
+    model, _ = build(recipe)
     data = read_labelled(recipe, quiet=not is_main_rank())
-    return recipe, data, place(model, accelerator.device), receipt, accelerator
+    return recipe, data, place(model, accelerator.device), accelerator
 
 
 def _log(rates: tuple[float, ...]) -> list[float]:

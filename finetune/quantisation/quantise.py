@@ -89,6 +89,10 @@ def refuse_missing(settings: QuantiseSettings) -> None:
         raise EnvironmentFault(
             f"method={settings.method}: {', '.join(missing)} is not installed: pip install 'resunet[{extra}]'."
         )
+    if not settings.by_nncf and not any(version_of(engine) for engine in ("openvino", "onnxruntime")):
+        raise EnvironmentFault(
+            f"method={settings.method}: neither openvino nor onnxruntime is installed to run it: pip install 'resunet[export]'."
+        )
     if settings.by_nncf and (missing := [name for name in ("ninja", "c++") if shutil.which(name) is None]):
         raise EnvironmentFault(
             f"method={settings.method}: NNCF compiles its operators, and {', '.join(missing)} is not on the path. Install a C++ "

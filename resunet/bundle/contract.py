@@ -15,7 +15,7 @@ from resunet.inference.predict import Behaviour
 from resunet.inference.window import Footprint
 from resunet.runtime import Intensity, ObjectRule, Percentiles
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONTRACT = "contract.json"
 SEAL = "contract.sha256"
 

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from platformdirs import user_cache_path
 
+from finetune.counted_labels import other_labels
 from finetune.labelled import choose_cases
 from finetune.loop import finetune
+from resunet.checkpoint import LabelledGroups, model_folder, read_config
 from resunet.config import DataSettings
 from resunet.data.perceptual import HASH_BYTES
 from resunet.data.source import Source, open_source
@@ -113,6 +115,24 @@ def test_an_encoder_that_saw_test_cases_may_not_choose(recipe, encoder, archive_
     archive_of([(test.group_hmac, "file", "pixels", b"\xff" * HASH_BYTES)], opened(source).salt_fingerprint)
     with pytest.raises(CheckFailed, match=r"1 test cases are among the archive of data\.draw_encoder"):
         finetune(recipe(data={"labelled": 2, "draw_by": "kcenter", "draw_encoder": str(encoder)}))
+
+
+def test_where_all_is_labelled_nothing_is_drawn(recipe, encoder):
+    with pytest.raises(InputError, match=r"data\.draw_by=kcenter: all groups are labelled, and none is drawn"):
+        finetune(recipe(data={"labelled": None, "draw_by": "kcenter", "draw_encoder": str(encoder)}))
+
+
+def test_labels_behind_a_segmenter_that_draws_count(recipe, encoder, source):
+    """As those of an encoder's probe do: they were made, and are not in test."""
+    folder = model_folder(encoder)
+    config = read_config(folder)
+    hmacs = {case.group_name: case.group_hmac for case in opened(source).cases}
+    used = LabelledGroups(groups=(hmacs["patient0"], "another"), salt_fingerprint=opened(source).salt_fingerprint)
+    changed = config.model_copy(update={"provenance": config.provenance.model_copy(update={"labels": (used,)})})
+    (folder / "config.json").write_text(changed.model_dump_json())
+    made = recipe(data={"labelled": 2, "draw_by": "kcenter", "draw_encoder": str(encoder)})
+    (counted,) = other_labels(made)
+    assert set(counted.groups) == set(used.groups)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from resunet.data.perceptual import HASH_BYTES
 from resunet.errors import CheckFailed, InputError, Stopped
 from resunet.model import ResUNet, UNet, load_model
 from resunet.report import read_metrics
+from resunet.runs import check_out
 from resunet.transfer import Receipt
 
 
@@ -119,6 +120,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after,
         assert (stopped.out / name).read_bytes() == (whole / name).read_bytes()
     for name in ("status", "step", "best_step", "best_val_dice", "inputs"):
         assert record_of(stopped.out)[name] == record_of(whole)[name]
+
+
+def test_a_run_begun_before_a_key_was_there_goes_on(recipe):
+    """Its config.json lacks what a later version added: that is the default."""
+    made = recipe(steps=2)
+    out = finetune(made)
+    text = (out / "config.json").read_text(encoding="utf-8")
+    earlier = {key: value for key, value in json.loads(text).items() if key not in ("distillation", "start")}
+    (out / "config.json").write_text(json.dumps(earlier), encoding="utf-8")
+    check_out(made.model_copy(update={"resume": True}))
+    (out / "config.json").write_text(json.dumps(earlier | {"steps": 3}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"another recipe:\n  steps: 3 then, 2 now\n"):
+        check_out(made.model_copy(update={"resume": True}))
+    (out / "config.json").write_text(json.dumps(earlier | {"dropped": 3}), encoding="utf-8")
+    with pytest.raises(InputError, match="dropped: 3 then"):
+        check_out(made.model_copy(update={"resume": True}))
 
 
 def test_the_average_is_what_is_validated_and_saved(recipe):

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,13 @@ def test_raw_mask_values_may_be_others(finished: Path, recipe):
 def test_one_beginning(changes, said, recipe):
     with pytest.raises(InputError, match=said):
         recipe(start="runs/a", **changes)
+
+
+def test_the_labels_behind_a_start_are_told(finished: Path, other):
+    run = finetune(other(finished, steps=1))
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"plus \d that the start was trained on or chosen by: \d+ had to be labelled", page)
+    assert "Start: all" in page and "Trained from scratch" not in page
 
 
 def test_only_a_segmenter_is_a_start(encoder: Path, folded: Path, recipe):

@@ -1,12 +1,18 @@
 import json
+import os
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
+from resunet.checkpoint import LabelledGroups, Provenance
 from resunet.config import DataSettings, Recipe, WandbSettings
 from resunet.mirror import Overlaid, artifact_name, start_mirror, without_paths
+from resunet.model import ResUNet
 from resunet.runs import Run
 
 pytestmark = pytest.mark.filterwarnings("default")  # wandb's own
@@ -81,8 +87,11 @@ def test_a_model_is_an_artifact_that_names_its_inputs(run, read_mirror):
 def test_weights_and_pictures_go_only_where_the_recipe_lets_them(offline, tmp_path, read_mirror, upload):
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "archive.parquet"):
-        (folder / "model" / name).write_text(name)
+    network = ResUNet(1, 2, (4, 4), units=1)
+    used = LabelledGroups(groups=("abcdef012345",), salt_fingerprint="98765fedcb")
+    network.config = network.config.model_copy(update={"provenance": Provenance(labels=(used,), probe=used)})
+    network.save_pretrained(folder / "model")
+    (folder / "model" / "archive.parquet").write_text("archive.parquet")
     mirror = start_mirror(WandbSettings(**offline, upload=upload), "finetune", "abcd1234", folder, {})
     assert mirror.takes_pictures == ("overlays" in upload)
     if mirror.takes_pictures:
@@ -96,6 +105,9 @@ def test_weights_and_pictures_go_only_where_the_recipe_lets_them(offline, tmp_pa
     found = read_mirror(folder)
     files = {entry.path for one in found.artifacts() if one.type == "segmenter" for entry in one.manifest.contents}
     assert files == ({"config.json", "model.safetensors"} if "weights" in upload else set())  # what tells of patients: never
+    sent = [path.read_bytes() for path in Path(os.environ["WANDB_DATA_DIR"]).rglob("*") if path.is_file()] + [found.content]
+    assert any(b"residual" in one or b"resunet" in one for one in sent) or "weights" not in upload
+    assert not any(secret in one for one in sent for secret in (b"abcdef012345", b"98765fedcb"))
     pictures = [entry.path for one in found.artifacts() if one.type == "run_table" for entry in one.manifest.contents]
     assert ("test_overlays.table.json" in pictures) == ("overlays" in upload)
     for kind in ("media/images/mask/", "media/images/"):
@@ -116,6 +128,27 @@ def test_without_paths_drops_paths_at_every_level():
     }
     assert without_paths(values) == {"steps": 3, "data": {"channels": "grey", "classes": {"0": "background"}}}
     assert values["out"] == "/a/b"
+
+
+def path_keys(model: type[BaseModel]) -> Iterator[str]:
+    """Names of all fields, nested ones too, that may hold a path."""
+    for name, field in model.model_fields.items():
+        if "Path" in str(field.annotation):
+            yield name
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from path_keys(part)
+
+
+def test_every_field_that_may_hold_a_path_stays_at_home():
+    from finetune.compression.recipe import CompressRecipe
+    from finetune.recipe import FinetuneRecipe
+    from pretrain.recipe import PretrainRecipe
+
+    names = {name for recipe in (FinetuneRecipe, PretrainRecipe, CompressRecipe) for name in path_keys(recipe)} - {"run"}
+    assert {"teacher", "start", "encoder", "source", "store", "draw_encoder"} <= names
+    names |= {"weights", "held_out"}  # strings that may be paths
+    assert without_paths(dict.fromkeys(names, "/secret")) == {}
 
 
 def test_no_recipe_hides_a_path_from_without_paths():

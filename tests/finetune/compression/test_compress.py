@@ -104,6 +104,9 @@ def test_what_is_finished_stays_and_the_rest_is_the_same(run: Path, compressed: 
         compress(made.model_copy(update={"seed": 1}))
     with pytest.raises(InputError, match="exists already"):
         compress(made.model_copy(update={"resume": False}))
+    (out / "run.sha256").write_text("0" * 64)
+    with pytest.raises(InputError, match="was started with other weights than"):
+        compress(made)
 
 
 def test_what_costs_too_much_is_taken_back_by_half_a_bite(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -32,6 +32,16 @@ def test_the_recall_of_the_smallest_objects_holds():
     assert lost.recall_difference["mean"] == pytest.approx(-0.5 / 6) and lost.recall_difference["ci95"] is not None
 
 
+def test_fewer_false_alarms_do_not_pay_for_lost_targets():
+    targets, clean = {f"g{i}": [0.8] for i in range(6)}, {"clean": [0.0]}
+    before = Scores(dice=targets | clean, dice_of_targets=targets, recall={})
+    fewer = {f"g{i}": [0.75] for i in range(6)}
+    verdict = judge(
+        before, Scores(dice=fewer, dice_of_targets=fewer, recall={}), GATE
+    )  # clean is left out: nothing is predicted
+    assert verdict.fall < 0 and not verdict.accepted and "something to find falls by 6.3%" in verdict.reasons[0]
+
+
 def test_few_groups_of_small_objects_are_better_than_none():
     assert smallest_size(scores([1], {"<10": [], "10-49": [1, 1], "50-199": [0]})) == "10-49"
     assert smallest_size(scores([1], {"<10": []})) is None

@@ -10,7 +10,7 @@ from finetune.deploy.golden import synthetic_scan
 from resunet.bundle import Bundle
 from resunet.bundle.contract import Normalising
 from resunet.bundle.verify import verify
-from resunet.checkpoint import ModelConfig
+from resunet.checkpoint import LabelledGroups, ModelConfig, Provenance
 from resunet.cli import main
 from resunet.config import FixedNormalisation
 from resunet.errors import InputError
@@ -20,6 +20,9 @@ from resunet.runtime import Intensity
 
 def figure(mean: float) -> dict:
     return {"mean": mean, "ci95": [mean - 0.1, mean + 0.1], "n": 9}
+
+
+_USED = LabelledGroups(groups=("HMAC of a group",), salt_fingerprint="fingerprint of a salt")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,7 @@ def run(tmp_path_factory) -> Path:
         normalisation=FixedNormalisation(kind="fixed", low=0, high=3000, mean=1200, std=400),
         classes={0: "background", 1: "core", 2: "edema"},
         regions={"whole": ("core", "edema"), "core": ("core",)},
+        provenance=Provenance(labels=(_USED,), probe=_USED),
     )
     network.save_pretrained(root / "model")
     (root / "run.json").write_text("{}")
@@ -92,7 +96,8 @@ def test_the_card_has_the_measured_figures(bundle):
 def test_no_path_and_no_name_is_in_a_bundle(bundle, run):
     for path in (path for path in bundle.rglob("*") if path.is_file()):
         data = path.read_bytes()
-        for secret in (b"Mueller", str(run.parent).encode(), b"HMACs of patients", str(Path(__file__).parents[3]).encode()):
+        patients = (b"Mueller", b"HMACs of patients", b"HMAC of a group", b"fingerprint of a salt")
+        for secret in (*patients, str(run.parent).encode(), str(Path(__file__).parents[3]).encode()):
             assert secret not in data, path
     assert not list(bundle.rglob("archive.parquet"))
 

@@ -290,6 +290,12 @@ def test_a_teacher_of_another_salt(taught, tmp_path):
     "changes, message",
     [
         ({"distillation": {"temperature": 3}}, "there is nobody to learn from; name a teacher"),
+        ({"teacher": "runs/a", "batch": 4, "distillation": {"unlabelled": 0.1}}, "of a batch of 4 that is no patch; raise it"),
+        ({"teacher": "runs/a", "batch": 1}, "unlabelled=0.5: of a batch of 1 that is no patch"),
+        (
+            {"teacher": "runs/a", "distillation": {"temperature": 3, "logits_weight": 0, "attention_weight": 1}},
+            "temperature=3: is of the logits",
+        ),
         ({"teacher": "x", "distillation": {"logits_weight": 0}}, "both weights are 0"),
         ({"teacher": "x", "distillation": {"unlabelled": 1}}, "distillation.unlabelled=1"),
     ],

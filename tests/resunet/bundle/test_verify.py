@@ -94,7 +94,7 @@ def test_what_nobody_listed(bundle):
         (lambda raw: raw.update(nonsense=1), "nonsense: there is no such key"),
         (lambda raw: raw.pop("window"), "window: is missing"),
         (lambda raw: raw["window"].update(size="512"), "window.size='512': must be a whole number"),
-        (lambda raw: raw.update(schema_version=2), "schema_version=2: this version reads 1"),
+        (lambda raw: raw.update(schema_version=1), "schema_version=1: this version reads 2"),
         (lambda raw: [one.update(opset=17) for one in raw["graphs"] if one["opset"]], "is of opset 18, the contract says 17"),
         (lambda raw: [one.update(ir=10) for one in raw["graphs"] if one["ir"]], "is of IR version 11, the contract says 10"),
         (lambda raw: raw["graphs"][0].update(file="../x.xml"), "named in the contract, and not among its files"),
