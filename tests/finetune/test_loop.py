@@ -9,6 +9,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate
+from finetune.labelled import resolve
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
 from finetune.step import make_optimizer, start_step
@@ -124,7 +125,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after,
 
 def test_a_run_begun_before_a_key_was_there_goes_on(recipe):
     """Its config.json lacks what a later version added: that is the default."""
-    made = recipe(steps=2)
+    made = resolve(recipe(steps=2))
     out = finetune(made)
     text = (out / "config.json").read_text(encoding="utf-8")
     earlier = {key: value for key, value in json.loads(text).items() if key not in ("distillation", "start")}
