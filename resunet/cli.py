@@ -362,9 +362,9 @@ def compress(
     from resunet.config import load_recipe
 
     beside = run.resolve().with_name(f"{run.resolve().name}-compressed")
-    given = [f"run={json.dumps(str(run))}", f"out={json.dumps(str(beside))}", *(overrides or ())]
+    given = [f"run={json.dumps(str(run))}", *(overrides or ())]
     given += [f"out={json.dumps(str(out))}"] if out is not None else []
-    print(compress(load_recipe(CompressRecipe, "compress", recipe, given)))
+    print(compress(load_recipe(CompressRecipe, "compress", recipe, given, [f"out={json.dumps(str(beside))}"])))
 
 
 @app.command()

@@ -120,8 +120,11 @@ class Recipe(Frozen):
 R = TypeVar("R", bound=Frozen)
 
 
-def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequence[str] = ()) -> R:
+def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequence[str] = (), defaults: Sequence[str] = ()) -> R:
     """The recipe `name` of a stage ('pretrain', 'finetune') with `key=value` overrides applied.
+
+    Args:
+        defaults: `key=value` too, of the keys that the file leaves out.
 
     Raises:
         InputError: no such recipe, YAML that does not parse, an interpolation, or keys and values that are not
@@ -132,7 +135,8 @@ def load_recipe(recipe_class: type[R], stage: str, name: str, overrides: Sequenc
         parsed = OmegaConf.load(path)
         if not isinstance(parsed, DictConfig):
             raise InputError(f"{path}: a recipe is a mapping of keys to values, this file holds a list.")
-        for key, override in _last_overrides(overrides).items():
+        left_out = [default for default in defaults if default.split("=", 1)[0] not in parsed]
+        for key, override in _last_overrides([*left_out, *overrides]).items():
             # the value given is the value: a mapping replaces the recipe's, it is not mixed into it
             given = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
             for part in key.split("."):

@@ -1,5 +1,6 @@
 """A whole compression, tiny: its steps, its gate, its continuation after a kill, and what takes its result."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from finetune.training.patches import PatchSampler
 from resunet.cli import main
 from resunet.config import load_recipe, validate
 from resunet.ensemble import Ensemble
-from resunet.errors import CheckFailed, InputError
+from resunet.errors import CheckFailed, EnvironmentFault, InputError
 from resunet.model import load_model
 from tests.finetune.conftest import make_recipe, write_labelled
 
@@ -167,10 +168,21 @@ def test_the_shipped_recipes_do_what_they_are_called(name, prunes, quantises):
     assert (made.prune is not None, made.quantise is not None) == (prunes, quantises)
 
 
+def test_what_int8_needs_is_asked_for_before_anything_is_pruned(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else found(name, *rest))
+    with pytest.raises(EnvironmentFault, match=r"torchao is not installed: pip install 'resunet\[export\]'"):
+        compress(settings(run, tmp_path / "out", quantise={"method": "ptq"}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_by_default_it_goes_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]):
     (run.parent / "run-compressed").mkdir()
     assert main(["compress", str(run)]) == 2
     assert f"out={run.parent / 'run-compressed'}: exists already" in capsys.readouterr().err
+    (own := run.parent / "own.yaml").write_text(f"out: {run.parent}\nquantise: {{method: ptq}}\n", encoding="utf-8")
+    assert main(["compress", str(run), "--recipe", str(own)]) == 2
+    assert f"out={run.parent}: exists already" in capsys.readouterr().err
     assert main(["compress", str(run), "out=nowhere", "--out", str(run)]) == 2
     assert f"out={run}: exists already" in capsys.readouterr().err
 
