@@ -30,7 +30,26 @@ class Encoder(Protocol):
     def __call__(self, x: Tensor) -> list[Tensor]: ...
 
 
-class ResidualEncoder(nn.Module, Checkpointed):
+class Levels(nn.Module):
+    """What all encoders do: one level after the other."""
+
+    levels: nn.ModuleList
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, in_channels, *size) → one (N, channels[i], *ceil(size / strides[i])) a level."""
+        features = []
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        return features
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The global average pool of the last level: (N, in_channels, *size) → (N, channels[-1])."""
+        last: Tensor = self(x)[-1]
+        return last.mean(dim=tuple(range(2, last.ndim)))
+
+
+class ResidualEncoder(Levels, Checkpointed):
     """Levels of residual units; from the second level on, the first unit of a level halves the size.
 
     Args:
@@ -82,19 +101,6 @@ class ResidualEncoder(nn.Module, Checkpointed):
     def channels(self) -> tuple[int, ...]:
         """Of every level, as they are: a pruned one has fewer than it was made with."""
         return tuple(level[-1].conv2.out_channels for level in self.levels)  # type: ignore[index]
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, in_channels, *size) → one (N, channels[i], *ceil(size / strides[i])) a level."""
-        features = []
-        for level in self.levels:
-            x = level(x)
-            features.append(x)
-        return features
-
-    def embed(self, x: Tensor) -> Tensor:
-        """The global average pool of the last level: (N, in_channels, *size) → (N, channels[-1])."""
-        last: Tensor = self(x)[-1]
-        return last.mean(dim=tuple(range(2, last.ndim)))
 
     def input_convolutions(self) -> list[str]:
         """Names of the weights that see the scan's channels; they alone change with `in_channels`."""

@@ -8,16 +8,17 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resunet.architecture import MOBILE_BACKBONE, MobileEncoderArchitecture, OutputStride
 from resunet.blocks import NormKind
 from resunet.checkpoint import Checkpointed, ModelConfig
+from resunet.encoder import Levels
 from resunet.errors import InputError
 
 
-class MobileEncoder(nn.Module, Checkpointed):
+class MobileEncoder(Levels, Checkpointed):
     """Five levels of timm's `features_only` network; the first of `levels` begins with the stem.
 
     Args:
@@ -79,19 +80,6 @@ class MobileEncoder(nn.Module, Checkpointed):
         """Of every level, as they are: a pruned one has fewer than it was made with."""
         norms = [[part for part in level.modules() if isinstance(part, _BatchNorm)] for level in self.levels]
         return tuple(its[-1].num_features for its in norms)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, in_channels, H, W) → one (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])) a level."""
-        features = []
-        for level in self.levels:
-            x = level(x)
-            features.append(x)
-        return features
-
-    def embed(self, x: Tensor) -> Tensor:
-        """The global average pool of the last level: (N, in_channels, H, W) → (N, channels[-1])."""
-        last: Tensor = self(x)[-1]
-        return last.mean(dim=(2, 3))
 
     def input_convolutions(self) -> list[str]:
         """Names of the weights that see the scan's channels; they alone change with `in_channels`."""

@@ -27,7 +27,7 @@ from resunet.inference.predict import Behaviour, Predicted, predict_input, predi
 from resunet.inference.threshold import requested_threshold
 from resunet.inference.window import Scorer
 from resunet.layout import place
-from resunet.model import load_finetuned
+from resunet.model import Segmenter, load_finetuned
 from resunet.progress import progress, say
 
 _PATIENCE = datetime.timedelta(days=30)  # ranks that are done wait for those that have larger files
@@ -64,12 +64,7 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
         InputError: the model, `out`, an input that does not exist, two of one name, or nothing that could be predicted.
     """
     refuse_taken(out)
-    if request.precision == "fp16" and not torch.cuda.is_available():
-        raise EnvironmentFault("--precision fp16: needs a GPU, and none is visible. On a CPU use bf16 or fp32.")
-    folder = model_folder(model)
-    network, config = load_finetuned(folder)
-    behaviour = behaviour_of(config, sha256(folder / WEIGHTS))
-    threshold = requested_threshold(config, request.threshold, request.operating_point, request.probabilities)
+    network, config, behaviour, threshold = open_model(model, request)
     found = list_inputs(inputs, config.input_channels)
     # without a GPU Accelerate joins ranks only where it is told to use the CPU
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
@@ -94,6 +89,21 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
     if state.num_processes > 1:
         faults = gather_object(faults)
     return predicted(out, count, faults, single=count == 1)
+
+
+def open_model(model: Path, request: PredictRequest) -> tuple[Segmenter, ModelConfig, Behaviour, float | None]:
+    """The segmenter, its config, what is done before and after it, and at which probability it decides.
+
+    Raises:
+        InputError: no segmenter, or a threshold that it cannot have. EnvironmentFault: fp16 without a GPU.
+    """
+    if request.precision == "fp16" and not torch.cuda.is_available():
+        raise EnvironmentFault("--precision fp16: needs a GPU, and none is visible. On a CPU use bf16 or fp32.")
+    folder = model_folder(model)
+    network, config = load_finetuned(folder)
+    behaviour = behaviour_of(config, sha256(folder / WEIGHTS))
+    threshold = requested_threshold(config, request.threshold, request.operating_point, request.probabilities)
+    return network, config, behaviour, threshold
 
 
 def behaviour_of(config: ModelConfig, weights: str) -> Behaviour:

@@ -3,7 +3,7 @@
 import importlib.util
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from finetune.quantisation.settings import QuantiseSettings
 from finetune.quantisation.training import calibration_batches, show, train
 from finetune.recipe import FinetuneRecipe
 from finetune.training.patches import PatchSampler
+from resunet.architecture import Architecture
 from resunet.bundle.contract import FootprintFacts, Graph, InputFacts, OutputFacts, Runtime
 from resunet.bundle.engines import Engine, open_engine, version_of
 from resunet.bundle.scorer import EngineScorer
@@ -39,6 +40,19 @@ from resunet.training import start_ranks
 # and then, and what follows takes that up. A graph of one wrong scale is off by more.
 TOLERANCE = 0.1
 _COMPARED = 2  # batches
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a method works on. batches: training patches that set the first ranges."""
+
+    network: Segmenter
+    architecture: Architecture
+    recipe: FinetuneRecipe
+    settings: QuantiseSettings
+    sampler: PatchSampler
+    batches: list[Tensor]
+    accelerator: Accelerator
 
 
 def quantise(run: Path, settings: QuantiseSettings, out: Path) -> Path:
@@ -64,7 +78,8 @@ def quantise(run: Path, settings: QuantiseSettings, out: Path) -> Path:
     batches = calibration_batches(recipe, settings, sampler)
     with folder_aside(out) as aside:
         make = _by_nncf if settings.by_nncf else _by_torchao
-        rounded, graphs = make(network, config, recipe, settings, sampler, batches, accelerator, aside)
+        work = _Work(network, config.architecture, recipe, settings, sampler, batches, accelerator)
+        rounded, graphs = make(work, aside)
         facts = _describe(network, config, settings, sha256(folder / WEIGHTS), graphs)
         difference = _compare(aside, facts, rounded, batches)
         found = footprint(network, config.architecture.in_channels, torch.device("cpu"))
@@ -113,26 +128,19 @@ def _refuse_unfit(run: Path, network: Segmenter, settings: QuantiseSettings) -> 
             )
 
 
-def _by_torchao(
-    network: Segmenter,
-    config: ModelConfig,
-    recipe: FinetuneRecipe,
-    settings: QuantiseSettings,
-    sampler: PatchSampler,
-    batches: list[Tensor],
-    accelerator: Accelerator,
-    folder: Path,
-) -> tuple[Engine, tuple[Graph, ...]]:
+def _by_torchao(work: _Work, folder: Path) -> tuple[Engine, tuple[Graph, ...]]:
     """Write model.onnx; the rounded network as an engine, and the graphs that are of the file."""
     from finetune.quantisation import pt2e
 
-    architecture, trains = config.architecture, settings.trains
-    prepared = pt2e.prepare(network, architecture.in_channels, trains, settings.freeze_statistics > 0, settings.grid)
-    prepared = prepared.to(accelerator.device)
-    if trains:
+    architecture, settings, device = work.architecture, work.settings, work.accelerator.device
+    prepared = pt2e.prepare(
+        work.network, architecture.in_channels, settings.trains, settings.freeze_statistics > 0, settings.grid
+    )
+    prepared = prepared.to(device)
+    if settings.trains:
         pt2e.set_ranges(prepared, moving=True, rounding=False)
-    show(prepared, batches, accelerator.device)
-    if trains:
+    show(prepared, work.batches, device)
+    if settings.trains:
         statistics, observers = (
             round(share * settings.steps) for share in (settings.freeze_statistics, settings.freeze_observers)
         )
@@ -142,7 +150,7 @@ def _by_torchao(
             if step == statistics:
                 pt2e.freeze_statistics(prepared)
 
-        train(prepared, recipe, settings, sampler, accelerator, folder, freeze)
+        train(prepared, work.recipe, settings, work.sampler, work.accelerator, folder, freeze)
     if missed := pt2e.unobserved(prepared):
         raise CheckFailed(f"{', '.join(missed)}: saw no finite value in {settings.calibration} training patches.")
     converted = pt2e.convert(prepared.cpu())
@@ -151,23 +159,14 @@ def _by_torchao(
     return engine_of(converted), tuple(Graph(one, "int8", "model.onnx", OPSET, None, TOLERANCE) for one in graphs)
 
 
-def _by_nncf(
-    network: Segmenter,
-    config: ModelConfig,
-    recipe: FinetuneRecipe,
-    settings: QuantiseSettings,
-    sampler: PatchSampler,
-    batches: list[Tensor],
-    accelerator: Accelerator,
-    folder: Path,
-) -> tuple[Engine, tuple[Graph, ...]]:
+def _by_nncf(work: _Work, folder: Path) -> tuple[Engine, tuple[Graph, ...]]:
     """As `_by_torchao`, by NNCF: model.xml and model.bin."""
     from finetune.quantisation import by_nncf
 
-    architecture = config.architecture
-    prepared = by_nncf.prepare(network, batches)
-    if settings.trains:
-        train(prepared, recipe, settings, sampler, accelerator, folder, lambda step: None)
+    architecture = work.architecture
+    prepared = by_nncf.prepare(work.network, work.batches)
+    if work.settings.trains:
+        train(prepared, work.recipe, work.settings, work.sampler, work.accelerator, folder, lambda step: None)
     version = by_nncf.write(prepared, architecture.in_channels, architecture.spatial_dims, folder / "model.xml")
     return engine_of(prepared), (Graph("openvino", "int8", "model.xml", None, version, TOLERANCE),)
 

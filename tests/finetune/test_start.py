@@ -86,7 +86,8 @@ def test_what_does_not_fit_is_listed(changes, said, finished: Path, recipe):
 
 
 def test_raw_mask_values_may_be_others(finished: Path, recipe):
-    resolve(recipe(start=str(finished), data={"classes": {0: "background", 1: "lesion"}}))
+    made = resolve(recipe(start=str(finished), data={"classes": {0: "background", 1: "lesion"}}))
+    assert made.data.classes == {0: "background", 1: "lesion"} and read_config(finished / "model").classes != made.data.classes
 
 
 @pytest.mark.parametrize(
