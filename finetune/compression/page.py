@@ -51,7 +51,7 @@ def _lead(record: Record) -> list[str]:
         ends = [
             f"{_NAMES[name]} {its['dice']['mean']:.4f} ({_percent(-its['fall'])})"
             for name, its in networks.items()
-            if name != START
+            if name != START and (name != END or accepted is not None)
         ]
         said.append(f"Test, read once: Dice before {networks[START]['dice']['mean']:.4f}, {', '.join(ends)}.")
     return said

@@ -20,7 +20,7 @@ class QuantiseSettings(Frozen):
     grid: Literal["affine", "symmetric"] = Field(
         "affine",
         description="of activations. affine: 0 to 255 from a zero point, so that what a ReLU gives has all of it, and ONNX "
-        "Runtime is more than twice as fast; symmetric: −128 to 127 about 0, which TensorRT asks for",
+        "Runtime is faster; symmetric: −128 to 127 about 0, which TensorRT asks for",
     )
     steps: int = Field(200, ge=1, description="of quantisation-aware training")
     lr: float = Field(1e-4, gt=0, description="at the end of the warm-up; about a tenth of the fine-tuning's")
