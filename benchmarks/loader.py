@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from pretrain.loader import ContrastiveSets, reading
-from pretrain.objective import SimCLR, contrast, nt_xent
+from pretrain.network import PretrainingNetwork
+from pretrain.objective import contrast, nt_xent
 from pretrain.recipe import PretrainRecipe
 from pretrain.views import make_views
 from resunet.config import DataSettings, validate
@@ -106,7 +107,7 @@ def views_a_second(recipe: PretrainRecipe, seconds: float) -> float:
 def consumed(recipe: PretrainRecipe, train: bool, seconds: float) -> float:
     """Scans a second through the encoder: a whole optimiser step, or forward only."""
     torch.manual_seed(0)
-    network = SimCLR(ResidualEncoder(in_channels=1), recipe.head).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = PretrainingNetwork(ResidualEncoder(in_channels=1), recipe.head).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     criterion = nt_xent(recipe.temperature)
     side = recipe.views.size
@@ -114,7 +115,7 @@ def consumed(recipe: PretrainRecipe, train: bool, seconds: float) -> float:
 
     def step() -> None:
         with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16):
-            embedding, projection = network(views)
+            embedding, projection = network(views)[:2]
         if train:
             optimizer.zero_grad()
             contrast(embedding, projection, criterion)["loss"].backward()

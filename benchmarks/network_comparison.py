@@ -46,11 +46,11 @@ from finetune.evaluation.targets import targets_of
 from finetune.labelled import LabelledData, read_labelled, resolve
 from finetune.recipe import FinetuneRecipe
 from finetune.training.augment import augment
-from finetune.training.losses import segmentation_loss
 from finetune.training.patches import PatchSampler
 from resunet.config import Precision
 from resunet.data.cases import LoadedCase
 from resunet.files import folder_aside, write_text
+from resunet.losses import segmentation_loss
 from resunet.model import ResUNet, UNet
 from resunet.training import learning_rate, parameter_groups, step_generator
 

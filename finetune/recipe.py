@@ -186,7 +186,7 @@ class AugmentSettings(Frozen):
 
 
 class LossSettings(Frozen):
-    """Focal + Dice, and for small objects a Dice of every component; see `finetune.training.losses`."""
+    """Focal + Dice, and for small objects a Dice of every component; see `resunet.losses`."""
 
     gamma: float = Field(2.0, ge=0)
     focal_weight: float = Field(1.0, ge=0)

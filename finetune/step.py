@@ -24,7 +24,6 @@ from finetune.start import load_start
 from finetune.training.augment import augment
 from finetune.training.averaging import averaged
 from finetune.training.batch_statistics import batch_norms, moving, recompute_statistics, refuse_without_batch_norm
-from finetune.training.losses import segmentation_loss
 from finetune.training.patches import UNLABELLED, Batches
 from finetune.training.schedule import encoder_stands_still, rates
 from finetune.training.supervision import Supervised, supervised_loss
@@ -34,6 +33,7 @@ from resunet.errors import CheckFailed
 from resunet.layout import channels_last, place
 from resunet.light_model import MobileResUNet
 from resunet.light_weights import load_weights
+from resunet.losses import segmentation_loss
 from resunet.model import Segmenter, UNet, WithEncoder, build_model
 from resunet.training import parameter_groups, refuse_non_finite, step_generator, sum_over_ranks
 from resunet.transfer import Receipt, transfer_encoder

@@ -12,56 +12,59 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-Score = Callable[..., dict[str, Tensor]]  # embeddings, projections, those of places → loss and figures
+from pretrain.network import Inputs, Outputs
+
+Score = Callable[[Outputs], dict[str, Tensor]]  # what the network gave → loss and figures
 
 
 def backward_whole(
-    network: nn.Module,
-    views: Tensor,
-    score: Score,
-    weight: float,
-    accelerator: Accelerator,
-    synchronise: bool,
-    places: Tensor | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Add the gradients of weight · loss; what `score` gave, and the projections.
+    network: nn.Module, inputs: Inputs, score: Score, weight: float, accelerator: Accelerator, synchronise: bool
+) -> tuple[dict[str, Tensor], Outputs]:
+    """Add the gradients of weight · loss; what `score` gave, and what the network gave.
 
     Args:
         network: as `accelerator.prepare` gave it.
         synchronise: average the gradients, and all that were added before, over the ranks.
-        places: in the views, of a network with a dense branch.
     """
     with nullcontext() if synchronise else accelerator.no_sync(network):
         with accelerator.autocast():
-            outputs = network(views) if places is None else network(views, places)
-        terms = score(*outputs)
+            outputs = Outputs(*network(*inputs))
+        terms = score(outputs)
         accelerator.backward(terms["loss"] * weight)
-    return {name: value.detach() for name, value in terms.items()}, outputs[1].detach()
+    return {name: value.detach() for name, value in terms.items()}, _detached(outputs)
 
 
 def backward_in_chunks(
-    network: nn.Module, views: Tensor, chunk: int, score: Score, weight: float, accelerator: Accelerator, synchronise: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    """`backward_whole` in the memory of `chunk` views; ranks must have equally many."""
+    network: nn.Module, inputs: Inputs, chunk: int, score: Score, weight: float, accelerator: Accelerator, synchronise: bool
+) -> tuple[dict[str, Tensor], Outputs]:
+    """`backward_whole` of views alone, in the memory of `chunk` of them; ranks must have equally many."""
+    views = inputs.views
+    assert views is not None and inputs.places is None and inputs.planted is None
     parts = views.split(chunk)
     alone = accelerator.unwrap_model(network)  # ranks need not meet in the first pass
-    states, found = [], []
+    states, embeddings, projections = [], [], []
     for part in parts:
         states.append(_random_state(views.device))
         with torch.no_grad(), accelerator.autocast():
-            found.append(alone(part))
-    embedding, projection = (torch.cat(one) for one in zip(*found, strict=True))
-    projection.requires_grad_()
-    terms = score(embedding, projection)
+            found = alone(part)
+        embeddings.append(found.embedding)
+        projections.append(found.projection)
+    outputs = Outputs(torch.cat(embeddings), projection := torch.cat(projections).requires_grad_())
+    terms = score(outputs)
     accelerator.backward(terms["loss"] * weight)  # scaled, where there is a scaler, and so is all that follows
     assert projection.grad is not None
     for i, (part, gradient) in enumerate(zip(parts, projection.grad.split(chunk), strict=True)):
         last = synchronise and i == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(network), _replaying(states[i], views.device):
             with accelerator.autocast():
-                _, again = network(part)
+                again = Outputs(*network(part)).projection
+            assert again is not None
             again.backward(gradient)
-    return {name: value.detach() for name, value in terms.items()}, projection.detach()
+    return {name: value.detach() for name, value in terms.items()}, _detached(outputs)
+
+
+def _detached(outputs: Outputs) -> Outputs:
+    return Outputs(*(None if one is None else one.detach() for one in outputs))
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -16,30 +16,24 @@ from torch.nn import functional as F
 
 from pretrain.losses import of_all_ranks
 from pretrain.recipe import DenseSettings
-from resunet.decoders import AnyEncoder, decoder_of
-from resunet.encoder import initialise
+from resunet.decoders import AnyDecoder, AnyEncoder
 from resunet.light_decoder import LightDecoder
 
 
 class DenseBranch(nn.Module):
-    """The decoder down to a level, and a projection of single places: two linear layers (1×1 convolutions), thrown away later."""
+    """A projection of single places: two linear layers (1×1 convolutions), thrown away later."""
 
-    def __init__(
-        self, encoder: AnyEncoder, settings: DenseSettings, squeeze_excite: bool, channels: Sequence[int] | None = None
-    ) -> None:
-        """channels: of a light decoder; see `resunet.decoders`."""
+    def __init__(self, encoder: AnyEncoder, decoder: AnyDecoder, settings: DenseSettings) -> None:
         super().__init__()
-        self.decoder = decoder_of(encoder, squeeze_excite, settings.level, channels)
-        self.stride = encoder.strides[settings.level]
-        initialise(self.decoder)
-        width = (self.decoder.widths if isinstance(self.decoder, LightDecoder) else encoder.channels)[settings.level]
+        self.level, self.stride = settings.level, encoder.strides[settings.level]
+        width = (decoder.widths if isinstance(decoder, LightDecoder) else encoder.channels)[settings.level]
         self.projection = nn.Sequential(
             nn.Linear(width, settings.hidden), nn.ReLU(inplace=True), nn.Linear(settings.hidden, settings.output)
         )
 
-    def forward(self, features: Sequence[Tensor], sides: Sequence[int], places: Tensor) -> Tensor:
-        """The encoder's features of views with these sides, and places (2N, count, dimensions) → (2N, count, output)."""
-        projected: Tensor = self.projection(read_level(self.decoder(features), self.stride, sides, places))
+    def forward(self, features: Tensor, sides: Sequence[int], places: Tensor) -> Tensor:
+        """The decoder's level of views with these sides, and places (2N, count, dimensions) in them → (2N, count, output)."""
+        projected: Tensor = self.projection(read_level(features, self.stride, sides, places))
         return projected
 
 

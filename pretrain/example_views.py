@@ -12,25 +12,34 @@ from torch.nn import functional as F
 
 from pretrain.loader import ContrastiveSets
 from pretrain.recipe import PretrainRecipe
-from pretrain.step import views_of_set
+from pretrain.step import planted_of_set, views_of_set
 
 SHOWN = 8  # scans
+_OUTLINE = (0.90, 0.62, 0.0)  # orange of Okabe and Ito
+_WIDEN = {2: F.max_pool2d, 3: F.max_pool3d}
 
 Picture = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A scan's window and its two views: (y, x) greys or (y, x, 3) colours in [0, 1]; of volumes three planes in the middle.
+    """A scan's window and its views: (y, x) greys or (y, x, 3) colours in [0, 1]; of volumes three planes in the middle.
 
-    scan: which of the archive's. size: of the window, in array order. position: of a slice in its volume, else NaN.
+    views: as `columns` names them. scan: which of the archive's. size: of the window, in array order. position: of a slice in its
+    volume, else NaN.
     """
 
     window: Picture
-    views: tuple[Picture, Picture]
+    views: tuple[Picture, ...]
     scan: int
     size: tuple[int, ...]
     position: float
+
+
+def columns(recipe: PretrainRecipe) -> tuple[str, ...]:
+    """What the views of an example are."""
+    contrasted = ("first view", "second view") if recipe.contrasts else ()
+    return contrasted if recipe.synthetic is None else (*contrasted, "with synthetic objects", "their outlines")
 
 
 def examples(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Accelerator) -> Iterator[Example]:
@@ -39,20 +48,41 @@ def examples(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Acceler
     A scan and its views share one scale, from the darkest to the brightest of the window, so that a change of intensity is seen.
     """
     read = sets.read(0)
-    views = views_of_set(recipe, read, 0, accelerator).float().cpu().chunk(2)
+    views: list[Tensor] = []
+    if recipe.contrasts:
+        views += views_of_set(recipe, read, 0, accelerator).float().cpu().chunk(2)
+    planted = None if recipe.synthetic is None else planted_of_set(recipe, read, 0, accelerator)
     for i in range(min(SHOWN, len(read.sizes))):
         size = tuple(read.sizes[i].tolist())
         window = read.windows[i][(slice(None), *map(slice, size))]
-        shown = [_shown(one, _limits(window)) for one in (window, views[0][i], views[1][i])]
-        yield Example(shown[0], (shown[1], shown[2]), int(read.scan[i]), size, float(read.position[i]))
+        limits = _limits(window)
+        shown = [_shown(one[i], limits) for one in views]
+        if planted is not None:
+            with_objects = _shown(planted.images[i].float().cpu(), limits)
+            shown += [with_objects, _outlined(with_objects, planted.labels[i].cpu())]
+        yield Example(_shown(window, limits), tuple(shown), int(read.scan[i]), size, float(read.position[i]))
 
 
 def example_views(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Accelerator) -> list[Picture]:
-    """The same, each as one row (y, x) or (y, x, 3) of window, first and second view, for the report."""
-    return [
-        np.concatenate([resized(one.window, one.views[0].shape[:2]), *one.views], axis=1)
-        for one in examples(recipe, sets, accelerator)
-    ]
+    """The same, each as one row (y, x) or (y, x, 3) of the window and its views, for the report."""
+    rows = []
+    for one in examples(recipe, sets, accelerator):
+        row = [resized(one.window, one.views[0].shape[:2]), *one.views]
+        if any(picture.ndim == 3 for picture in row):
+            row = [_coloured(picture) for picture in row]
+        rows.append(np.concatenate(row, axis=1))
+    return rows
+
+
+def _outlined(picture: Picture, labels: Tensor) -> Picture:
+    """The border of the objects, outside of them so that small ones stay seen."""
+    objects = labels[None, None].float()
+    border = (_WIDEN[labels.ndim](objects, 3, 1, 1) - objects)[0, 0]
+    return np.where(_flat(border)[..., None].numpy() > 0, np.array(_OUTLINE, np.float32), _coloured(picture))
+
+
+def _coloured(picture: Picture) -> Picture:
+    return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
 
 
 def resized(picture: Picture, size: tuple[int, ...]) -> Picture:

@@ -34,7 +34,7 @@ from resunet.training import (
     training_state,
 )
 
-_TOLD = ("loss", "projection_std", "embedding_std")  # beside the progress
+_TOLD = ("loss", "projection_std", "embedding_std", "synthetic_dice")  # beside the progress
 
 
 def pretrain(recipe: PretrainRecipe) -> Path:
@@ -95,7 +95,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                     non_finite.passed()
                     if step == 0 or (step + 1) % recipe.log_every == 0:
                         gradients.take(step + 1, network, metrics["gradient_norm"])
-                    figures |= {name: metrics[name] for name in _TOLD}
+                    figures |= {name: metrics[name] for name in _TOLD if name in metrics}
                     optimizer.step()
                 clock.tick()
                 done = step + 1

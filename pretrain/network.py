@@ -1,14 +1,22 @@
-"""The network of a pretraining run on its device, and the optimiser of it."""
+"""The network of a pretraining run on its device: an encoder, what of a decoder is trained, and heads; and the optimiser of it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from accelerate import Accelerator
+from lightly.models.modules import SimCLRProjectionHead
 from lightly.utils.lars import LARS
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from pretrain.objective import SimCLR
-from pretrain.recipe import PretrainRecipe
+from pretrain.dense import DenseBranch
+from pretrain.recipe import DenseSettings, HeadSettings, PretrainRecipe
+from resunet.blocks import convolution
 from resunet.data.images import channel_count
-from resunet.decoders import AnyEncoder
+from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
+from resunet.encoder import initialise
 from resunet.layout import place
+from resunet.light_decoder import LightDecoder
 from resunet.light_weights import load_weights
 from resunet.mobile import MobileEncoder
 from resunet.model import build_model
@@ -16,12 +24,96 @@ from resunet.progress import say
 from resunet.training import parameter_groups
 
 
-def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> SimCLR:
+class Inputs(NamedTuple):
+    """What a step gives the network.
+
+    views: (2N, C, *sides), the first views and then the second. places: (2N, count, dimensions) in them, of dense contrast.
+    planted: (N, C, *sides), views with synthetic objects.
+    """
+
+    views: Tensor | None = None
+    places: Tensor | None = None
+    planted: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """What it makes of them: embedding (2N, channels[-1]), projection (2N, output), places (2N, count, its output), and logits of
+    the planted views, (N, 1, *size of the finest level)."""
+
+    embedding: Tensor | None = None
+    projection: Tensor | None = None
+    places: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class PretrainingNetwork(nn.Module):
+    """Encoder and projection head, and what the objectives of a recipe need beside them: see `Inputs` and `Outputs`.
+
+    Args:
+        head: of the contrast of scans; None: there is none.
+        segments: synthetic objects, at the decoder's finest level.
+        decoder_channels: of a light decoder; see `resunet.decoders`.
+    """
+
+    def __init__(
+        self,
+        encoder: AnyEncoder,
+        head: HeadSettings | None,
+        dense: DenseSettings | None = None,
+        segments: bool = False,
+        squeeze_excite: bool = False,
+        decoder_channels: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head: nn.Module | None = None
+        if head is not None:
+            self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output, batch_norm=head.batch_norm)
+        # what is optional comes last, so that encoder and head begin as they would without it
+        self.decoder: AnyDecoder | None = None
+        self.dense: DenseBranch | None = None
+        self.segment: nn.Module | None = None
+        if dense is None and not segments:
+            return
+        finest = 0 if dense is None or segments else dense.level
+        self.decoder = decoder_of(encoder, squeeze_excite, finest, decoder_channels)
+        initialise(self.decoder)
+        if dense is not None:
+            self.dense = DenseBranch(encoder, self.decoder, dense)
+        if segments:
+            widths = self.decoder.widths if isinstance(self.decoder, LightDecoder) else encoder.channels
+            self.segment = convolution(encoder.spatial_dims, widths[finest], 1, 1, bias=True)
+
+    def forward(self, views: Tensor | None = None, places: Tensor | None = None, planted: Tensor | None = None) -> Outputs:
+        found = Outputs()
+        if views is not None:
+            assert self.head is not None
+            features = self.encoder(views)
+            embedding = features[-1].mean(dim=tuple(range(2, views.ndim)))
+            found = found._replace(embedding=embedding, projection=self.head(embedding))
+            if self.dense is not None:
+                assert self.decoder is not None and places is not None
+                level = self.decoder(features, self.dense.level)
+                found = found._replace(places=self.dense(level, views.shape[2:], places))
+        if planted is not None:
+            assert self.decoder is not None and self.segment is not None
+            found = found._replace(logits=self.segment(self.decoder(self.encoder(planted))))
+        return found
+
+
+def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> PretrainingNetwork:
     architecture = recipe.model.architecture(channel_count(recipe.data.channels))
     encoder = build_model(architecture)
     assert isinstance(encoder, AnyEncoder)
     light = isinstance(encoder, MobileEncoder)
-    network = SimCLR(encoder, recipe.head, recipe.dense, recipe.model.squeeze_excite, recipe.model.channels if light else None)
+    network = PretrainingNetwork(
+        encoder,
+        recipe.head if recipe.contrasts else None,
+        recipe.dense,
+        recipe.synthetic is not None,
+        recipe.model.squeeze_excite,
+        recipe.model.channels if light else None,
+    )
     if isinstance(encoder, MobileEncoder) and recipe.model.weights is not None:
         load_weights(encoder, recipe.model.weights)
     if accelerator.num_processes > 1:
@@ -35,16 +127,16 @@ def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> SimCLR:
     return place(network, accelerator.device)
 
 
-def synchronised(network: SimCLR) -> SimCLR:
+def synchronised(network: PretrainingNetwork) -> PretrainingNetwork:
     """Batch norms as SyncBatchNorm, timm's with their activation, which torch's own converter would drop."""
     from timm.layers import convert_sync_batchnorm
 
     converted = convert_sync_batchnorm(network)
-    assert isinstance(converted, SimCLR)
+    assert isinstance(converted, PretrainingNetwork)
     return converted
 
 
-def build_optimizer(recipe: PretrainRecipe, network: SimCLR) -> Optimizer:
+def build_optimizer(recipe: PretrainRecipe, network: PretrainingNetwork) -> Optimizer:
     groups = parameter_groups({"network": network}, recipe.optimizer.weight_decay)
     if recipe.optimizer.name == "lars":
         lars: Optimizer = LARS(groups, lr=recipe.peak_lr, momentum=0.9)

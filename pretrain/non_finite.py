@@ -25,22 +25,24 @@ _ADVICE = (
 )
 
 
-def suspects(scan: Tensor, views: Tensor, projection: Tensor) -> Tensor:
-    """(N, 3) int64: of every scan of a rank's share, which it is, whether its views and whether its projections are at fault.
+def suspects(scan: Tensor, seen: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> Tensor:
+    """(N, 3) int64: of every scan of a rank's share, which it is, whether its views and whether what they gave are at fault.
 
     Args:
-        scan: (N,). views, projection: (2N, …), the first views and then the second.
+        scan: (N,). seen, found: (N, …) or, the first views and then the second, (2N, …); None: there is no such.
     """
 
-    def bad(values: Tensor) -> Tensor:
-        return (~values.flatten(1).isfinite().all(dim=1)).reshape(2, -1).any(dim=0)
+    def bad(values: Sequence[Tensor | None]) -> Tensor:
+        faults = [~one.flatten(1).isfinite().all(dim=1) for one in values if one is not None]
+        return torch.cat(faults).reshape(-1, len(scan)).any(dim=0)
 
-    return torch.stack([scan.to(views.device), bad(views).long(), bad(projection).long()], dim=1)
+    views, outputs = bad(seen), bad(found)
+    return torch.stack([scan.to(views.device), views.long(), outputs.long()], dim=1)
 
 
 def to_blame(rows: Tensor) -> tuple[str, list[int]]:
     """What the `suspects` of a step say: in words, and the scans. Where all are at fault, or none, it is no scan's."""
-    for column, words in ((1, "scans whose views are not finite"), (2, "scans whose projections are not finite")):
+    for column, words in ((1, "scans whose views are not finite"), (2, "scans whose outputs are not finite")):
         chosen = rows[rows[:, column] > 0]
         if 0 < len(chosen) < len(rows):
             return words, sorted(set(chosen[:, 0].tolist()))

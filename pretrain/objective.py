@@ -4,52 +4,19 @@ Projection head and losses are lightly's, but for the one that knows groups and 
 encoder's last level; both views go through the encoder in one forward pass, so that they share their batch statistics.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
+import torch
 from lightly.loss import DCLLoss, NTXentLoss
-from lightly.models.modules import SimCLRProjectionHead
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
 
-from pretrain.dense import DenseBranch, contrast_places
+from pretrain.dense import contrast_places
 from pretrain.losses import Items, ScanAwareNTXent, of_all_ranks
-from pretrain.recipe import DenseSettings, HeadSettings, ObjectiveSettings
-from resunet.decoders import AnyDecoder, AnyEncoder
-
-
-class SimCLR(nn.Module):
-    """Encoder and projection head: (2N, C, *size) → embeddings (2N, channels[-1]) and projections (2N, output).
-
-    With a dense branch also the projections of places in the views: (2N, count, dimensions) → (2N, count, its output).
-    """
-
-    def __init__(
-        self,
-        encoder: AnyEncoder,
-        head: HeadSettings,
-        dense: DenseSettings | None = None,
-        squeeze_excite: bool = False,
-        decoder_channels: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output, batch_norm=head.batch_norm)
-        # last, so that encoder and head begin as they would without it
-        self.dense = None if dense is None else DenseBranch(encoder, dense, squeeze_excite, decoder_channels)
-
-    @property
-    def decoder(self) -> AnyDecoder | None:
-        """What of a decoder is trained."""
-        return None if self.dense is None else self.dense.decoder
-
-    def forward(self, views: Tensor, places: Tensor | None = None) -> tuple[Tensor, ...]:
-        if self.dense is None:
-            embedding = self.encoder.embed(views)
-            return embedding, self.head(embedding)
-        assert places is not None
-        features = self.encoder(views)
-        embedding = features[-1].mean(dim=tuple(range(2, views.ndim)))
-        return embedding, self.head(embedding), self.dense(features, views.shape[2:], places)
+from pretrain.network import Outputs
+from pretrain.recipe import ObjectiveSettings, PretrainRecipe
+from pretrain.synthetic import synthetic_terms
+from resunet.losses import Total, one_rank
 
 
 def nt_xent(temperature: float) -> NTXentLoss:
@@ -120,22 +87,39 @@ def contrast(embedding: Tensor, projection: Tensor, criterion: nn.Module, items:
     }
 
 
-def contrast_both(
-    embedding: Tensor,
-    projection: Tensor,
-    of_places: Tensor,
-    contrast_scans: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    found: Tensor,
-    weight: float,
-    dense: DenseSettings,
+def score(
+    outputs: Outputs,
+    recipe: PretrainRecipe,
+    criterion: nn.Module,
+    items: Items | None,
+    matched: Tensor | None = None,
+    labels: Tensor | None = None,
+    total: Total = one_rank,
 ) -> dict[str, Tensor]:
-    """`contrast`, whose loss is global_loss here, and `contrast_places`; loss: their sum by weight.
+    """The losses of a set, of `contrast`, `contrast_places` and `synthetic_terms` as the recipe has them, and what they tell.
 
     Args:
-        of_places: (2N, count, D), and found: (N, count), as `contrast_places` takes them.
-        contrast_scans: `contrast`, with its criterion and items.
-        weight: of the global loss.
+        items, matched, labels: what they take beside the network's outputs.
+        total: the sum over the ranks.
+
+    Returns:
+        loss: the sum by the recipe's weights. Where there are several, that of `contrast` is global_loss.
     """
-    terms, places = contrast_scans(embedding, projection), contrast_places(of_places, found, dense)
-    loss = weight * terms["loss"] + dense.weight * places["dense_loss"]
-    return terms | {"loss": loss, "global_loss": terms["loss"]} | places
+    terms: dict[str, Tensor] = {}
+    weighted = []
+    if outputs.projection is not None:
+        assert outputs.embedding is not None
+        terms = contrast(outputs.embedding, outputs.projection, criterion, items)
+        if not recipe.trains_decoder:
+            return terms
+        terms["global_loss"] = terms.pop("loss")
+        weighted.append(recipe.objective.weight * terms["global_loss"])
+    if recipe.dense is not None:
+        assert outputs.places is not None and matched is not None
+        terms |= contrast_places(outputs.places, matched, recipe.dense)
+        weighted.append(recipe.dense.weight * terms["dense_loss"])
+    if recipe.synthetic is not None:
+        assert outputs.logits is not None and labels is not None
+        terms |= synthetic_terms(outputs.logits, labels, recipe.synthetic.forgiven, total)
+        weighted.append(recipe.synthetic.weight * terms["synthetic_loss"])
+    return {"loss": torch.stack(weighted).sum()} | terms

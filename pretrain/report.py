@@ -8,19 +8,15 @@ from numpy.typing import NDArray
 
 from pretrain.archive import Archive
 from pretrain.dense_section import dense_section
+from pretrain.example_views import columns
 from pretrain.non_finite import FILE as SKIPPED
 from pretrain.non_finite import skipped_steps
 from pretrain.probe.probe import Probe
 from pretrain.probe.section import probe_section
 from pretrain.recipe import PretrainRecipe
+from pretrain.synthetic_section import synthetic_section
 from resunet.gradients import gradients_section
 from resunet.report import Section, curves, image, read_metrics, write_page
-
-_HOW_TO_LOOK = {
-    2: "Each row: the scan, its first view, its second view.",
-    3: "Each picture has the scan, its first view and its second view beside one another, cut through the middle three times: "
-    "across z (axial), y (coronal) and x (sagittal).",
-}
 
 
 def write_report(
@@ -30,35 +26,54 @@ def write_report(
     archive_map: Sequence[Section],
     probe: Probe,
 ) -> None:
-    """report.html of a finished run; `examples` are rows of scan, first view, second view in [0, 1]."""
+    """report.html of a finished run; `examples` are rows of a scan and its views in [0, 1]."""
     metrics, gradients = read_metrics(recipe.out), gradients_section(recipe.out)
     sections = [
         Section(
             lead=[
-                f"{'SimCLR' if recipe.dense is None else 'SimCLR and dense contrast'} on {_items(archive)} ({archive.num_groups:,} "
-                f"groups): {recipe.steps} steps of {recipe.batch} scans."
+                f"{_objectives(recipe)} on {_items(archive)} ({archive.num_groups:,} groups): {recipe.steps} steps of "
+                f"{recipe.batch} scans."
             ],
             notes=archive.notes + archive.allowed + _skipped(recipe),
         ),
-        *(_training(recipe, metrics) if "loss" in metrics else []),
+        *(_training(recipe, metrics) if recipe.contrasts and "loss" in metrics else []),
         *(
             [dense_section(recipe.dense, recipe.model.decoder_stride(recipe.dense.level), metrics)]
             if recipe.dense is not None and "loss" in metrics
             else []
         ),
+        *([synthetic_section(metrics)] if recipe.synthetic is not None and "loss" in metrics else []),
         *probe_section(recipe, probe, metrics),
         *([gradients] if gradients is not None else []),
         Section(
             "What the network saw",
-            text=[_HOW_TO_LOOK[recipe.model.spatial_dims]],
+            text=[_how_to_look(recipe)],
             pictures=[
-                image((row * 255).astype(np.uint8), f"Scan {i + 1} and its two views", scale=_scale(recipe, row.shape[0]))
+                image((row * 255).astype(np.uint8), f"Scan {i + 1} and its views", scale=_scale(recipe, row.shape[0]))
                 for i, row in enumerate(examples)
             ],
         ),
         *archive_map,
     ]
     write_page(recipe.out / "report.html", "Pretraining", sections)
+
+
+def _objectives(recipe: PretrainRecipe) -> str:
+    names = ["SimCLR"] if recipe.objective.weight else []
+    names += ["dense contrast"] if recipe.dense is not None else []
+    names += ["segmentation of synthetic objects"] if recipe.synthetic is not None else []
+    told = f"{', '.join(names[:-1])} and {names[-1]}" if names[:-1] else names[0]
+    return told[0].upper() + told[1:]
+
+
+def _how_to_look(recipe: PretrainRecipe) -> str:
+    shown = ", ".join(("the scan", *columns(recipe)))
+    if recipe.model.spatial_dims == 2:
+        return f"Each row: {shown}."
+    return (
+        f"Each picture has {shown} beside one another, cut through the middle three times: across z (axial), y (coronal) and x "
+        "(sagittal)."
+    )
 
 
 def _items(archive: Archive) -> str:
@@ -81,7 +96,7 @@ def _skipped(recipe: PretrainRecipe) -> list[str]:
 
 def _training(recipe: PretrainRecipe, metrics: Mapping[str, tuple[list[float], list[float]]]) -> list[Section]:
     formula, chance = _chance(recipe, metrics)
-    losses = metrics["loss" if recipe.dense is None else "global_loss"]
+    losses = metrics["global_loss" if recipe.trains_decoder else "loss"]
     final, std = losses[1][-1], metrics["projection_std"][1][-1]
     healthy = 1 / math.sqrt(recipe.head.output)
     spread = {

@@ -82,7 +82,7 @@ def encoder_of_checkpoint(run: Path, step: int, out: Path) -> Path:
     decoder = None
     if (part := config.decoder) is not None:
         decoder = decoder_of(encoder, part.squeeze_excite, part.finest, part.channels)
-        load_exactly(decoder, _below("dense.decoder.", state), f"step {step}")
+        load_exactly(decoder, _below("decoder.", state), f"step {step}")
         changed["decoder"] = describe_decoder(encoder, decoder, part.squeeze_excite)
     encoder.config = config.model_copy(update=changed)
     with folder_aside(out) as aside:

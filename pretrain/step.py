@@ -15,14 +15,16 @@ from pretrain.crop import AffineMap
 from pretrain.draws import Draws
 from pretrain.loader import ContrastiveSet
 from pretrain.losses import Items
+from pretrain.network import Inputs
 from pretrain.non_finite import suspects
-from pretrain.objective import contrast, contrast_both
+from pretrain.objective import score
 from pretrain.places import PLACES_STREAM, Matches, matching_places
 from pretrain.ranks import on_every_rank
 from pretrain.recipe import PretrainRecipe
+from pretrain.synthetic import PLANTS_STREAM, Planted, planted_views
 from pretrain.views import VIEWS_STREAM, Views, make_views
 from resunet.layout import channels_last
-from resunet.training import step_generator
+from resunet.training import step_generator, sum_over_ranks
 
 
 def add_gradients(
@@ -40,23 +42,40 @@ def add_gradients(
     backward = backward_whole if recipe.cache_chunk is None else partial(backward_in_chunks, chunk=recipe.cache_chunk)
     for part in range(recipe.accumulate):
         windows = on_every_rank(partial(next, reader), accelerator)
-        index = step * recipe.accumulate + part
-        views, where = placed_views_of_set(recipe, windows, index, accelerator)
-        score: Score = partial(contrast, criterion=criterion, items=_items(archive, windows, accelerator.device))
-        if recipe.dense is not None:
-            matches = matches_of_set(recipe, recipe.dense.points, windows, where, index, accelerator)
-            backward = partial(backward_whole, places=matches.places)
-            score = partial(
-                contrast_both, contrast_scans=score, found=matches.found, weight=recipe.objective.weight, dense=recipe.dense
-            )
+        inputs, scored = objectives_of_set(recipe, archive, windows, step * recipe.accumulate + part, criterion, accelerator)
         last = part == recipe.accumulate - 1
-        terms, projection = backward(
-            network, views, score=score, weight=1 / recipe.accumulate, accelerator=accelerator, synchronise=last
+        terms, outputs = backward(
+            network, inputs, score=scored, weight=1 / recipe.accumulate, accelerator=accelerator, synchronise=last
         )
-        rows.append(suspects(windows.scan, views, projection))
+        rows.append(suspects(windows.scan, (inputs.views, inputs.planted), (outputs.projection, outputs.logits)))
         for name, value in terms.items():
             metrics[name] = metrics.get(name, 0.0) + float(value) / recipe.accumulate
     return metrics, torch.cat(rows)
+
+
+def objectives_of_set(
+    recipe: PretrainRecipe,
+    archive: Archive,
+    windows: ContrastiveSet,
+    index: int,
+    criterion: nn.Module,
+    accelerator: Accelerator,
+) -> tuple[Inputs, Score]:
+    """What the network is given of this rank's share of the `index`-th set, and the losses of what it makes of it."""
+    inputs = Inputs()
+    matched = labels = None
+    if recipe.contrasts:
+        views, where = placed_views_of_set(recipe, windows, index, accelerator)
+        inputs = inputs._replace(views=views)
+        if recipe.dense is not None:
+            matches = matches_of_set(recipe, recipe.dense.points, windows, where, index, accelerator)
+            inputs, matched = inputs._replace(places=matches.places), matches.found
+    if recipe.synthetic is not None:
+        planted = planted_of_set(recipe, windows, index, accelerator)
+        inputs, labels = inputs._replace(planted=planted.images), planted.labels
+    items = _items(archive, windows, accelerator.device)
+    total = partial(sum_over_ranks, accelerator=accelerator)
+    return inputs, partial(score, recipe=recipe, criterion=criterion, items=items, matched=matched, labels=labels, total=total)
 
 
 def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Tensor:
@@ -66,16 +85,20 @@ def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, ac
 
 def placed_views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Views:
     """The same, and where they are in the windows."""
-    device = accelerator.device
-    generator = step_generator(
-        device, recipe.seed, VIEWS_STREAM, index, rank=0
-    )  # one stream, of which each rank takes its share
-    first = accelerator.process_index * len(windows.windows)
-    scans = windows.windows.to(device, non_blocking=True)
-    views = make_views(
-        scans, windows.sizes, windows.anchors, recipe.views, generator, first, recipe.batch, spacing=windows.spacing
-    )
+    draws = _draws(recipe, VIEWS_STREAM, windows, index, accelerator)
+    scans = windows.windows.to(accelerator.device, non_blocking=True)
+    generator, first, total = draws.generator, draws.places.start, draws.total
+    views = make_views(scans, windows.sizes, windows.anchors, recipe.views, generator, first, total, spacing=windows.spacing)
     return views._replace(values=channels_last(views.values))
+
+
+def planted_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Planted:
+    """A view with synthetic objects of every scan in this rank's share of the `index`-th set."""
+    assert recipe.synthetic is not None
+    draws = _draws(recipe, PLANTS_STREAM, windows, index, accelerator)
+    scans = windows.windows.to(accelerator.device, non_blocking=True)
+    planted = planted_views(scans, windows.sizes, windows.anchors, windows.spacing, recipe.views, recipe.synthetic, draws)
+    return planted._replace(images=channels_last(planted.images))
 
 
 def matches_of_set(
@@ -87,10 +110,15 @@ def matches_of_set(
     accelerator: Accelerator,
 ) -> Matches:
     """Up to `count` matching places of every scan in this rank's share of the `index`-th contrastive set."""
-    generator = step_generator(accelerator.device, recipe.seed, PLACES_STREAM, index, rank=0)  # as that of the views
+    return matching_places(places, windows.sizes, count, _draws(recipe, PLACES_STREAM, windows, index, accelerator))
+
+
+def _draws(recipe: PretrainRecipe, stream: int, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Draws:
+    """One stream of random numbers for the `index`-th set, of which each rank takes its share."""
+    generator = step_generator(accelerator.device, recipe.seed, stream, index, rank=0)
     share = len(windows.sizes)
     first = accelerator.process_index * share
-    return matching_places(places, windows.sizes, count, Draws(generator, range(first, first + share), recipe.batch))
+    return Draws(generator, range(first, first + share), recipe.batch)
 
 
 def _items(archive: Archive, windows: ContrastiveSet, device: torch.device) -> Items:

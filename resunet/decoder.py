@@ -34,10 +34,15 @@ class ProgressiveDecoder(nn.Module):
             UpBlock(encoder.spatial_dims, below, skip, skip, norm, squeeze_excite) for below, skip in itertools.pairwise(widths)
         )
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Features finest first, as an encoder returns them → (N, channels[finest], *size of level `finest`)."""
+    def forward(self, features: Sequence[Tensor], finest: int | None = None) -> Tensor:
+        """Features finest first, as an encoder returns them → (N, channels[finest], *size of level `finest`).
+
+        Args:
+            finest: a coarser level to stop at; None: its own finest.
+        """
+        finest = self.finest if finest is None else finest
         x = features[-1]
-        for block, skip in zip(self.blocks, reversed(features[self.finest : -1]), strict=True):
+        for block, skip in zip(self.blocks, reversed(features[finest:-1]), strict=finest == self.finest):
             x = block(x, skip)
         return x
 

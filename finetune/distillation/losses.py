@@ -1,6 +1,6 @@
 """What a student learns from its teacher: softened probabilities, and where the decoder's levels look. In float32.
 
-As `finetune.training.losses`, every term is a function of sums over the batch of all ranks.
+As `resunet.losses`, every term is a function of sums over the batch of all ranks.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.training.losses import Total, one_rank
 from finetune.training.supervision import Supervised
 from resunet.blocks import crop_to
 from resunet.errors import InputError
 from resunet.light_model import MobileResUNet
+from resunet.losses import Total, one_rank
 from resunet.model import ResUNet, UNet
 
 

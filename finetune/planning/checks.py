@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from finetune.distillation.teacher import Teacher
 from finetune.recipe import AugmentSettings, ElasticSettings, FinetuneRecipe
 from finetune.step import attending, forward_backward, make_optimizer, refresh_statistics, supervise, training_mode
-from finetune.training.losses import dice_loss
 from finetune.training.patches import Batches, Patches, PatchSampler
 from resunet.data.cases import IGNORE, LoadedCase
 from resunet.errors import InputError
+from resunet.losses import dice_loss
 from resunet.model import Segmenter
 from resunet.progress import progress
 

@@ -92,10 +92,11 @@ def _cost(plan: Plan) -> list[str]:
         f"{cost.step:.3g} s a step (median of {cost.steps_measured} on this machine's {cost.device}, {cost.waited / cost.step:.0%} "
         f"of it waiting for scans), {a_step / cost.step:,.0f} scans a second",
         f"{duration(plan.seconds)} for {recipe.steps:,} steps, {duration(plan.read_seconds)} of it reading the archive",
-        f"{recipe.steps * a_step / scans.num_items:.3g} epochs: so often each of {scans.num_items:,} {scans.items} is shown, twice",
+        f"{recipe.steps * a_step / scans.num_items:.3g} epochs: so often each of {scans.num_items:,} {scans.items} is shown"
+        + (", twice" if recipe.contrasts else ""),
         memory,
         f"{encoder / 1e6:.2f} M parameters of the encoder, {rest / 1e6:.2f} M of "
-        + ("the head" if recipe.dense is None else "the decoder and the heads"),
+        + ("the decoder and the heads" if recipe.trains_decoder else "the head"),
         f"{saved:,.0f} MiB a checkpoint, {saved * (recipe.keep_checkpoints + 1):,.0f} MiB of disk while the latest "
         f"{recipe.keep_checkpoints} are kept and the next is written",
     ]

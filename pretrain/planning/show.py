@@ -9,7 +9,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from pretrain.archive import read_archive
-from pretrain.example_views import SHOWN, Example, Picture, examples, resized
+from pretrain.example_views import SHOWN, Example, Picture, columns, examples, resized
 from pretrain.loader import ContrastiveSets
 from pretrain.planning.alone import before_training
 from pretrain.recipe import PretrainRecipe
@@ -19,7 +19,6 @@ from resunet.files import file_aside
 
 _SIDE = 200  # pixels of a square picture on the page, at least
 _GAP, _MARGIN, _LINE = 8, 24, 22  # pixels
-_COLUMNS = ("scan, as read", "first view", "second view")
 # the font that comes with Pillow has no multiplication sign
 _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
@@ -44,14 +43,14 @@ def show_views(recipe: PretrainRecipe, out: Path) -> Path:
     labels = [_label(archive.scans.cases[one.scan].id, one) for one in shown]
     out.parent.mkdir(parents=True, exist_ok=True)
     with file_aside(out) as aside:
-        _draw(shown, labels, _heading(recipe)).save(aside, "PNG")
+        _draw(shown, labels, _heading(recipe), ("scan, as read", *columns(recipe))).save(aside, "PNG")
     return out
 
 
 def _heading(recipe: PretrainRecipe) -> list[str]:
     sides = " × ".join(map(str, recipe.views.sides(recipe.model.spatial_dims)))
     lines = [
-        f"Scans and their two views: the first {min(SHOWN, recipe.batch)} of the first set of {recipe.batch}, seed {recipe.seed}",
+        f"Scans and their views: the first {min(SHOWN, recipe.batch)} of the first set of {recipe.batch}, seed {recipe.seed}",
         f"views of {sides} pixels; each row is shown from the darkest to the brightest of its scan",
     ]
     if recipe.model.spatial_dims == 3:
@@ -65,13 +64,13 @@ def _label(name: str, example: Example) -> str:
     return f"{short}: {' × '.join(map(str, example.size))}{place}"
 
 
-def _draw(shown: Sequence[Example], labels: Sequence[str], heading: Sequence[str]) -> Image.Image:
+def _draw(shown: Sequence[Example], labels: Sequence[str], heading: Sequence[str], columns: Sequence[str]) -> Image.Image:
     """Two rows of examples side by side, the columns named above."""
     height, width = shown[0].views[0].shape[:2]
     scale = max(1, math.ceil(_SIDE / math.sqrt(height * width)))
     height, width = height * scale, width * scale
     across = 2 if len(shown) > 1 else 1
-    block = 3 * width + 2 * _GAP
+    block = len(columns) * width + (len(columns) - 1) * _GAP
     down = -(-len(shown) // across)
     top = _MARGIN + len(heading) * _LINE + _GAP + _LINE
     size = (2 * _MARGIN + across * block + (across - 1) * 3 * _GAP, top + down * (height + _LINE + _GAP) + _MARGIN)
@@ -82,7 +81,7 @@ def _draw(shown: Sequence[Example], labels: Sequence[str], heading: Sequence[str
         pen.text((_MARGIN, _MARGIN + line * _LINE), text, _INK, large)
     for column in range(across):
         left = _MARGIN + column * (block + 3 * _GAP)
-        for place, name in enumerate(_COLUMNS):
+        for place, name in enumerate(columns):
             pen.text((left + place * (width + _GAP), top - _LINE), name, _INK, large)
     for number, (example, label) in enumerate(zip(shown, labels, strict=True)):
         row, column = divmod(number, across)

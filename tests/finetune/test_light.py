@@ -15,12 +15,12 @@ from finetune.labelled import resolve
 from finetune.loop import finetune
 from finetune.recipe import NetworkSettings
 from finetune.step import build
-from finetune.training.losses import segmentation_loss
 from finetune.training.supervision import Supervised, coarser, supervised_loss
 from resunet.checkpoint import ModelConfig, read_config
 from resunet.config import validate
 from resunet.errors import InputError
 from resunet.light_model import MobileResUNet
+from resunet.losses import segmentation_loss
 from resunet.mobile import MobileEncoder
 from resunet.model import load_finetuned
 from resunet.transfer import fingerprint

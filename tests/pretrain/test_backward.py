@@ -7,7 +7,8 @@ from torch import nn
 
 from pretrain.backward import backward_in_chunks, backward_whole
 from pretrain.losses import Items
-from pretrain.objective import SimCLR, build_loss, contrast
+from pretrain.network import Inputs, PretrainingNetwork
+from pretrain.objective import build_loss, contrast
 from pretrain.recipe import HeadSettings, ObjectiveSettings
 from resunet.encoder import ResidualEncoder
 from resunet.training import start_ranks
@@ -18,7 +19,7 @@ COUNT = 7
 class Passes:
     """How many views went through an encoder at a time, and whether a graph was kept."""
 
-    def __init__(self, network: SimCLR) -> None:
+    def __init__(self, network: PretrainingNetwork) -> None:
         self.seen: list[tuple[int, bool]] = []
         network.encoder.levels[0].register_forward_hook(self._look)
 
@@ -26,9 +27,11 @@ class Passes:
         self.seen.append((len(given[0]), out.requires_grad))
 
 
-def network(norm: str = "group", dropout: float = 0.0) -> SimCLR:
+def network(norm: str = "group", dropout: float = 0.0) -> PretrainingNetwork:
     torch.manual_seed(0)
-    made = SimCLR(ResidualEncoder(1, (4, 8), units=1, norm=norm), HeadSettings(hidden=8, output=5, batch_norm=norm == "batch"))
+    made = PretrainingNetwork(
+        ResidualEncoder(1, (4, 8), units=1, norm=norm), HeadSettings(hidden=8, output=5, batch_norm=norm == "batch")
+    )
     if dropout:
         made.head.layers.insert(1, nn.Dropout(dropout))
     return made
@@ -38,20 +41,23 @@ def views() -> torch.Tensor:
     return torch.randn(2 * COUNT, 1, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
-def gradients(made: SimCLR, backward, accelerator: Accelerator, settings: dict, weights=(1.0,)) -> dict[str, torch.Tensor]:
+def gradients(
+    made: PretrainingNetwork, backward, accelerator: Accelerator, settings: dict, weights=(1.0,)
+) -> dict[str, torch.Tensor]:
     criterion = build_loss(ObjectiveSettings.model_validate(settings), 0.2, 5)
     its = Items(torch.tensor([0, 0, 1, 1, 2, 3, 4]), torch.zeros(COUNT, dtype=torch.long), torch.linspace(0, 1, COUNT))
     wrapped = accelerator.prepare(made)
     found = {}
     for number, weight in enumerate(weights):
-        terms, projection = backward(
+        terms, outputs = backward(
             wrapped,
-            views() + number,
-            score=partial(contrast, criterion=criterion, items=its),
+            Inputs(views() + number),
+            score=lambda found: contrast(found.embedding, found.projection, criterion, its),
             weight=weight,
             accelerator=accelerator,
             synchronise=True,
         )
+        projection = outputs.projection
         assert not projection.requires_grad and projection.shape == (2 * COUNT, 5)
         found |= {f"{name} {number}": value for name, value in terms.items()}
     return found | {name: parameter.grad for name, parameter in made.named_parameters()}

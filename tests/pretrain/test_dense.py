@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.dense import DenseBranch, contrast_places
+from pretrain.dense import contrast_places
 from pretrain.loop import pretrain
-from pretrain.objective import SimCLR, contrast_both
+from pretrain.network import Outputs, PretrainingNetwork
+from pretrain.objective import build_loss, score
 from pretrain.recipe import DenseSettings, HeadSettings, PretrainRecipe
 from pretrain.save import encoder_of_checkpoint
 from resunet.checkpoint import read_config
@@ -61,22 +62,20 @@ def test_a_set_without_places_has_no_loss_and_says_so():
 
 
 def test_the_whole_loss_is_the_sum_by_weight():
-    def constant(embedding: torch.Tensor, projection: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": torch.tensor(3.0), "more": torch.tensor(1.0)}
-
-    found = torch.ones(2, 6, dtype=torch.bool)
-    nothing, dense = torch.zeros(4, 2), DenseSettings(weight=2)
-    terms = contrast_both(nothing, nothing, torch.ones(4, 6, 5), constant, found, 0.5, dense)
-    assert (
-        float(terms["loss"]) == pytest.approx(0.5 * 3 + 2 * math.log(23)) and terms["global_loss"] == 3 and terms["more"] == 1
-    )
+    changes = {"objective": {"weight": 0.5}, "dense": {"weight": 2}}
+    recipe = validate(PretrainRecipe, {"out": "run", "steps": 5, "data": {"source": "scans"}} | changes, "recipe")
+    outputs = Outputs(torch.ones(4, 2), torch.ones(4, 3), torch.ones(4, 6, 5))
+    matched = torch.ones(2, 6, dtype=torch.bool)
+    terms = score(outputs, recipe, build_loss(recipe.objective, 0.2, 3), None, matched)
+    assert float(terms["loss"]) == pytest.approx(0.5 * math.log(3) + 2 * math.log(23), rel=1e-6)
+    assert float(terms["global_loss"]) == pytest.approx(math.log(3)) and terms["projection_std"] == 0
 
 
 @pytest.mark.parametrize("dims, level, excite", [(2, 1, False), (2, 0, True), (3, 1, True)])
 def test_the_decoder_is_that_of_the_resunet_down_to_its_level(dims, level, excite):
     torch.manual_seed(0)
     whole = ResUNet(channels=(4, 6, 8), units=1, squeeze_excite=excite, spatial_dims=dims).eval()
-    branch = DenseBranch(whole.encoder, DenseSettings(level=level), excite).eval()
+    branch = PretrainingNetwork(whole.encoder, HeadSettings(), DenseSettings(level=level), squeeze_excite=excite).eval()
     names = branch.decoder.state_dict().keys()
     assert names == {name for name in whole.decoder.state_dict() if int(name.split(".")[1]) < 2 - level}
     branch.decoder.load_state_dict({name: whole.decoder.state_dict()[name] for name in names})
@@ -89,7 +88,7 @@ def test_encoder_and_head_begin_as_without_it():
     states = []
     for dense in (None, DenseSettings()):
         torch.manual_seed(0)
-        states.append(SimCLR(ResidualEncoder(channels=(4, 6, 8)), HeadSettings(), dense).state_dict())
+        states.append(PretrainingNetwork(ResidualEncoder(channels=(4, 6, 8)), HeadSettings(), dense).state_dict())
     assert states[0] and all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
@@ -101,7 +100,7 @@ FAULTS = {
         {"dense": {}, "cache_chunk": 8, "model": {"norm": "group"}, "head": {"batch_norm": False}},
         r"cache_chunk=8: dense has no chunks",
     ),
-    "weight alone": ({"objective": {"weight": 0}}, r"objective\.weight=0\.0: is of a loss beside the dense one"),
+    "weight alone": ({"objective": {"weight": 0}}, r"objective\.weight=0\.0: is of a loss beside those of dense and synthetic"),
     "squeeze and excite": ({"model": {"squeeze_excite": True}}, r"model\.squeeze_excite=true: is of the decoder"),
     "no weight": ({"dense": {"weight": 0}}, r"dense\.weight=0: .*greater than 0"),
     "no points": ({"dense": {"points": 0}}, r"dense\.points=0: "),
@@ -130,7 +129,7 @@ def test_a_run_saves_the_decoder_that_it_trained(recipe, tmp_path):
     for step, folder in ((4, out / "model"), (2, encoder_of_checkpoint(out, 2, tmp_path / "earlier"))):
         state = torch.load(out / "checkpoints" / f"step-{step}" / "state.pt", weights_only=True)["network"]
         for name, tensor in load_file(folder / DECODER).items():
-            assert torch.equal(tensor, state[f"dense.decoder.{name}"])
+            assert torch.equal(tensor, state[f"decoder.{name}"])
         part = read_config(folder).decoder
         assert part is not None and (part.finest, part.norm, part.squeeze_excite) == (1, "batch", True)
         network = ResUNet(**MODEL, squeeze_excite=True)
@@ -146,9 +145,11 @@ def test_every_tensor_of_the_decoder_and_the_projection_learns(recipe):
     out = pretrain(recipe(steps=1, dense=DENSE, model=MODEL, objective={"weight": 0}))
     state = torch.load(out / "checkpoints" / "last" / "state.pt", weights_only=True)
     torch.manual_seed(recipe().seed)
-    fresh = SimCLR(ResidualEncoder(1, (4, 6, 8), 1), recipe().head, DenseSettings.model_validate(DENSE)).state_dict()
+    fresh = PretrainingNetwork(
+        ResidualEncoder(1, (4, 6, 8), 1), recipe().head, DenseSettings.model_validate(DENSE)
+    ).state_dict()
     changed = {name for name, tensor in state["network"].items() if not torch.equal(tensor, fresh[name])}
-    assert {name for name in fresh if name.startswith(("dense", "encoder"))} <= changed
+    assert {name for name in fresh if name.startswith(("dense", "decoder", "encoder"))} <= changed
     assert not [name for name in changed if name.startswith("head.") and name.endswith("bias")], "a weight of 0 moves no head"
 
 

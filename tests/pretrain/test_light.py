@@ -12,6 +12,7 @@ from pretrain.recipe import DenseSettings, EncoderSettings
 from resunet.architecture import MobileEncoderArchitecture
 from resunet.checkpoint import read_config
 from resunet.config import validate
+from resunet.decoders import decoder_of
 from resunet.errors import InputError
 from resunet.light_model import MobileResUNet
 from resunet.mobile import MobileEncoder
@@ -39,7 +40,7 @@ def test_the_settings_describe_the_encoder():
     [
         ({"model": LIGHT | {"spatial_dims": 3}, "views": {"size": 8}}, "MobileNetV3 is of two dimensions"),
         ({"model": LIGHT | {"norm": "group"}}, "norm='group' is none of MobileNetV3's choices"),
-        ({"model": LIGHT | {"channels": [8, 8, 8, 8]}}, "are of the decoder that dense trains; set dense"),
+        ({"model": LIGHT | {"channels": [8, 8, 8, 8]}}, "are of the decoder that dense and synthetic train; set one"),
         ({"model": {"name": "resunet", "channels": None}}, "channels=null: only name='mobile_resunet' has"),
         ({"model": LIGHT, "dense": DENSE | {"level": 4}}, "dense.level=4: the decoder of 5 levels .* has 0 to 3"),
         ({"model": {"backbone": TINY}}, "only name='mobile_resunet' has it"),
@@ -61,8 +62,7 @@ def test_the_encoder_begins_with_given_weights(recipe, tmp_path):
 def test_places_are_read_at_the_levels_own_stride():
     """A feature of level 0, at half the size, that says where its pixel is, is read where the place is."""
     encoder = MobileEncoder(1, TINY)
-    branch = DenseBranch(encoder, DenseSettings(level=0, hidden=2, output=2), squeeze_excite=False, channels=(2, 8, 8, 8))
-    branch.decoder = torch.nn.Identity()
+    branch = DenseBranch(encoder, decoder_of(encoder, channels=(2, 8, 8, 8)), DenseSettings(level=0, hidden=2, output=2))
     branch.projection = torch.nn.Identity()
     position = 2.0 * torch.arange(16)
     level = torch.stack(torch.meshgrid(position, position, indexing="ij"))[None]

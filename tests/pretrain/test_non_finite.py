@@ -56,7 +56,7 @@ def test_a_step_is_left_out_and_the_scan_named(huge, capsys):
     out = pretrain(ours)
     found = skipped(out)
     assert [line["step"] for line in found] == steps
-    assert all(line["scans"] == [its_id] and line["evidence"] == "scans whose projections are not finite" for line in found)
+    assert all(line["scans"] == [its_id] and line["evidence"] == "scans whose outputs are not finite" for line in found)
     assert all("huge" not in text for text in (capsys.readouterr().err, (out / "skipped.jsonl").read_text(encoding="utf-8")))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "skipped" in line] == steps
@@ -80,7 +80,7 @@ def test_it_leaves_no_trace_in_the_network(huge):
 def test_stop_names_them_too(huge):
     ours = huge(steps=8, on_non_finite="stop")
     its_id, steps = id_and_steps(ours)
-    message = rf"step {steps[0]}: the loss is not finite \(nan\); scans whose projections are not finite: {its_id}\. .*skip"
+    message = rf"step {steps[0]}: the loss is not finite \(nan\); scans whose outputs are not finite: {its_id}\. .*skip"
     with pytest.raises(CheckFailed, match=message):
         pretrain(ours)
     assert not (ours.out / "skipped.jsonl").exists()
@@ -120,10 +120,10 @@ def test_a_resumed_run_left_out_the_same_steps(huge, tmp_path, sigterm_after):
 def test_blame():
     views, projection = torch.zeros(6, 1, 2, 2), torch.zeros(6, 4)
     scan = torch.tensor([5, 9, 5])
-    rows = suspects(scan, views, projection)
+    rows = suspects(scan, [views, None], [projection])
     assert to_blame(rows) == ("the scans of the step", [5, 9])
     projection[4, 1] = torch.nan  # the second view of the second
-    assert to_blame(suspects(scan, views, projection)) == ("scans whose projections are not finite", [9])
-    assert to_blame(suspects(scan, views, projection + torch.inf)) == ("the scans of the step", [5, 9])
+    assert to_blame(suspects(scan, [views, None], [projection])) == ("scans whose outputs are not finite", [9])
+    assert to_blame(suspects(scan, [views], [projection + torch.inf, None])) == ("the scans of the step", [5, 9])
     views[0, 0, 1, 1] = torch.inf
-    assert to_blame(suspects(scan, views, projection)) == ("scans whose views are not finite", [5])
+    assert to_blame(suspects(scan, [views, None], [projection])) == ("scans whose views are not finite", [5])

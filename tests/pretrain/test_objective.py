@@ -4,14 +4,15 @@ import pytest
 import torch
 from lightly.loss import NTXentLoss
 
-from pretrain.objective import SimCLR, contrast, nt_xent
+from pretrain.network import PretrainingNetwork
+from pretrain.objective import contrast, nt_xent
 from pretrain.recipe import HeadSettings
 from resunet.encoder import ResidualEncoder
 
 
-def network() -> SimCLR:
+def network() -> PretrainingNetwork:
     torch.manual_seed(0)
-    return SimCLR(ResidualEncoder(2, (4, 6), units=1), HeadSettings(hidden=8, output=5))
+    return PretrainingNetwork(ResidualEncoder(2, (4, 6), units=1), HeadSettings(hidden=8, output=5))
 
 
 def views(count: int) -> torch.Tensor:
@@ -33,7 +34,7 @@ def naive_nt_xent(projection: torch.Tensor, temperature: float) -> float:
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 @pytest.mark.parametrize("count", [2, 6])
 def test_the_loss_is_nt_xent(temperature, count):
-    embedding, projection = network()(views(2 * count))
+    embedding, projection = network()(views(2 * count))[:2]
     loss = contrast(embedding, projection, nt_xent(temperature))["loss"]
     first, second = projection.chunk(2)
     torch.testing.assert_close(loss, NTXentLoss(temperature=temperature)(first, second))
@@ -56,7 +57,7 @@ def test_spread_vectors_have_a_spread_of_one_over_root_d():
 
 
 def test_the_loss_is_float32_and_only_the_loss_has_a_gradient():
-    embedding, projection = network()(views(8))
+    embedding, projection = network()(views(8))[:2]
     terms = contrast(embedding.half(), projection.half(), nt_xent(0.2))
     assert {value.dtype for value in terms.values()} == {torch.float32}
     assert (
@@ -68,7 +69,7 @@ def test_both_views_share_their_batch_statistics():
     model, x = network(), views(8)
     calls = []
     model.encoder.levels[0].register_forward_hook(lambda module, given, out: calls.append(given[0].shape))
-    embedding, projection = model(x)
+    embedding, projection = model(x)[:2]
     assert calls == [x.shape]
     assert embedding.shape == (8, 6) and projection.shape == (8, 5)
     apart = torch.cat([model(half)[0] for half in x.chunk(2)])
@@ -77,7 +78,7 @@ def test_both_views_share_their_batch_statistics():
 
 def test_the_embedding_is_the_global_average_pool():
     model, x = network().eval(), views(3)
-    embedding, projection = model(x)
+    embedding, projection = model(x)[:2]
     last = model.encoder(x)[-1]
     assert last.shape == (3, 6, 6, 6)
     torch.testing.assert_close(embedding, last.flatten(2).mean(dim=2))
@@ -86,6 +87,6 @@ def test_the_embedding_is_the_global_average_pool():
 
 def test_a_gradient_reaches_every_parameter():
     model = network()
-    contrast(*model(views(8)), nt_xent(0.2))["loss"].backward()
+    contrast(*model(views(8))[:2], nt_xent(0.2))["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name

@@ -1,4 +1,4 @@
-"""What test_ranks.py runs in one process and, started by `accelerate launch`, in two: FOLDER holds recipe.json and volumes.json.
+"""What test_ranks.py runs in one process and, started by `accelerate launch`, in two: FOLDER holds the recipes in FOLDER.
 
 Every rank takes its share of the same sets; what comes out must not depend on their number.
 """
@@ -12,13 +12,18 @@ from accelerate import Accelerator
 
 from pretrain.backward import backward_in_chunks, backward_whole
 from pretrain.dense import contrast_places
+from pretrain.draws import Draws
 from pretrain.loop import pretrain
 from pretrain.losses import Items
+from pretrain.network import Inputs, PretrainingNetwork
 from pretrain.non_finite import NonFinite, suspects
-from pretrain.objective import SimCLR, build_loss, contrast, contrast_both, loss_state
+from pretrain.objective import build_loss, loss_state, score
 from pretrain.recipe import DenseSettings, HeadSettings, ObjectiveSettings, PretrainRecipe
+from pretrain.synthetic import plant
+from resunet.config import validate
 from resunet.data.cases import Case
 from resunet.encoder import ResidualEncoder
+from resunet.training import sum_over_ranks
 
 BATCH = 8
 AWARE = {"same_group": "ignore", "position_threshold": 0.2}
@@ -36,12 +41,16 @@ CASES: dict[str, tuple[dict, int | None, tuple[int, ...]]] = {
 }
 
 
+def recipe_of(changes: dict) -> PretrainRecipe:
+    return validate(PretrainRecipe, {"out": "unused", "steps": 1, "batch": BATCH, "data": {"source": "."}} | changes, "test")
+
+
 def gradients(name: str, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """The loss, its figures and the gradients of a step of two accumulated sets, and what the loss remembers."""
     settings, chunk, size = CASES[name]
     torch.manual_seed(0)
     head = HeadSettings(hidden=8, output=5, batch_norm=False)
-    network = SimCLR(ResidualEncoder(1, (4, 8), units=1, norm="group", spatial_dims=len(size)), head)
+    network = PretrainingNetwork(ResidualEncoder(1, (4, 8), units=1, norm="group", spatial_dims=len(size)), head)
     criterion = build_loss(ObjectiveSettings.model_validate(settings), 0.2, head.output)
     wrapped = accelerator.prepare(network)
     share = BATCH // accelerator.num_processes
@@ -55,8 +64,9 @@ def gradients(name: str, accelerator: Accelerator) -> dict[str, torch.Tensor]:
         axis = torch.randint(2, (BATCH,), generator=draw)
         position = torch.rand(BATCH, generator=draw)
         position[5] = torch.nan
-        score = partial(contrast, criterion=criterion, items=Items(group[mine], axis[mine], position[mine]))
-        terms, _ = backward(wrapped, views, score=score, weight=0.5, accelerator=accelerator, synchronise=number == 1)
+        items = Items(group[mine], axis[mine], position[mine])
+        scored = partial(score, recipe=recipe_of({"objective": settings}), criterion=criterion, items=items)
+        terms, _ = backward(wrapped, Inputs(views), score=scored, weight=0.5, accelerator=accelerator, synchronise=number == 1)
         found |= {f"{key} {number}": accelerator.reduce(value, reduction="mean") for key, value in terms.items()}
     found |= {key: parameter.grad for key, parameter in network.named_parameters() if parameter.grad is not None}
     return found | loss_state(criterion)
@@ -66,8 +76,8 @@ def dense_gradients(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """The same of a set with contrast of places, which all scans have equally many of; more than are used."""
     torch.manual_seed(0)
     head = HeadSettings(hidden=8, output=5, batch_norm=False)
-    dense = DenseSettings(points=6, pairs=32, hidden=8, output=5)
-    network = SimCLR(ResidualEncoder(1, (4, 8, 8), units=1, norm="group"), head, dense)
+    recipe = recipe_of({"dense": {"points": 6, "pairs": 32, "hidden": 8, "output": 5}, "objective": {"weight": 0.7}})
+    network = PretrainingNetwork(ResidualEncoder(1, (4, 8, 8), units=1, norm="group"), head, recipe.dense)
     wrapped = accelerator.prepare(network)
     share = BATCH // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
@@ -75,17 +85,45 @@ def dense_gradients(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     views = torch.randn(2, BATCH, 1, 12, 12, generator=draw)[:, mine].flatten(0, 1)
     places = (torch.rand(2, BATCH, 6, 2, generator=draw) * 2 - 1)[:, mine].flatten(0, 1)
     found = torch.ones(share, 6, dtype=torch.bool)
-    score = partial(
-        contrast_both,
-        contrast_scans=partial(contrast, criterion=build_loss(ObjectiveSettings(), 0.2, head.output)),
-        found=found,
-        weight=0.7,
-        dense=dense,
-    )
-    terms, _ = backward_whole(wrapped, views, score, 1.0, accelerator, synchronise=True, places=places)
+    criterion = build_loss(recipe.objective, 0.2, head.output)
+    scored = partial(score, recipe=recipe, criterion=criterion, items=None, matched=found)
+    terms, _ = backward_whole(wrapped, Inputs(views, places), scored, 1.0, accelerator, synchronise=True)
     assert terms["dense_points"] == 32
     terms = {key: accelerator.reduce(value, reduction="mean") for key, value in terms.items()}
     return terms | {key: parameter.grad for key, parameter in network.named_parameters() if parameter.grad is not None}
+
+
+def synthetic_gradients(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The same of all objectives together: views of scans that are made here, with objects of which ranks have unequally many."""
+    recipe = recipe_of({"dense": {"points": 6, "pairs": 32, "hidden": 8, "output": 5}, "synthetic": {"radius": [1.5, 3]}})
+    torch.manual_seed(0)
+    head = HeadSettings(hidden=8, output=5, batch_norm=False)
+    network = PretrainingNetwork(ResidualEncoder(1, (4, 8, 8), units=1, norm="group"), head, recipe.dense, segments=True)
+    wrapped = accelerator.prepare(network)
+    share = BATCH // accelerator.num_processes
+    first = accelerator.process_index * share
+    mine = slice(first, first + share)
+    draw = torch.Generator().manual_seed(11)
+    scans = torch.randn(BATCH, 1, 14, 14, generator=draw)
+    draws = Draws(torch.Generator().manual_seed(12), range(first, first + share), BATCH)
+    assert recipe.synthetic is not None
+    images, labels = plant(scans[mine, :, :12, :12], scans[mine, :, 2:, 2:], recipe.synthetic, draws)
+    places = (torch.rand(2, BATCH, 6, 2, generator=draw) * 2 - 1)[:, mine].flatten(0, 1)
+    scored = partial(
+        score,
+        recipe=recipe,
+        criterion=build_loss(recipe.objective, 0.2, head.output),
+        items=None,
+        matched=torch.ones(share, 6, dtype=torch.bool),
+        labels=labels,
+        total=partial(sum_over_ranks, accelerator=accelerator),
+    )
+    inputs = Inputs(torch.cat([images, images.flip(2)]), places, images)
+    terms, _ = backward_whole(wrapped, inputs, scored, 1.0, accelerator, synchronise=True)
+    terms = {key: accelerator.reduce(value, reduction="mean") for key, value in terms.items()}
+    counted = accelerator.reduce(labels.sum(), reduction="sum").float()
+    gradients = {key: parameter.grad for key, parameter in network.named_parameters() if parameter.grad is not None}
+    return terms | gradients | {"objects": counted}
 
 
 def dense_share(accelerator: Accelerator) -> dict[str, torch.Tensor]:
@@ -110,16 +148,17 @@ def left_out(folder: Path, accelerator: Accelerator) -> None:
     projection = torch.zeros(2 * share, 3)
     if accelerator.process_index == accelerator.num_processes - 1:
         projection[-1, 1] = torch.inf
-    rows = suspects(scan, torch.zeros(2 * share, 1, 2, 2), projection)
+    rows = suspects(scan, [torch.zeros(2 * share, 1, 2, 2)], [projection])
     NonFinite(folder, True, cases, accelerator.is_main_process).leave_out(1, "the loss is not finite (nan)", rows, accelerator)
 
 
 def run(folder: Path) -> None:
-    """results-RANK.pt, skipped.jsonl and the runs of recipe.json and volumes.json."""
-    for name in ("recipe", "volumes", "dense"):  # first: they start the ranks as the command does
+    """results-RANK.pt, skipped.jsonl and the runs of the recipes in FOLDER."""
+    for name in ("recipe", "volumes", "dense", "synthetic"):  # first: they start the ranks as the command does
         pretrain(PretrainRecipe.model_validate_json((folder / f"{name}.json").read_text(encoding="utf-8")))
     accelerator = Accelerator(cpu=True)
     results = {name: gradients(name, accelerator) for name in CASES} | {"dense": dense_gradients(accelerator)}
+    results["synthetic"] = synthetic_gradients(accelerator)
     results["dense, unequal"] = dense_share(accelerator)
     torch.save(results, folder / f"results-{accelerator.process_index}.pt")
     left_out(folder, accelerator)

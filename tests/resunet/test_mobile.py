@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from finetune.recipe import NetworkSettings
-from pretrain.network import synchronised
-from pretrain.objective import SimCLR
+from pretrain.network import PretrainingNetwork, synchronised
 from pretrain.recipe import HeadSettings
 from resunet import FeatureExtractor, MobileEncoder, MobileResUNet, load_model
 from resunet.checkpoint import ModelConfig, write_weights
@@ -225,14 +224,14 @@ def test_depthwise_weights_begin_as_large_as_their_inputs_want():
 
 
 def test_synchronised_norms_keep_their_activations():
-    network = SimCLR(settled(MobileEncoder(1, TINY)), HeadSettings(hidden=8, output=4)).eval()
+    network = PretrainingNetwork(settled(MobileEncoder(1, TINY)), HeadSettings(hidden=8, output=4)).eval()
     x = torch.randn(2, 1, 40, 40)
     with torch.no_grad():
         wanted = network(x)
         converted = synchronised(network)
         kinds = {type(one).__name__ for one in converted.modules()}
         assert {"SyncBatchNorm", "SyncBatchNormAct"} <= kinds and not {"BatchNorm1d", "BatchNorm2d", "BatchNormAct2d"} & kinds
-        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(wanted, converted(x), strict=True))
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(wanted[:2], converted(x)[:2], strict=True))
         assert converted.encoder.channels == channels_of(TINY)
 
 

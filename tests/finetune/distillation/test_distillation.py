@@ -24,7 +24,6 @@ from finetune.planning.checks import find_rate, overfit
 from finetune.planning.command import before_training
 from finetune.recipe import FinetuneRecipe
 from finetune.step import _TRAINING, _batch, build, forward_backward, prepare
-from finetune.training.losses import segmentation_loss
 from finetune.training.patches import PatchSampler
 from resunet.checkpoint import model_folder, read_config, read_weights
 from resunet.config import DataSettings, FixedNormalisation, validate
@@ -32,6 +31,7 @@ from resunet.data.leakage import NO_GROUP_EVIDENCE, read_archive
 from resunet.data.source import open_source
 from resunet.errors import CheckFailed, InputError, Stopped
 from resunet.files import sha256
+from resunet.losses import segmentation_loss
 from resunet.members import make_ensemble
 from resunet.model import load_model
 from resunet.report import read_metrics

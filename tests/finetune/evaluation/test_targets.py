@@ -29,13 +29,13 @@ from finetune.planning.page import page, write_recipe
 from finetune.planning.plan import make_plan
 from finetune.recipe import FinetuneRecipe
 from finetune.step import build, loss_of
-from finetune.training.losses import segmentation_loss
 from finetune.training.patches import PatchSampler
 from resunet.checkpoint import read_config
 from resunet.config import load_recipe
 from resunet.data.cases import IGNORE, Case, LoadedCase
 from resunet.data.perceptual import look
 from resunet.errors import InputError
+from resunet.losses import segmentation_loss
 from resunet.runtime import percentile_intensity
 from resunet.training import start_ranks
 

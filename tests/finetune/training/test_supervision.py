@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finetune.training.losses import segmentation_loss
 from finetune.training.supervision import Supervised, coarser, level_weights, supervised_loss
 from resunet.data.cases import IGNORE
 from resunet.errors import InputError
+from resunet.losses import segmentation_loss
 from resunet.model import ResUNet, UNet
 
 NETWORKS = {

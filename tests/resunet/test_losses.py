@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from finetune.training.losses import (
+from resunet.data.cases import IGNORE
+from resunet.losses import (
     SMOOTHING,
     component_dice_loss,
     dice_loss,
@@ -15,7 +16,6 @@ from finetune.training.losses import (
     region_truth,
     segmentation_loss,
 )
-from resunet.data.cases import IGNORE
 
 
 def pair(num_classes: int, *size: int, seed: int = 0, spread: float = 2.0) -> tuple[Tensor, Tensor]:
