@@ -1,6 +1,7 @@
 """`resunet label-curve RECIPE`: all cells, by one process or by many on the same folder, then what they say."""
 
 from pathlib import Path
+from typing import Any
 
 from finetune.label_curve.cells import Point, points_of
 from finetune.label_curve.page import write_report
@@ -53,10 +54,23 @@ def _begin(recipe: LabelCurveRecipe, locks: Path) -> None:
             return
         before = LabelCurveRecipe.model_validate_json(config.read_text(encoding="utf-8")).model_dump(exclude=_FREE_ON_RESUME)
         now = recipe.model_dump(exclude=_FREE_ON_RESUME)
-        differing = [key for key in now if before[key] != now[key]]
+        differing = [key for key in now if before[key] != now[key] and not _grown(key, before[key], now[key])]
         if differing:
             lines = "\n".join(f"  {key}: {before[key]} then, {now[key]} now" for key in differing)
-            raise InputError(f"out={recipe.out}: was started with another recipe:\n{lines}\nName another out.")
+            raise InputError(
+                f"out={recipe.out}: was started with another recipe:\n{lines}\nName another out. A curve grows by draws, budgets "
+                "and arms only."
+            )
+        write_text(config, recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+
+
+def _grown(key: str, before: Any, now: Any) -> bool:
+    """More of what a curve may have more of. Not of steps: among them val chose what test was read for."""
+    if key == "draws":
+        return bool(now > before)
+    if key == "budgets":
+        return set(before) <= set(now)
+    return key == "arms" and all(arm in now and now[arm] == values for arm, values in before.items())
 
 
 def _write(recipe: LabelCurveRecipe, points: list[Point]) -> None:

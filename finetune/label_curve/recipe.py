@@ -45,7 +45,10 @@ class LabelCurveRecipe(Frozen):
     """
 
     out: NewFolder
-    resume: bool = Field(False, description="continue; and for every process of several on one `out`")
+    resume: bool = Field(
+        False,
+        description="continue, with more draws, budgets or arms where given; for each of several processes on one `out`, too",
+    )
     seed: int = Field(0, ge=0, description="draw d trains with seed + d in every arm")
     recipe: str | None = Field(None, description="a fine-tuning recipe, by name or path; null: `finetune` has all keys")
     finetune: Values = Field({}, description="keys of the fine-tuning recipe that all arms share; they win over `recipe`'s")
@@ -115,8 +118,8 @@ class LabelCurveRecipe(Frozen):
 
     @property
     def group(self) -> str:
-        """What W&B calls the runs of this curve together, unless the recipe says."""
-        told = self.model_dump_json(exclude={"out", "resume"})
+        """What W&B calls the runs of this curve together, unless the recipe says; the same after it has grown."""
+        told = self.model_dump_json(exclude={"out", "resume", "arms", "budgets", "draws"})
         return f"label-curve-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
     def cell(self, arm: str, labelled: int, draw: int, steps: int, out: Path) -> FinetuneRecipe:

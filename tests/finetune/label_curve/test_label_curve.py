@@ -218,8 +218,23 @@ def test_a_finished_curve_is_not_done_again(curve, capsys):
 
 
 def test_another_recipe_is_refused(curve):
-    with pytest.raises(InputError, match=r"was started with another recipe:\n  draws: 2 then, 3 now\nName another out"):
-        label_curve(curve.model_copy(update={"resume": True, "draws": 3}))
+    less = {"draws": 1, "budgets": curve.budgets[:1], "arms": {"scratch": {}, "other": {}}, "steps": (*curve.steps, 9)}
+    for key, value in less.items():
+        with pytest.raises(InputError, match=rf"was started with another recipe:\n  {key}: .* then, .* now\nName another out"):
+            label_curve(curve.model_copy(update={"resume": True, key: value}))
+
+
+def test_a_curve_grows_by_draws_budgets_and_arms(curve, tmp_path, monkeypatch):
+    out = shutil.copytree(curve.out, tmp_path / "grown")
+    arms = curve.arms | {"again": curve.arms["scratch"]}
+    larger = curve.model_copy(update={"resume": True, "out": out, "draws": 3, "budgets": (1.0, *curve.budgets), "arms": arms})
+    assert larger.group == curve.group
+    monkeypatch.setattr("finetune.label_curve.command.do_all", lambda points, locks: pytest.fail(f"{len(points)}"))
+    with pytest.raises(pytest.fail.Exception, match=str(3 * 3 * len({1, *numbers_of_groups(curve)}))):
+        label_curve(larger)
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["draws"] == 3
+    with pytest.raises(InputError, match="draws: 3 then, 2 now"):
+        label_curve(curve.model_copy(update={"resume": True, "out": out}))
 
 
 def test_a_folder_of_something_else_is_refused(recipe, tmp_path):
