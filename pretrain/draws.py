@@ -1,4 +1,4 @@
-"""Random numbers of a contrastive set that are the same for a scan of it whether one rank makes all views or many do."""
+"""Random numbers of a set that are the same for a scan of it whether one rank makes all views or many do."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,6 @@ from pretrain.step import planted_of_set, views_of_set
 
 SHOWN = 8  # scans
 _OUTLINE = (0.90, 0.62, 0.0)  # orange of Okabe and Ito
-_WIDEN = {2: F.max_pool2d, 3: F.max_pool3d}
 
 Picture = NDArray[np.float32]
 
@@ -39,11 +38,11 @@ class Example:
 def columns(recipe: PretrainRecipe) -> tuple[str, ...]:
     """What the views of an example are."""
     contrasted = ("first view", "second view") if recipe.contrasts else ()
-    return contrasted if recipe.synthetic is None else (*contrasted, "with synthetic objects", "their outlines")
+    return contrasted if recipe.synthetic is None else (*contrasted, "with objects", "outlined")
 
 
 def examples(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Accelerator) -> Iterator[Example]:
-    """The first scans of this rank's share of the first contrastive set, with the views that training makes of them.
+    """The first scans of this rank's share of the first set, with the views that training makes of them.
 
     A scan and its views share one scale, from the darkest to the brightest of the window, so that a change of intensity is seen.
     """
@@ -76,9 +75,9 @@ def example_views(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Ac
 
 def _outlined(picture: Picture, labels: Tensor) -> Picture:
     """The border of the objects, outside of them so that small ones stay seen."""
-    objects = labels[None, None].float()
-    border = (_WIDEN[labels.ndim](objects, 3, 1, 1) - objects)[0, 0]
-    return np.where(_flat(border)[..., None].numpy() > 0, np.array(_OUTLINE, np.float32), _coloured(picture))
+    objects = _flat(labels.float(), around=0.0)[None]
+    border = (F.max_pool2d(objects, 3, 1, 1) - objects)[0, :, :, None]
+    return np.where(border.numpy() > 0, np.array(_OUTLINE, np.float32), _coloured(picture))
 
 
 def _coloured(picture: Picture) -> Picture:
@@ -117,11 +116,15 @@ def _shown(image: Tensor, limits: tuple[Tensor, Tensor]) -> Picture:
     return flat[..., 0] if flat.shape[-1] == 1 else flat
 
 
-def _flat(view: Tensor) -> Tensor:
-    """An image as it is; of a volume (Z, Y, X) the planes across z, y and x in its middle, one below the other, z upwards."""
+def _flat(view: Tensor, around: float = 1.0) -> Tensor:
+    """An image as it is; of a volume (Z, Y, X) the planes across z, y and x in its middle, one below the other, z upwards.
+
+    Args:
+        around: the value beside planes that are narrower than others; white.
+    """
     if view.ndim == 2:
         return view
     depth, height, width = view.shape
     planes = [view[depth // 2], view[:, height // 2].flip(0), view[:, :, width // 2].flip(0)]
     widest = max(height, width)
-    return torch.cat([F.pad(plane, [0, widest - plane.shape[1]], value=1.0) for plane in planes])
+    return torch.cat([F.pad(plane, [0, widest - plane.shape[1]], value=around) for plane in planes])

@@ -14,7 +14,7 @@ from pretrain.recipe import DenseSettings, HeadSettings, PretrainRecipe
 from resunet.blocks import convolution
 from resunet.data.images import channel_count
 from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
-from resunet.encoder import initialise
+from resunet.encoder import initialise, initialise_head
 from resunet.layout import place
 from resunet.light_decoder import LightDecoder
 from resunet.light_weights import load_weights
@@ -83,6 +83,7 @@ class PretrainingNetwork(nn.Module):
         if segments:
             widths = self.decoder.widths if isinstance(self.decoder, LightDecoder) else encoder.channels
             self.segment = convolution(encoder.spatial_dims, widths[finest], 1, 1, bias=True)
+            initialise_head(self.segment)
 
     def forward(self, views: Tensor | None = None, places: Tensor | None = None, planted: Tensor | None = None) -> Outputs:
         found = Outputs()
@@ -119,10 +120,11 @@ def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> Pretraini
     if accelerator.num_processes > 1:
         if accelerator.device.type == "cuda":
             network = synchronised(network)
-        elif accelerator.is_main_process and (recipe.model.norm == "batch" or recipe.head.batch_norm):
+        elif accelerator.is_main_process and recipe.batch_statistics:
+            exact = "are model.norm=group head.batch_norm=false" if recipe.contrasts else "is model.norm=group"
             say(
-                "batch norm on CPUs has each rank's own statistics, so that the result depends on the number of ranks; exact are "
-                "model.norm=group head.batch_norm=false"
+                "batch norm on CPUs has each rank's own statistics, so that the result depends on the number of ranks; exact "
+                f"{exact}"
             )
     return place(network, accelerator.device)
 

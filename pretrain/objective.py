@@ -1,7 +1,8 @@
-"""SimCLR: two views of a scan attract, all others in the set repel (Chen et al. 2020, arXiv 2002.05709, section 2).
+"""The losses of a recipe: SimCLR's contrast of scans, here; `pretrain.dense`'s, of places; `pretrain.synthetic`'s, of objects.
 
-Projection head and losses are lightly's, but for the one that knows groups and positions. Embedding: global average pool of the
-encoder's last level; both views go through the encoder in one forward pass, so that they share their batch statistics.
+SimCLR: two views of a scan attract, all others in the set repel (Chen et al. 2020, arXiv 2002.05709, section 2). Projection head
+and losses are lightly's, but for the one that knows groups and positions. Embedding: global average pool of the encoder's last
+level; both views go through the encoder in one forward pass, so that they share their batch statistics.
 """
 
 from collections.abc import Mapping

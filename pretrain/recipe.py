@@ -35,15 +35,15 @@ class EncoderSettings(LightSettings):
     name: Literal["resunet", "mobile_resunet"] = Field("resunet", description="the segmenter whose encoder it is")
     channels: Widths | None = Field(
         EncoderArchitecture().channels,
-        description="of mobile_resunet those of the decoder that dense trains, four, finest first; null: as wide as the "
-        "encoder's, 32 at least",
+        description="of mobile_resunet those of the decoder that dense and synthetic train, four, finest first; null: as wide as "
+        "the encoder's, 32 at least",
     )
     units: int = Field(2, ge=1)
     spatial_dims: Literal[2, 3] = Field(
         2, description="2: images, and volumes slice by slice; 3: volumes as they are, images and single slices are left out"
     )
     norm: NormKind = "batch"
-    squeeze_excite: bool = Field(False, description="on the skips of the decoder that dense trains")
+    squeeze_excite: bool = Field(False, description="on the skips of the decoder that dense and synthetic train")
 
     @model_validator(mode="before")
     @classmethod
@@ -81,7 +81,7 @@ class EncoderSettings(LightSettings):
 
 
 class ViewSettings(Frozen):
-    """The two views of a scan; see `pretrain.views`. Intensities are in standard deviations of the scan."""
+    """The views of a scan; see `pretrain.views`. Intensities are in standard deviations of the scan."""
 
     size: Sides = Field(96, description="pixels of a view: a number for all sides, or (y, x), of volumes (z, y, x); in 3D 64")
     window: Sides = Field(
@@ -214,7 +214,9 @@ class SyntheticSettings(Frozen):
     radius: Range = Field((2.0, 22.0), description="pixels of the view; of an elongated object that of a round one as large")
     elongation: float = Field(3.0, ge=1, description="length over width, at most; high for scratches")
     roughness: float = Field(0.25, ge=0, le=1, description="of outlines, in radii")
-    softness: Range = Field((0.4, 2.5), description="pixels over which an object fades into what is around it")
+    softness: Range = Field(
+        (0.4, 2.5), description="pixels: the scale of the sigmoid by which an object fades into what is around it"
+    )
     contrast: Range = Field((0.3, 2.0), description="against what is around it, in standard deviations of the view's content")
     brighter: Probability = Field(0.7, description="than what is around them; the others are darker")
     ring: Probability = Field(0.4, description="of objects that are bright, or dark, near their border only")
@@ -223,8 +225,8 @@ class SyntheticSettings(Frozen):
         0.03,
         ge=0,
         lt=1,
-        description="share of a view's pixels, where the network is most sure of an object that was not planted, that is left out "
-        "of the loss: real objects, which nobody marked, are there",
+        description="share of a view's pixels, where the network is most sure of an object and none is planted or near, that is "
+        "left out of the loss: real objects, which nobody marked, are there",
     )
 
     @field_validator("radius", "softness", "contrast")
@@ -250,8 +252,8 @@ class PretrainRecipe(Recipe):
     data: ArchiveSettings
     normalisation: Normalisation = PercentileZScore()
     model: EncoderSettings = EncoderSettings()
-    batch: int = Field(64, ge=2, description="scans in one contrastive set, over all ranks")
-    accumulate: int = Field(1, ge=1, description="contrastive sets an optimiser step; adds no negatives")
+    batch: int = Field(64, ge=2, description="scans in one set, over all ranks: those that are contrasted")
+    accumulate: int = Field(1, ge=1, description="sets an optimiser step; adds no negatives")
     cache_chunk: int | None = Field(
         None, ge=1, description="views a forward pass on each rank, with the gradients of the whole set (GradCache); null: all"
     )
@@ -308,7 +310,7 @@ class PretrainRecipe(Recipe):
             raise ValueError(
                 f"objective.memory_bank={bank} must be a multiple of batch={self.batch}: what overflows at the bank's end is lost"
             )
-        if self.cache_chunk is not None and (self.model.norm == "batch" or self.head.batch_norm):
+        if self.cache_chunk is not None and self.batch_statistics:
             raise ValueError(
                 f"cache_chunk={self.cache_chunk}: batch norm would have each chunk's statistics, and the gradients would not be "
                 "those of the set: set model.norm=group and head.batch_norm=false"
@@ -350,6 +352,23 @@ class PretrainRecipe(Recipe):
         if self.synthetic is not None and not coarsest:
             raise ValueError("synthetic: a decoder of one level (model.channels) is none; give it more")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_is_set_for_no_contrast(self) -> "PretrainRecipe":
+        if self.objective.weight:
+            return self
+        ignored = self.objective.model_dump(exclude={"weight"}, exclude_defaults=True)
+        if ignored:
+            raise ValueError(
+                f"objective.weight=0: without the contrast of scans {', '.join(f'objective.{key}' for key in ignored)} would do "
+                "nothing; leave it out"
+            )
+        return self
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Some layer has the statistics of a batch."""
+        return self.model.norm == "batch" or (self.contrasts and self.head.batch_norm)
 
     @property
     def contrasts(self) -> bool:

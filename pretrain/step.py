@@ -1,4 +1,4 @@
-"""One step of pretraining: the gradients of its contrastive sets, and whether they can be used."""
+"""One step of pretraining: the gradients of its sets, and whether they can be used."""
 
 import math
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def add_gradients(
     criterion: nn.Module,
     accelerator: Accelerator,
 ) -> tuple[dict[str, float], Tensor]:
-    """The gradients of one step's contrastive sets; what they say, averaged over the sets, and this rank's `suspects`."""
+    """The gradients of one step's sets; what they say, averaged over the sets, and this rank's `suspects`."""
     metrics: dict[str, float] = {}
     rows: list[Tensor] = []
     backward = backward_whole if recipe.cache_chunk is None else partial(backward_in_chunks, chunk=recipe.cache_chunk)
@@ -62,6 +62,7 @@ def objectives_of_set(
     accelerator: Accelerator,
 ) -> tuple[Inputs, Score]:
     """What the network is given of this rank's share of the `index`-th set, and the losses of what it makes of it."""
+    windows = windows._replace(windows=windows.windows.to(accelerator.device, non_blocking=True))  # once, for all views
     inputs = Inputs()
     matched = labels = None
     if recipe.contrasts:
@@ -79,7 +80,7 @@ def objectives_of_set(
 
 
 def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Tensor:
-    """The views of this rank's share of the `index`-th contrastive set: (2 · batch / ranks, C, *size)."""
+    """The views of this rank's share of the `index`-th set: (2 · batch / ranks, C, *size)."""
     return placed_views_of_set(recipe, windows, index, accelerator).values
 
 
@@ -109,7 +110,7 @@ def matches_of_set(
     index: int,
     accelerator: Accelerator,
 ) -> Matches:
-    """Up to `count` matching places of every scan in this rank's share of the `index`-th contrastive set."""
+    """Up to `count` matching places of every scan in this rank's share of the `index`-th set."""
     return matching_places(places, windows.sizes, count, _draws(recipe, PLACES_STREAM, windows, index, accelerator))
 
 

@@ -6,8 +6,8 @@ Hu et al. 2023 (arXiv 2303.14869: texture, shape and place of synthetic tumours)
 of the scan, CutPaste (Li et al. 2021, arXiv 2104.04015). In 2D and in 3D from one definition.
 
 The archive's real objects, which nobody marked, would be taught as background. So the pixels of a view that are most wrongly taken
-for an object are forgiven: they are left out of the loss, which is a trimmed loss (as Han et al. 2018, arXiv 1804.06872, leave out
-what is fitted worst under noisy labels). Without that the features are worse for real tumours: see benchmarks/LOG.md.
+for an object are forgiven, but near planted ones: they are left out of the loss, which is a trimmed loss (as Han et al. 2018, arXiv
+1804.06872, leave out what is fitted worst under noisy labels).
 """
 
 from typing import NamedTuple
@@ -29,7 +29,9 @@ _CONTENT = 0.15  # of the way from a view's darkest to its brightest
 _SAMPLED = 4096  # pixels of a view by which these are estimated, about
 _REACH = 2.0  # radii from an object's centre to the border of its noise
 _OUTLINE, _TEXTURE = 5, 13  # numbers a side that the noise of an object's outline and of its texture come from
+_MARGIN = 12  # pixels around a planted object in which nothing is forgiven
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
+_WIDEN = {2: F.max_pool2d, 3: F.max_pool3d}
 
 
 class Planted(NamedTuple):
@@ -56,17 +58,14 @@ def planted_views(
     Args:
         scans, sizes, anchors, spacing: as `pretrain.views.make_views` takes them.
     """
-    image, other = (crop(scans, crop_grid(sizes, anchors[:, view], spacing, views, draws)[0], sizes) for view in range(2))
-    planted = plant(image, other, settings, draws)
+    image = crop(scans, crop_grid(sizes, anchors[:, 0], spacing, views, draws)[0], sizes)
+    planted = plant(image, settings, draws)
     return Planted(change_intensity(planted.images, views, draws), planted.labels)
 
 
-def plant(image: Tensor, other: Tensor, settings: SyntheticSettings, draws: Draws) -> Planted:
-    """Plant up to settings.objects objects into every view.
-
-    Args:
-        image: (N, C, *size). other: the same, another view of the same scans, whose texture some objects have.
-    """
+def plant(image: Tensor, settings: SyntheticSettings, draws: Draws) -> Planted:
+    """Plant up to settings.objects objects into every view (N, C, *size)."""
+    given = image
     inside = content(image)
     spread = _spread(image, inside)
     labels = torch.zeros_like(inside)
@@ -76,7 +75,7 @@ def plant(image: Tensor, other: Tensor, settings: SyntheticSettings, draws: Draw
         share = torch.sigmoid(depth / softness) * inside * _chosen(settings.probability, draws, depth)
         local = (image * share).flatten(2).sum(2) / share.flatten(2).sum(2).clamp_min(1e-3)
         own = _own_texture(image, _each(local, depth), spread, depth / radius, position, settings, draws)
-        texture = torch.where(_chosen(settings.foreign, draws, depth) > 0, _foreign_texture(other, spread, draws), own)
+        texture = torch.where(_chosen(settings.foreign, draws, depth) > 0, _foreign_texture(given, spread, draws), own)
         image = torch.lerp(image, texture, share)
         labels = torch.maximum(labels, (share > 0.5).to(labels))
     return Planted(image, labels[:, 0].long())
@@ -84,9 +83,11 @@ def plant(image: Tensor, other: Tensor, settings: SyntheticSettings, draws: Draw
 
 def content(image: Tensor) -> Tensor:
     """(N, C, *size) → (N, 1, *size), 1 where a view shows something and not the dark around it, else 0."""
-    mean = _POOL[image.ndim - 2](image.mean(dim=1, keepdim=True), _NEAR, 1, _NEAR // 2, count_include_pad=False)
-    sample = mean.flatten(1)
-    sample = sample[:, :: max(1, sample.shape[1] // _SAMPLED)]
+    dims = image.ndim - 2
+    mean = _POOL[dims](image.mean(dim=1, keepdim=True), _NEAR, 1, _NEAR // 2, count_include_pad=False)
+    every = max(1, round((mean[0].numel() / _SAMPLED) ** (1 / dims)))  # along each axis: every k-th of all could be one column
+    along = slice(every // 2, None, every)
+    sample = (mean[..., along, along] if dims == 2 else mean[..., along, along, along]).flatten(1)
     low, high = (_each(torch.quantile(sample, q, dim=1), image) for q in (0.02, 0.98))
     return (mean > low + _CONTENT * (high - low)).to(image)
 
@@ -97,30 +98,35 @@ def synthetic_terms(logits: Tensor, labels: Tensor, forgiven: float = 0.0, total
     Args:
         logits: (N, 1, *size); of a network whose finest level is coarser than the view, resized.
         labels: (N, *sides).
-        forgiven: share of a view's pixels that is left out of both.
+        forgiven: share of a view's pixels that is left out of the loss.
 
     Returns:
-        synthetic_loss, synthetic_dice.
+        synthetic_loss, synthetic_dice; the Dice is of all pixels, and 0 where there is no object and none is found.
     """
     if logits.shape[2:] != labels.shape[1:]:
         mode = {4: "bilinear", 5: "trilinear"}[logits.ndim]
         logits = F.interpolate(logits.float(), size=labels.shape[1:], mode=mode, align_corners=False)
-    labels = _forgive(logits[:, 0].detach(), labels, forgiven)
-    loss = segmentation_loss(logits, labels, total=total)["loss"]
+    counted_labels = _forgive(logits[:, 0].detach(), labels, forgiven)
+    loss = segmentation_loss(logits, counted_labels, total=total)["loss"]
     with torch.no_grad():
-        found, true = (logits[:, 0] > 0) & (labels != IGNORE), labels == 1
+        found, true = logits[:, 0] > 0, labels == 1
         overlap, counted = total(torch.stack([(found & true).sum(), found.sum() + true.sum()]).float()).unbind()
     return {"synthetic_loss": loss, "synthetic_dice": 2 * overlap / counted.clamp_min(1)}
 
 
 def _forgive(logits: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Labels with `IGNORE` at the background pixels of the highest logits, a share of every view's pixels."""
+    """Labels with `IGNORE` at the pixels of the highest logits, a share of every view's, but near planted objects.
+
+    There they are of one that is found too large, which is no real object.
+    """
     count = int(share * labels[0].numel())
     if not count:
         return labels
-    wrong = logits.float().masked_fill(labels == 1, -torch.inf).flatten(1).topk(count, dim=1).indices
-    of_background = labels.flatten(1).scatter(1, wrong, IGNORE)
-    return torch.where(labels == 1, labels, of_background.view_as(labels))
+    near = _WIDEN[labels.ndim - 1]((labels == 1)[:, None].float(), 2 * _MARGIN + 1, 1, _MARGIN)[:, 0] > 0
+    highest = logits.float().masked_fill(near, -torch.inf).flatten(1).topk(count, dim=1)
+    flat = labels.flatten(1)
+    values = torch.where(highest.values > -torch.inf, IGNORE, flat.gather(1, highest.indices))
+    return flat.scatter(1, highest.indices, values).view_as(labels)
 
 
 def _shape(inside: Tensor, settings: SyntheticSettings, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,11 +135,11 @@ def _shape(inside: Tensor, settings: SyntheticSettings, draws: Draws) -> tuple[T
     An ellipsoid at a random place of the content, turned at random, its outline moved by smooth noise.
 
     Returns:
-        depth: (N, 1, *size) pixels, below 0 outside. radius: (N, 1, …) pixels. position: (N, *size, dimensions) in radii.
+        depth: (N, 1, *size) pixels of a round object, below 0 outside; along a long one more, across it fewer.
+        radius: (N, 1, …) pixels. position: (N, *size, dimensions) in radii.
     """
     count, size, dims = len(inside), inside.shape[2:], inside.ndim - 2
-    radius = draws.uniform((0, 1)) * torch.log(torch.tensor(settings.radius[1] / settings.radius[0]))
-    radius = settings.radius[0] * radius.exp()
+    radius = settings.radius[0] * (settings.radius[1] / settings.radius[0]) ** draws.uniform((0, 1))
     stretch = settings.elongation ** draws.uniform((0, 1))
     axes = torch.stack([stretch ** (1 - 1 / dims), *[stretch ** (-1 / dims)] * (dims - 1)], dim=1)  # of the same volume
     turned = torch.linalg.qr(draws.normal(dims, dims)).Q
@@ -161,8 +167,12 @@ def _own_texture(
     return torch.lerp(local, image, through) + contrast * profile + noise
 
 
-def _foreign_texture(other: Tensor, spread: Tensor, draws: Draws) -> Tensor:
-    return other * _each(draws.uniform((0.7, 1.3)), other) + _each(draws.uniform((-0.3, 0.3)), other) * spread
+def _foreign_texture(image: Tensor, spread: Tensor, draws: Draws) -> Tensor:
+    """The view moved by a quarter to three quarters of each side, what leaves it coming back at the other."""
+    dims = image.ndim - 2
+    shifts = (draws.uniform((0.25, 0.75), dims).cpu() * torch.tensor(image.shape[2:])).long().tolist()
+    moved = torch.stack([one.roll(by, tuple(range(1, dims + 1))) for one, by in zip(image, shifts, strict=True)])
+    return moved * _each(draws.uniform((0.7, 1.3)), image) + _each(draws.uniform((-0.3, 0.3)), image) * spread
 
 
 def _spread(image: Tensor, inside: Tensor) -> Tensor:
@@ -171,7 +181,8 @@ def _spread(image: Tensor, inside: Tensor) -> Tensor:
     count = weight.sum(2, keepdim=True).clamp_min(1)
     mean = (values * weight).sum(2, keepdim=True) / count
     deviation = (((values - mean) ** 2 * weight).sum(2) / count[..., 0]).sqrt()
-    return _each(deviation.clamp_min(0.05), image)
+    floor = 0.02 * (values.amax(2) - values.amin(2))
+    return _each(torch.maximum(deviation, floor), image)
 
 
 def _centres(inside: Tensor, draws: Draws) -> Tensor:

@@ -27,18 +27,27 @@ def label_curve(recipe: LabelCurveRecipe) -> Path:
         ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; cells that are done stay done.
     """
     work_alone(recipe.resume)
+    recipe = _in_its_group(recipe)
     points = points_of(recipe)
     locks = recipe.out / "locks"
     _begin(recipe, locks)
     do_all(points, locks)
-    report = locks / "report.lock"
-    with locked(report, wait=False) as mine:
-        if mine:
+    with locked(locks / "report.lock", wait=True):
+        if _read_config(recipe) == recipe.model_copy(update={"resume": False}):  # another process may have a larger curve
             _write(recipe, points)
-    if not mine:  # whoever writes it began after the last cell was done
-        with locked(report, wait=True):
-            pass
     return recipe.out
+
+
+def _read_config(recipe: LabelCurveRecipe) -> LabelCurveRecipe:
+    """The recipe of what is in the folder."""
+    found = LabelCurveRecipe.model_validate_json((recipe.out / "config.json").read_text(encoding="utf-8"))
+    return found.model_copy(update={"out": recipe.out, "resume": False})
+
+
+def _in_its_group(recipe: LabelCurveRecipe) -> LabelCurveRecipe:
+    """With the W&B group that the curve began with, which it keeps when it grows."""
+    begun = (recipe.out / "config.json").is_file() and recipe.resume
+    return recipe.in_group((_read_config(recipe) if begun else recipe).group)
 
 
 def _begin(recipe: LabelCurveRecipe, locks: Path) -> None:
@@ -52,7 +61,8 @@ def _begin(recipe: LabelCurveRecipe, locks: Path) -> None:
         if not config.is_file():
             write_text(config, recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
             return
-        before = LabelCurveRecipe.model_validate_json(config.read_text(encoding="utf-8")).model_dump(exclude=_FREE_ON_RESUME)
+        begun = _read_config(recipe)
+        before = begun.in_group(begun.group).model_dump(exclude=_FREE_ON_RESUME)
         now = recipe.model_dump(exclude=_FREE_ON_RESUME)
         differing = [key for key in now if before[key] != now[key] and not _grown(key, before[key], now[key])]
         if differing:

@@ -118,15 +118,21 @@ class LabelCurveRecipe(Frozen):
 
     @property
     def group(self) -> str:
-        """What W&B calls the runs of this curve together, unless the recipe says; the same after it has grown."""
-        told = self.model_dump_json(exclude={"out", "resume", "arms", "budgets", "draws"})
+        """What W&B calls the runs of this curve together."""
+        if given := self.finetune.get("wandb", {}).get("group"):
+            return str(given)
+        told = self.model_dump_json(exclude={"out", "resume"})
         return f"label-curve-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+    def in_group(self, group: str) -> "LabelCurveRecipe":
+        """The same with that W&B group."""
+        return self.model_copy(update={"finetune": merge(self.finetune, {"wandb": {"group": group}})})
 
     def cell(self, arm: str, labelled: int, draw: int, steps: int, out: Path) -> FinetuneRecipe:
         """The fine-tuning of one cell, which does not read test; it continues what is there."""
         values = merge(self.finetune, self.arms[arm])
         values = merge(values, {"data": {"labelled": labelled, "draw": draw}})
-        mirrored = {"group": values.get("wandb", {}).get("group") or self.group, "name": f"{arm}-{labelled}-{draw}-{steps}"}
+        mirrored = {"group": self.group, "name": f"{arm}-{labelled}-{draw}-{steps}"}
         values = merge(values, {"wandb": mirrored})
         cell = {"out": str(out), "resume": True, "seed": self.seed + draw, "steps": steps, "evaluate_test": False}
         return validate(FinetuneRecipe, values | cell, f"arm {arm}")

@@ -39,7 +39,7 @@ def _leaks(recipe: PretrainRecipe, archive: Archive) -> list[str]:
 
 
 def _groups(recipe: PretrainRecipe, archive: Archive, cost: Cost) -> list[str]:
-    if recipe.objective.same_group == "ignore":
+    if not recipe.objective.weight or recipe.objective.same_group == "ignore":
         return []
     share = recipe.batch // recipe.processes
     own = cost.own_group * (recipe.batch - 1) / max(1, share - 1)
@@ -124,11 +124,12 @@ def _time(recipe: PretrainRecipe, archive: Archive, cost: Cost, fastest: Precisi
 
 
 def _ranks(recipe: PretrainRecipe) -> list[str]:
-    if recipe.processes == 1 or (recipe.model.norm == "group" and not recipe.head.batch_norm):
+    if recipe.processes == 1 or not recipe.batch_statistics:
         return []
+    exact = "are model.norm=group head.batch_norm=false" if recipe.contrasts else "is model.norm=group"
     return [
         f"batch norm over {recipe.processes} ranks is synchronised on GPUs only: on CPUs each has the statistics of its own "
-        f"{recipe.batch // recipe.processes} scans. Exact are model.norm=group head.batch_norm=false."
+        f"{recipe.batch // recipe.processes} scans. Exact {exact}."
     ]
 
 

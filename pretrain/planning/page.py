@@ -105,6 +105,6 @@ def _cost(plan: Plan) -> list[str]:
     if recipe.processes > 1:
         lines.append(
             f"measured in one process with a rank's share of the batch, {recipe.batch // recipe.processes}; {recipe.processes} "
-            "ranks add the time to exchange projections and gradients"
+            "ranks add the time to exchange what the loss and the optimiser need"
         )
     return lines

@@ -26,7 +26,7 @@ _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 def show_views(recipe: PretrainRecipe, out: Path) -> Path:
     """Write the page; `out`. Nothing is trained, and no run directory is made.
 
-    Of the first contrastive set, only the scans that are shown are read again after the archive was prepared.
+    Of the first set, only the scans that are shown are read again after the archive was prepared.
 
     Raises:
         ResUNetError: whatever would stop the run as well, but a leak; a file that exists or is no PNG.
@@ -64,13 +64,13 @@ def _label(name: str, example: Example) -> str:
     return f"{short}: {' × '.join(map(str, example.size))}{place}"
 
 
-def _draw(shown: Sequence[Example], labels: Sequence[str], heading: Sequence[str], columns: Sequence[str]) -> Image.Image:
+def _draw(shown: Sequence[Example], labels: Sequence[str], heading: Sequence[str], titles: Sequence[str]) -> Image.Image:
     """Two rows of examples side by side, the columns named above."""
     height, width = shown[0].views[0].shape[:2]
     scale = max(1, math.ceil(_SIDE / math.sqrt(height * width)))
     height, width = height * scale, width * scale
     across = 2 if len(shown) > 1 else 1
-    block = len(columns) * width + (len(columns) - 1) * _GAP
+    block = len(titles) * width + (len(titles) - 1) * _GAP
     down = -(-len(shown) // across)
     top = _MARGIN + len(heading) * _LINE + _GAP + _LINE
     size = (2 * _MARGIN + across * block + (across - 1) * 3 * _GAP, top + down * (height + _LINE + _GAP) + _MARGIN)
@@ -81,7 +81,7 @@ def _draw(shown: Sequence[Example], labels: Sequence[str], heading: Sequence[str
         pen.text((_MARGIN, _MARGIN + line * _LINE), text, _INK, large)
     for column in range(across):
         left = _MARGIN + column * (block + 3 * _GAP)
-        for place, name in enumerate(columns):
+        for place, name in enumerate(titles):
             pen.text((left + place * (width + _GAP), top - _LINE), name, _INK, large)
     for number, (example, label) in enumerate(zip(shown, labels, strict=True)):
         row, column = divmod(number, across)

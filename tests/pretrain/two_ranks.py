@@ -1,4 +1,4 @@
-"""What test_ranks.py runs in one process and, started by `accelerate launch`, in two: FOLDER holds the recipes in FOLDER.
+"""What test_ranks.py runs in one process and, started by `accelerate launch`, in two: FOLDER holds the recipes.
 
 Every rank takes its share of the same sets; what comes out must not depend on their number.
 """
@@ -107,7 +107,7 @@ def synthetic_gradients(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     scans = torch.randn(BATCH, 1, 14, 14, generator=draw)
     draws = Draws(torch.Generator().manual_seed(12), range(first, first + share), BATCH)
     assert recipe.synthetic is not None
-    images, labels = plant(scans[mine, :, :12, :12], scans[mine, :, 2:, 2:], recipe.synthetic, draws)
+    images, labels = plant(scans[mine, :, :12, :12], recipe.synthetic, draws)
     places = (torch.rand(2, BATCH, 6, 2, generator=draw) * 2 - 1)[:, mine].flatten(0, 1)
     scored = partial(
         score,

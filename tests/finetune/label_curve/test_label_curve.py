@@ -228,11 +228,11 @@ def test_a_curve_grows_by_draws_budgets_and_arms(curve, tmp_path, monkeypatch):
     out = shutil.copytree(curve.out, tmp_path / "grown")
     arms = curve.arms | {"again": curve.arms["scratch"]}
     larger = curve.model_copy(update={"resume": True, "out": out, "draws": 3, "budgets": (1.0, *curve.budgets), "arms": arms})
-    assert larger.group == curve.group
     monkeypatch.setattr("finetune.label_curve.command.do_all", lambda points, locks: pytest.fail(f"{len(points)}"))
     with pytest.raises(pytest.fail.Exception, match=str(3 * 3 * len({1, *numbers_of_groups(curve)}))):
         label_curve(larger)
-    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["draws"] == 3
+    grown = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert grown["draws"] == 3 and larger.group != curve.group == grown["finetune"]["wandb"]["group"], "as it began"
     with pytest.raises(InputError, match="draws: 3 then, 2 now"):
         label_curve(curve.model_copy(update={"resume": True, "out": out}))
 
