@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.labelled import choose_cases
@@ -37,6 +38,18 @@ class Slices:
         self.images = torch.stack([torch.from_numpy(one.image_slice(0)) for one in loaded])
         self.labels = torch.stack([torch.from_numpy(one.label_slice(0)) for one in loaded])
         self.groups = np.array([one.case.group_name for one in loaded])
+
+    def dice(self, found: Tensor) -> NDArray[np.float64]:
+        """Of every slice of masks (N, y, x); NaN without a target."""
+        true = self.labels == 1
+        overlap, sizes = (found & true).flatten(1).sum(1), found.flatten(1).sum(1) + true.flatten(1).sum(1)
+        return np.where(true.flatten(1).any(1).numpy(), (2 * overlap / sizes.clamp_min(1)).double().numpy(), np.nan)
+
+    def group_dice(self, found: Tensor) -> dict[str, float]:
+        """group → the mean over its slices with a target."""
+        each = self.dice(found)
+        target = ~np.isnan(each)
+        return {str(group): float(each[target & (self.groups == group)].mean()) for group in np.unique(self.groups[target])}
 
     def chosen(self, groups: set[str]) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(np.isin(self.groups, sorted(groups)))
@@ -80,15 +93,6 @@ def fit(features: Tensor, labels: Tensor) -> torch.nn.Conv2d:
     return layer
 
 
-def dice_of(found: Tensor, slices: Slices) -> float:
-    """The mean over groups of the mean over their slices with a target."""
-    true = slices.labels == 1
-    overlap, sizes = (found & true).flatten(1).sum(1), found.flatten(1).sum(1) + true.flatten(1).sum(1)
-    dice, target = (2 * overlap / sizes).numpy(), true.flatten(1).any(1).numpy()
-    each = [dice[(slices.groups == group) & target] for group in sorted(set(slices.groups))]
-    return float(np.mean([values.mean() for values in each if len(values)]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -115,7 +119,8 @@ def main() -> None:
             mean, deviation = (one(features, (0, 2, 3), keepdim=True) for one in (torch.mean, torch.std))
             layer = fit((features - mean) / (deviation + 1e-3), labels)
             with torch.no_grad():
-                found.append(dice_of(layer((judged - mean) / (deviation + 1e-3))[:, 0] > 0, val))
+                segmented = layer((judged - mean) / (deviation + 1e-3))[:, 0] > 0
+            found.append(np.mean(list(val.group_dice(segmented).values())))
         print(f"| {name} | {', '.join(f'{value:.3f}' for value in found)} | {np.mean(found):.3f} |", flush=True)
 
 

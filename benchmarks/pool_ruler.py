@@ -1,0 +1,77 @@
+"""The cells of a label curve on the groups of the pool that a draw did not label, and on all of val: a ruler to tune by.
+
+    python -m benchmarks.pool_ruler --curve DIR [--draws 0 1]
+
+Test is to be read once, and val has few groups, of a draw even fewer; but a benchmark's pool is labelled throughout. Of
+brain_tumor_128 at 5 % that is 107 groups, so that two arms on the same draw are told apart to ±0.03. Dice is the mean over groups;
+the paired difference from the baseline has a t interval over groups, of this draw only. What was pretrained on the pool has seen
+these images, without their masks, which no test image is.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+from benchmarks.decoder_probe import Slices
+from finetune.label_curve.cells import Cell, points_of
+from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.verdict import signed
+from finetune.labelled import choose_cases
+from resunet.layout import channels_last
+from resunet.model import ResUNet
+
+_CHUNK = 32
+
+
+@torch.no_grad()
+def dice_by_group(cell: Cell, slices: Slices) -> dict[str, float]:
+    """The mean over a group's slices with a target, in bf16 arithmetic; of binary segmentation."""
+    network = ResUNet.from_pretrained(cell.folder / "model").eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.cat([network(channels_last(part))[:, 0] > 0 for part in slices.images.split(_CHUNK)])
+    return slices.group_dice(found)
+
+
+def against(values: Mapping[str, float], baseline: Mapping[str, float]) -> str:
+    difference = np.array([values[group] - baseline[group] for group in baseline])
+    low, high = stats.t.interval(0.95, len(difference) - 1, difference.mean(), max(stats.sem(difference), np.finfo(float).tiny))
+    return f"{signed(float(difference.mean()))} [{signed(float(low))}, {signed(float(high))}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curve", type=Path, required=True)
+    parser.add_argument("--draws", type=int, nargs="+", default=[0])
+    options = parser.parse_args()
+    recipe = LabelCurveRecipe.model_validate_json((options.curve / "config.json").read_text(encoding="utf-8"))
+    points = points_of(recipe.model_copy(update={"out": options.curve, "resume": True}))
+    first = points[0].cells[0].recipe
+    source = choose_cases(first)[0]
+    parts = {part: Slices(source.part(part), first) for part in ("pool", "val")}
+    print("| groups, draw, steps | arm | unlabelled pool | less baseline | val | less baseline |\n|---|---|---|---|---|---|")
+    baselines: dict[tuple[int, int, int, str], dict[str, float]] = {}
+    for point in sorted(points, key=lambda point: (point.labelled, point.draw, point.arm != recipe.baseline)):
+        labelled = (
+            {case.group_name for case in choose_cases(point.cells[0].recipe)[1]} if point.draw in options.draws else set()
+        )
+        for cell in point.cells if labelled else ():
+            if not cell.done:
+                continue
+            row = f"| {point.labelled}, {point.draw}, {cell.steps} | {point.arm} |"
+            for part, slices in parts.items():
+                dice = {group: value for group, value in dice_by_group(cell, slices).items() if group not in labelled}
+                key = (point.labelled, point.draw, cell.steps, part)
+                if point.arm == recipe.baseline:
+                    baselines[key] = dice
+                compared = key in baselines and point.arm != recipe.baseline
+                row += f" {np.mean(list(dice.values())):.3f} ({len(dice)}) |"
+                row += f" {against(dice, baselines[key])} |" if compared else " |"
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
