@@ -22,6 +22,7 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resunet.checkpoint import load_exactly
 from resunet.config import Recipe
 from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
 from resunet.progress import say
@@ -122,9 +123,13 @@ def restore_training(
     accelerator: Accelerator,
     beside: Mapping[str, nn.Module] | None = None,
 ) -> int:
-    """Load what `training_state` gave; the number of steps already done."""
+    """Load what `training_state` gave; the number of steps already done.
+
+    Raises:
+        InputError: a checkpoint of another network, such as an earlier version's; it lists the tensors.
+    """
     for name, module in ({"network": network} | dict(beside or {})).items():
-        module.load_state_dict(state[name])
+        load_exactly(module, state[name], f"the last checkpoint's {name}")
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -92,28 +92,6 @@ def test_encoder_and_head_begin_as_without_it():
     assert states[0] and all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-FAULTS = {
-    "level": ({"dense": {"level": 4}}, r"dense\.level=4: the decoder of 5 levels \(model\.channels\) has 0 to 3"),
-    "one level": ({"dense": {}, "model": {"channels": [8]}}, r"has none: give it more"),
-    "pairs": ({"dense": {"pairs": 63}}, r"dense\.pairs=63 must be at least batch=64"),
-    "chunks": (
-        {"dense": {}, "cache_chunk": 8, "model": {"norm": "group"}, "head": {"batch_norm": False}},
-        r"cache_chunk=8: dense has no chunks",
-    ),
-    "weight alone": ({"objective": {"weight": 0}}, r"objective\.weight=0\.0: is of a loss beside those of dense and synthetic"),
-    "squeeze and excite": ({"model": {"squeeze_excite": True}}, r"model\.squeeze_excite=true: is of the decoder"),
-    "no weight": ({"dense": {"weight": 0}}, r"dense\.weight=0: .*greater than 0"),
-    "no points": ({"dense": {"points": 0}}, r"dense\.points=0: "),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_recipe_is_refused(fault):
-    changes, message = FAULTS[fault]
-    with pytest.raises(InputError, match=message):
-        validate(PretrainRecipe, {"out": "run", "steps": 5, "data": {"source": "scans"}} | changes, "recipe")
-
-
 def metrics_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -161,8 +139,9 @@ def test_it_goes_with_every_objective(recipe, objective):
         assert line["dense_points"] == 16 and math.isfinite(line["global_loss"])
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after):
-    whole, stopped = (recipe(steps=4, dense=DENSE, model=MODEL, out=str(tmp_path / name)) for name in ("whole", "stopped"))
+@pytest.mark.parametrize("objectives", [{"dense": DENSE}, {"synthetic": {"radius": [1.5, 3]}, "objective": {"weight": 0}}])
+def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after, objectives):
+    whole, stopped = (recipe(steps=4, model=MODEL, out=str(tmp_path / name), **objectives) for name in ("whole", "stopped"))
     pretrain(whole)
     sigterm_after(2)
     with pytest.raises(Stopped):
@@ -171,3 +150,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after)
     assert metrics_of(stopped.out) == metrics_of(whole.out)
     for name in ("config.json", "model.safetensors", DECODER):
         assert (stopped.out / "model" / name).read_bytes() == (whole.out / "model" / name).read_bytes()
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_its_tensors(recipe, sigterm_after):
+    ours = recipe(steps=4, dense=DENSE, model=MODEL)
+    sigterm_after(2)
+    with pytest.raises(Stopped):
+        pretrain(ours)
+    path = ours.out / "checkpoints" / "step-2" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    state["network"] = {name.replace("decoder.", "dense.decoder."): tensor for name, tensor in state["network"].items()}
+    torch.save(state, path)
+    with pytest.raises(
+        InputError, match=r"(?s)last checkpoint's network: .*missing.*decoder\.blocks.*unexpected.*dense\.decoder"
+    ):
+        pretrain(ours.model_copy(update={"resume": True}))

@@ -68,6 +68,33 @@ FAULTS = {
         {"model": {"spatial_dims": 3}, "objective": {"same_group": "ignore", "position_threshold": 0.1}},
         r"objective\.position_threshold=0\.1: compares the places of slices.*set it to null",
     ),
+    "dense: level": ({"dense": {"level": 4}}, r"dense\.level=4: the decoder of 5 levels \(model\.channels\) has 0 to 3"),
+    "dense: one level": ({"dense": {}, "model": {"channels": [8]}}, r"has none: give it more"),
+    "dense: pairs": ({"dense": {"pairs": 63}}, r"dense\.pairs=63 must be at least batch=64"),
+    "dense: chunks": (
+        {"dense": {}, "cache_chunk": 8, "model": {"norm": "group"}, "head": {"batch_norm": False}},
+        r"cache_chunk=8: dense has no chunks",
+    ),
+    "dense: weight alone": (
+        {"objective": {"weight": 0}},
+        r"objective\.weight=0\.0: is of a loss beside those of dense and synthetic",
+    ),
+    "dense: squeeze and excite": ({"model": {"squeeze_excite": True}}, r"model\.squeeze_excite=true: is of the decoder"),
+    "dense: no weight": ({"dense": {"weight": 0}}, r"dense\.weight=0: .*greater than 0"),
+    "dense: no points": ({"dense": {"points": 0}}, r"dense\.points=0: "),
+    "synthetic: radius": ({"synthetic": {"radius": [3, 2]}}, r"synthetic\.radius.*first not above the second"),
+    "synthetic: no size": ({"synthetic": {"radius": [0, 2]}}, r"two numbers above 0"),
+    "synthetic: one level": ({"synthetic": {}, "model": {"channels": [8]}}, r"synthetic: a decoder of one level"),
+    "synthetic: chunks": (
+        {"synthetic": {}, "cache_chunk": 8, "model": {"norm": "group"}, "head": {"batch_norm": False}},
+        r"cache_chunk=8: synthetic has no chunks",
+    ),
+    "synthetic: weight": ({"synthetic": {"weight": 0}}, r"synthetic\.weight=0: .*greater than 0"),
+    "synthetic: no contrast": (
+        {"synthetic": {}, "objective": {"weight": 0, "same_group": "ignore"}},
+        r"objective\.weight=0: without the contrast of scans objective\.same_group would do nothing",
+    ),
+    "synthetic: short": ({"synthetic": {"elongation": 0.5}}, r"synthetic\.elongation=0\.5"),
     "no source": ({"data": {}}, r"data\.source: is required"),
 }
 

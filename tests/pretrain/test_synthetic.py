@@ -15,12 +15,10 @@ from pretrain.example_views import _flat, _outlined
 from pretrain.loop import pretrain
 from pretrain.planning.cautions import _groups
 from pretrain.planning.show import show_views
-from pretrain.recipe import EncoderSettings, PretrainRecipe, SyntheticSettings, ViewSettings
+from pretrain.recipe import EncoderSettings, SyntheticSettings, ViewSettings
 from pretrain.save import encoder_of_checkpoint
 from pretrain.synthetic import content, plant, planted_views, synthetic_terms
 from resunet.checkpoint import read_config
-from resunet.config import validate
-from resunet.errors import InputError, Stopped
 from resunet.losses import segmentation_loss
 from resunet.model import ResUNet
 from resunet.transfer import DECODER, transfer_encoder
@@ -194,30 +192,6 @@ def test_content_is_what_all_pixels_say(size):
     assert float((content(view)[0, 0] != (far < 1)).float().mean()) < 0.12
 
 
-FAULTS = {
-    "radius": ({"synthetic": {"radius": [3, 2]}}, r"synthetic\.radius.*first not above the second"),
-    "no size": ({"synthetic": {"radius": [0, 2]}}, r"two numbers above 0"),
-    "one level": ({"synthetic": {}, "model": {"channels": [8]}}, r"synthetic: a decoder of one level"),
-    "chunks": (
-        {"synthetic": {}, "cache_chunk": 8, "model": {"norm": "group"}, "head": {"batch_norm": False}},
-        r"cache_chunk=8: synthetic has no chunks",
-    ),
-    "weight": ({"synthetic": {"weight": 0}}, r"synthetic\.weight=0: .*greater than 0"),
-    "no contrast": (
-        {"synthetic": {}, "objective": {"weight": 0, "memory_bank": 64, "same_group": "ignore"}},
-        r"without the contrast of scans objective\.memory_bank, objective\.same_group would do nothing|objective",
-    ),
-    "short": ({"synthetic": {"elongation": 0.5}}, r"synthetic\.elongation=0\.5"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_recipe_is_refused(fault):
-    changes, message = FAULTS[fault]
-    with pytest.raises(InputError, match=message):
-        validate(PretrainRecipe, {"out": "run", "steps": 5, "data": {"source": "scans"}} | changes, "recipe")
-
-
 def metrics_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -286,7 +260,7 @@ def test_an_outline_is_drawn_around_objects_only(size):
     labels[(..., *[slice(4, 8)] * 2)] = 1
     shown = _outlined(picture, labels)
     assert shown.shape == (*picture.shape, 3) and 0 < (shown[..., 0] > 0).mean() < 0.5
-    assert not shown[(..., *[slice(4, 8)] * 2, slice(None))].any() or len(size) == 3
+    assert not shown[_flat(labels.float(), around=0.0).numpy() > 0].any(), "around, not over them"
 
 
 def test_nobody_is_told_of_groups_or_heads_that_are_not_there(recipe):
@@ -299,15 +273,3 @@ def test_nobody_is_told_of_groups_or_heads_that_are_not_there(recipe):
 def test_the_views_are_shown_with_their_objects(recipe, tmp_path):
     with Image.open(show_views(recipe(model=MODEL, synthetic=OBJECTS), tmp_path / "views.png")) as page:
         assert page.width > 2 * 5 * 200, "scan, two views, objects, outlines, twice"
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(recipe, tmp_path, sigterm_after):
-    whole, stopped = (recipe(steps=4, out=str(tmp_path / name), **ALONE) for name in ("whole", "stopped"))
-    pretrain(whole)
-    sigterm_after(2)
-    with pytest.raises(Stopped):
-        pretrain(stopped)
-    pretrain(stopped.model_copy(update={"resume": True}))
-    assert metrics_of(stopped.out) == metrics_of(whole.out)
-    for name in ("config.json", "model.safetensors", DECODER):
-        assert (stopped.out / "model" / name).read_bytes() == (whole.out / "model" / name).read_bytes()
