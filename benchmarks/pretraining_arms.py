@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m benchmarks.pretraining_arms --data DIR --out DIR [--steps 500] [--batch 64] [--large-batch 256]
         [--cache-chunk 128] [--threshold 0.1] [--norm batch] [--budget 0.05] [--draws 5] [--finetune-steps 250 1000]
-        [--dense] [--slow-encoder]
+        [--finetune-batch 8] [--dense] [--slow-encoder]
 
 Pretrains {plain SimCLR, + same-patient masking, + position positives, cached large batch} with equal steps, and runs one label
 curve of these arms and scratch: same draws, seeds, augmentation and grid of steps, chosen on val, test read once. `--dense` adds
@@ -97,7 +97,7 @@ def curve_of(options: argparse.Namespace, source: Path, encoders: dict[str, Path
         "out": options.out / "curve",
         "resume": True,
         "recipe": "brain_tumor",
-        "finetune": {"data": {"source": str(source)}, "wandb": {"mode": "disabled"}},
+        "finetune": {"data": {"source": str(source)}, "batch": options.finetune_batch, "wandb": {"mode": "disabled"}},
         "arms": arms_of(options, encoders),
         "budgets": [options.budget],
         "draws": options.draws,
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.05, help="share of the pool's groups, or a number of them")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--finetune-steps", type=int, nargs="+", default=[250, 1000], help="the grid of the curve")
+    parser.add_argument("--finetune-batch", type=int, default=8, help="patches a step of every fine-tuning")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--slow-encoder", action="store_true")
     options = parser.parse_args()
