@@ -1,6 +1,6 @@
 """Whether a label curve's intervals cover 95 %, and how often it sees a difference at some budget where there is none.
 
-    python -m benchmarks.curve_coverage [--repetitions 4000]
+    python -m benchmarks.curve_coverage [--repetitions 4000] [--looks 3 5]
 
 Differences of Dice are drawn in two ways, for 4, 10, 23 and 106 test groups and 3 draws. "Dice": two arms' scores by a model of
 scores, with patients that are hard for both, patients and draws that suit one arm, and misses that score 0; their difference is
@@ -8,7 +8,8 @@ skewed and has many zeros where both miss. "Effects": the difference as a sum of
 of sizes that a model of scores would not give. Printed for each, of Student's interval over groups (of their means over draws),
 Satterthwaite's and ours (`finetune.label_curve.statistics`): the share of 95 % intervals that hold the true mean, their mean width,
 and the share of families of 5 nested budgets, none with a difference, in which Holm finds one. Below 5 groups no interval is
-given; what it would be is printed.
+given; what it would be is printed. With `--looks`, instead: the share of those families in which our interval finds a difference at
+some look, where a curve is read after so many draws, and again after more.
 """
 
 import argparse
@@ -153,10 +154,34 @@ def false_family(scenario: Dice | Effects, half: Half, groups: int, repetitions:
     return float((np.abs(squares.mean) > half(squares, LEVEL / BUDGETS)).any(axis=1).mean())
 
 
+def false_at_some_look(scenario: Dice | Effects, groups: int, looks: list[int], repetitions: int, seed: int) -> float:
+    """`false_family` of our interval, of a curve that is read again with more draws of the same."""
+    values = scenario(np.random.default_rng(seed), repetitions, groups, max(looks), BUDGETS)
+    found = np.zeros(repetitions, bool)
+    for draws in looks:
+        squares = mean_squares(values[..., :draws])
+        found |= (np.abs(squares.mean) > half_width(squares, LEVEL / BUDGETS)).any(axis=1)
+    return float(found.mean())
+
+
+def print_looks(looks: list[int], repetitions: int) -> None:
+    groups = [one for one in GROUPS if one >= FEWEST_GROUPS]
+    print(f"families with a false difference at one of the looks, after {', '.join(map(str, looks))} draws, %")
+    print(f"{'':34}" + "".join(f"{f'{one} groups':>12}" for one in groups))
+    for name, scenario in NO_EFFECT.items():
+        rates = [100 * false_at_some_look(scenario, one, looks, repetitions, seed=2) for one in groups]
+        print(f"{name:34}" + "".join(f"{rate:12.1f}" for rate in rates), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=4000)
-    repetitions = parser.parse_args().repetitions
+    parser.add_argument("--looks", type=int, nargs="+", help="numbers of draws, ascending, from 2 on")
+    options = parser.parse_args()
+    repetitions = options.repetitions
+    if options.looks:
+        print_looks(options.looks, repetitions)
+        return
     for groups in GROUPS:
         print(f"\n{groups} groups × {DRAWS} draws, coverage % (mean width); families with a false difference %")
         if groups < FEWEST_GROUPS:

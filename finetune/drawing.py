@@ -1,7 +1,7 @@
 """Which groups a labelled draw has where they are not drawn at random: those that cover the pool's embeddings.
 
 As `resunet suggest` would choose with nothing labelled, so that its choices can be measured against random ones: every budget is
-the beginning of one order of the pool's groups (`resunet.embedding.coverage.nested_order`), and `data.draw` is its random start.
+the beginning of one order of the pool's groups (`resunet.embedding.coverage.nested_order`), and `data.draw` its seed.
 Only the pool is embedded. Val is drawn at random all the same, with the same groups for every way to draw.
 """
 

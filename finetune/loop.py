@@ -65,7 +65,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     sampler = sampler_of(recipe, data)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
 
-    run = Run(recipe, "finetune", _inputs(data, receipt, teacher) | weights_input(recipe.model), writes=main)
+    run = Run(recipe, "finetune", _inputs(recipe, data, receipt, teacher) | weights_input(recipe.model), writes=main)
     with failing_as(run), stop_on_sigterm() as stop:
         if main and receipt is not None:
             write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
@@ -133,7 +133,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     return recipe.out
 
 
-def _inputs(data: LabelledData, receipt: Receipt | None, teacher: Teacher | None) -> dict[str, str]:
+def _inputs(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None, teacher: Teacher | None) -> dict[str, str]:
     """sha256 of what the run rests on, by what it is."""
     inputs = {"train": source_digest(data.train), "val": source_digest(data.val), "test": source_digest(data.test)}
     if receipt is not None:
@@ -141,6 +141,8 @@ def _inputs(data: LabelledData, receipt: Receipt | None, teacher: Teacher | None
         inputs |= {f"start/{name}": digest for name, digest in receipt.start_sha256.items()}
     if teacher is not None:
         inputs |= {f"teacher/{WEIGHTS}": teacher.sha256, "unlabelled": source_digest(data.unlabelled)}
+    if recipe.data.draw_encoder is not None:
+        inputs[f"draw_encoder/{WEIGHTS}"] = sha256(model_folder(recipe.data.draw_encoder) / WEIGHTS)
     return inputs
 
 

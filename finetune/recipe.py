@@ -42,7 +42,8 @@ class LabelledSettings(DataSettings):
     draw_by: Literal["random", "kcenter", "typicality"] = Field(
         "random",
         description="how training groups are drawn: by chance, or as resunet suggest would choose them in the embedding of "
-        "draw_encoder, nested too, from a random start that draw sets; val is drawn by chance",
+        "draw_encoder, nested too: kcenter from a random start that draw sets, typicality from clusters that draw seeds, so that "
+        "its draws are much alike; val is drawn by chance",
     )
     draw_encoder: Path | None = Field(
         None, description="for draw_by: a pretraining run or a model directory; it sees the pool only"

@@ -206,9 +206,12 @@ def suggest(
 
     request = dict(source=source, budget=budget, method=method, labelled=labelled, embeddings=embeddings)
     request |= dict(salt_file=salt_file, precision=precision, batch=batch)
-    for line in suggest(model, out, validate(SuggestRequest, request, "resunet suggest")):
+    suggested = suggest(model, out, validate(SuggestRequest, request, "resunet suggest"))
+    for line in suggested.lines:
         print(line)
     print(out)
+    if suggested.faults:
+        raise InputError(f"{len(suggested.faults)} scans could not be embedded, as said above; {out} is of all others.")
 
 
 @app.command()
@@ -218,6 +221,7 @@ def evaluate(
     ],
     data: Annotated[Path, typer.Option(help="a folder with images/ and masks/")],
     split: Annotated[str, typer.Option(help="pool, val or test")] = "test",
+    splits: Annotated[Path | None, typer.Option(help="a splits.json instead of the folder's own, as data.splits")] = None,
     out: Annotated[Path | None, typer.Option(help="a new folder; default: evaluation-SPLIT beside the model")] = None,
     names: Annotated[str, typer.Option(help="hash, or keep for public data")] = "hash",
     salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
@@ -238,8 +242,8 @@ def evaluate(
     from finetune.evaluation.evaluate import EvaluateRequest, evaluate
     from resunet.config import validate
 
-    request = dict(source=data, split=split, names=names, salt_file=salt_file, precision=precision, tolerance=tolerance)
-    request |= dict(runtime=runtime, ignore=ignore or (), false_alarms_per_1000=false_alarms_per_1000)
+    request = dict(source=data, split=split, splits=splits, names=names, salt_file=salt_file, precision=precision)
+    request |= dict(tolerance=tolerance, runtime=runtime, ignore=ignore or (), false_alarms_per_1000=false_alarms_per_1000)
     print(evaluate(model, validate(EvaluateRequest, request, "resunet evaluate"), out, allow_leak))
 
 

@@ -62,6 +62,7 @@ class WandbSettings(Frozen):
     project: str = "resunet"
     group: str | None = None
     name: str | None = Field(None, description="of the run; null: W&B thinks of one")
+    tags: tuple[str, ...] = Field((), description="by which W&B filters and groups; a label curve adds the arm's name")
     upload: tuple[Literal["overlays", "weights"], ...] = Field(
         (), description="beside figures: pictures of scans with their masks, and models; ids and paths never"
     )

@@ -164,6 +164,7 @@ def start_mirror(settings: WandbSettings, job_type: str, run_id: str, folder: Pa
             project=settings.project,
             group=settings.group,
             name=settings.name,
+            tags=list(settings.tags),
             job_type=job_type,
             id=run_id,
             resume="allow",

@@ -135,6 +135,13 @@ def is_done(out: Path) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "done"
 
 
+def note_input(out: Path, name: str, digest: str) -> None:
+    """Put the sha256 of an input that a finished run was given afterwards into its run.json."""
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    record["inputs"][name] = digest
+    write_text(out / "run.json", json.dumps(record, indent=2) + "\n")
+
+
 class Run:
     """One run directory and its mirror. On ranks other than the main one `writes` is False and nothing is written."""
 

@@ -1,6 +1,7 @@
 """Finished runs as they are compared: their recipes, what they cost, and their Dice by test case and group."""
 
 import csv
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def read_arm(folder: Path, name: str) -> Arm:
         summary = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))
         with open(folder / "evaluation" / "cases.csv", newline="") as file:
             rows = list(csv.DictReader(file))
+        if len({(row["id"], row["class"]) for row in rows}) < len(rows):
+            raise ValueError("its cases.csv has a case twice; with data.names=keep every case needs a name of its own")
         receipt = folder / "receipt.json"
         return Arm(
             name=name,
@@ -95,6 +98,12 @@ def refuse_other_cases(first: Arm, other: Arm) -> None:
             f"{', for example ' + differing[0] if differing else ' in the classes they hold'}. "
             "Evaluate both on the same split of the same source."
         )
+    digests = [str(arm.record["inputs"]["test"])[:12] for arm in (first, other)]
+    if digests[0] != digests[1]:
+        raise InputError(
+            f"{first.folder} and {other.folder} were evaluated on other images or masks of the same names: sha256 {digests[0]} and "
+            f"{digests[1]}. Evaluate both on the same split of the same source."
+        )
 
 
 def _judged_by(recipe: FinetuneRecipe) -> str:
@@ -103,10 +112,12 @@ def _judged_by(recipe: FinetuneRecipe) -> str:
 
 
 def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
-    """The recipe keys in which the runs differ, and what each cost."""
+    """The recipe keys and the files in which the runs differ, and what each cost."""
     recipes = {arm.name: without_paths(json.loads(arm.recipe.model_dump_json(exclude={"steps"}))) for arm in arms}
     rows = differing_values(recipes)
     rows.append(["encoder", *("from scratch" if arm.receipt is None else "pretrained" for arm in arms)])
+    inputs = {arm.name: {f"sha256 of {name}": digest[:12] for name, digest in arm.record["inputs"].items()} for arm in arms}
+    rows += differing_values(inputs)[1:]
     rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])
     rows.append(["step chosen on val", *(str(arm.record.get("best_step")) for arm in arms)])
     rows.append(["seconds of training", *(str(arm.record.get("seconds")) for arm in arms)])
@@ -126,8 +137,16 @@ def differing_values(recipes: Mapping[str, Mapping[str, Any]]) -> list[list[str]
 
 def distinct_names(runs: Sequence[Path]) -> list[str]:
     """The folders' names; those that occur twice are numbered."""
-    names = [run.resolve().name for run in runs]
-    return [f"{name}-{i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return numbered([run.resolve().name for run in runs])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names, all different: of equal ones all but the first have a number that none has yet."""
+    found: list[str] = []
+    for name in names:
+        tried = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(name if name not in found else next(one for one in tried if one not in found and one not in names))
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,11 +6,11 @@ the cases. Pictures, speed and receipts need the runs themselves: `finetune.comp
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from finetune.comparison.arms import Scored, differing_values, distinct_names, read_arm
+from finetune.comparison.arms import Scored, differing_values, numbered, read_arm
 from finetune.comparison.compare import paired_picture, verdict
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.statistics import figure, paired_difference
@@ -64,7 +64,7 @@ def compare_online(group: str, runs: Sequence[Path], out: Path) -> Path:
     """
     if out.exists():
         raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
-    here = [of_folder(run, name) for run, name in zip(runs, distinct_names(runs), strict=True)]
+    here = [of_folder(run, run.resolve().name) for run in runs]
     return write_comparison([*here, *of_api(runs_of_group(group))], group, out)
 
 
@@ -95,7 +95,7 @@ def of_api(runs: Iterable[ApiRun]) -> list[Mirrored]:
         lines = list(run.scan_history())
         found.append(
             _mirrored(
-                name=f"{run.name}-{len(found) + 1}" if run.name in {one.name for one in found} else run.name,
+                name=run.name,
                 columns=columns,
                 values=values,
                 test=str(values.pop("inputs", {}).get("test")),
@@ -124,11 +124,12 @@ def of_folder(folder: Path, name: str) -> Mirrored:
 
 
 def write_comparison(runs: Sequence[Mirrored], group: str, out: Path) -> Path:
-    """compare.json and report.html of two runs or more; `out`."""
+    """compare.json and report.html of two runs or more, those of one name numbered; `out`."""
     if len(runs) < 2:
         raise InputError(
             f"--wandb {group}: {len(runs)} runs with test cases were found, two are needed: runs that ended and were evaluated."
         )
+    runs = [replace(run, name=name) for run, name in zip(runs, numbered([run.name for run in runs]), strict=True)]
     first = runs[0]
     for other in runs[1:]:
         _refuse_other_cases(first, other)

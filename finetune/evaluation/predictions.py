@@ -28,6 +28,7 @@ _SHOWN = 20
 _MOST_CLASSES = 254
 _SAME_SPACING = 1e-3  # of it
 _WITHOUT_SPACING = ("png", "jpeg", "tiff", "bmp")
+_ENDINGS = (*(f".{one}" for one in _WITHOUT_SPACING), ".jpg", ".tif")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Predictions:
                 f"{path}: the prediction is {_size(mask.values.shape)}, its image {_size(case.size)}. Write predictions on their "
                 "image's own grid."
             )
-        compared = mask.format not in _WITHOUT_SPACING and not case.case.files[0].name.lower().endswith(_WITHOUT_SPACING)
+        compared = mask.format not in _WITHOUT_SPACING and not case.case.files[0].name.lower().endswith(_ENDINGS)
         if compared and not np.allclose(mask.spacing, case.spacing, rtol=_SAME_SPACING, atol=0):
             raise InputError(
                 f"{path}: the prediction has a spacing of {_numbers(mask.spacing)} mm, its image {_numbers(case.spacing)} mm. "

@@ -11,8 +11,11 @@ from finetune.counted_labels import labels_beside, other_labels
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.labelled import choose_cases
 from finetune.recipe import FinetuneRecipe
+from resunet.checkpoint import model_folder
 from resunet.errors import InputError
 from resunet.runs import is_done
+
+_MODELS = ("encoder/", "start/", "teacher/", "draw_encoder/")  # of the inputs that a run's record names
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class Cell:
         """run.json of a finished cell."""
         record: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         return record
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Of a finished cell, the sha256 of every file of an encoder, a start or a teacher."""
+        return {name: digest for name, digest in self.record["inputs"].items() if name.startswith(_MODELS)}
+
+    def file_of(self, model: str) -> Path | None:
+        """Where a file of `models` lies; None if there is none any more."""
+        kind, name = model.split("/")
+        folder = self.recipe.data.draw_encoder if kind == "draw_encoder" else getattr(self.recipe, kind)
+        file = model_folder(folder) / name if folder is not None and folder.exists() else None
+        return file if file is not None and file.is_file() else None
 
 
 @dataclass(frozen=True)

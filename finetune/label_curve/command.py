@@ -6,9 +6,16 @@ from typing import Any
 from finetune.label_curve.cells import Point, points_of
 from finetune.label_curve.page import write_report
 from finetune.label_curve.recipe import LabelCurveRecipe
-from finetune.label_curve.result import curve_text, read_curve, summarise, write_cases
+from finetune.label_curve.result import (
+    curve_text,
+    read_curve,
+    refuse_other_models,
+    summarise,
+    with_earlier_looks,
+    write_cases,
+)
 from finetune.label_curve.verdict import verdicts
-from finetune.label_curve.work import do_all, locked, work_alone
+from finetune.label_curve.work import do_all, locked, look_for_leaks, work_alone
 from resunet.errors import InputError
 from resunet.files import write_text
 from resunet.progress import say
@@ -31,6 +38,8 @@ def label_curve(recipe: LabelCurveRecipe) -> Path:
     points = points_of(recipe)
     locks = recipe.out / "locks"
     _begin(recipe, locks)
+    refuse_other_models(points)
+    look_for_leaks(points, locks)
     do_all(points, locks)
     with locked(locks / "report.lock", wait=True):
         if _read_config(recipe) == recipe.model_copy(update={"resume": False}):  # another process may have a larger curve
@@ -85,7 +94,7 @@ def _grown(key: str, before: Any, now: Any) -> bool:
 
 def _write(recipe: LabelCurveRecipe, points: list[Point]) -> None:
     curve = read_curve(recipe, points)
-    record = summarise(curve)
+    record = with_earlier_looks(summarise(curve), recipe.out / "curve.json")
     write_cases(curve, points, recipe.out / "cases.parquet")
     write_text(recipe.out / "curve.json", curve_text(record))
     write_report(curve, record, recipe.out)

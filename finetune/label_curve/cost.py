@@ -1,4 +1,4 @@
-"""What an arm cost: hours of fine-tuning, and of the pretraining, and the training of a teacher, that it rests on."""
+"""What an arm cost: hours of fine-tuning, and of every training that it rests on: of encoders, starts and teachers, and theirs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,16 @@ from typing import Any
 from finetune.label_curve.cells import Point
 from resunet.checkpoint import model_folder
 
+BOTH = " or one "  # between the devices of a curve that ran on both
+
 
 @dataclass(frozen=True)
 class Cost:
     """Hours of one device: of a GPU, or of one CPU thread.
 
+    device: which of these, or both: their hours are added up, and do not compare.
     finetuning: all cells of the arm. chosen: those that val chose, which is what one takes who knows how long to train.
-    pretraining: with the training of a teacher; 0 where there was neither, None where a directory of theirs does not say.
+    pretraining: all trainings behind it; 0 where there was none, None where a directory of theirs does not say.
     a_network: at every budget, the mean over draws of all cells of a draw, which is what one network takes.
     """
 
@@ -33,22 +36,50 @@ class Cost:
 
 def cost_of(points: Sequence[Point]) -> Cost:
     """The cost of one arm."""
-    recipe = points[0].cells[0].recipe
-    behind = [_training(one) for one in (recipe.encoder, recipe.start, recipe.teacher) if one is not None]
+    behind = _behind(json.loads(points[0].cells[0].recipe.model_dump_json()))
+    records = [cell.record for point in points for cell in point.cells]
+    records += [training.record for training in behind if training is not None]
     by_budget: dict[int, list[float]] = {}
     for point in points:
         by_budget.setdefault(point.labelled, []).append(sum(_hours(cell.record) for cell in point.cells))
     return Cost(
-        device="GPU" if points[0].cells[0].record["machine"]["gpus"] else "CPU thread",
+        device=BOTH.join(sorted({"GPU" if record["machine"]["gpus"] else "CPU thread" for record in records})),
         finetuning=sum(map(sum, by_budget.values())),
         chosen=sum(_hours(point.chosen.record) for point in points),
-        pretraining=None if None in behind else sum((one for one in behind if one is not None), 0.0),
+        pretraining=None if None in behind else sum((one.hours for one in behind if one is not None), 0.0),
         a_network=tuple(sum(its) / len(its) for _, its in sorted(by_budget.items())),
     )
 
 
-def _training(model: Path) -> float | None:
-    run = model_folder(model).parent
+@dataclass(frozen=True)
+class _Training:
+    """A run that made a model. record: its run.json."""
+
+    record: Mapping[str, Any]
+    hours: float
+
+
+def _behind(recipe: Mapping[str, Any]) -> list[_Training | None]:
+    """Every training that a run of this recipe rests on, each once; None for one that is not known."""
+    found: dict[Path, _Training | None] = {}
+    left = _models_of(recipe)
+    while left:
+        path = left.pop()
+        run = (model_folder(path).parent if path.exists() else path).resolve()
+        if run not in found:
+            found[run] = _training(run)
+            if found[run] is not None:
+                left += _models_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    return list(found.values())
+
+
+def _models_of(recipe: Mapping[str, Any]) -> list[Path]:
+    """What a recipe begins with, learns from and draws by; of a pretraining nothing."""
+    named = [recipe.get("encoder"), recipe.get("start"), recipe.get("teacher"), recipe.get("data", {}).get("draw_encoder")]
+    return [Path(name) for name in named if name is not None]
+
+
+def _training(run: Path) -> _Training | None:
     if not (run / "run.json").is_file() or not (run / "config.json").is_file():
         return None
     record, recipe = (json.loads((run / name).read_text(encoding="utf-8")) for name in ("run.json", "config.json"))
@@ -57,7 +88,7 @@ def _training(model: Path) -> float | None:
         if step is None:
             return None
         record["seconds"] = step * record["step"]
-    return _hours(record, recipe["processes"])
+    return _Training(record, _hours(record, recipe["processes"]))
 
 
 def _hours(record: Mapping[str, Any], processes: int = 1) -> float:

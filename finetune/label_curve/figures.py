@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from finetune.label_curve.cost import BOTH
 from resunet.report import COLOURS
 
 _ASIDE = 1.05  # between arms at the same labels, on the logarithmic axis
@@ -46,7 +47,8 @@ def difference_figure(record: Record) -> Figure:
 def cost_figure(record: Record) -> Figure | None:
     """Dice against hours from nothing to a network, pretraining included; None where an arm's cost is not known."""
     costs = record["cost"]
-    if any(cost["pretraining_hours"] is None for cost in costs.values()) or len({c["device"] for c in costs.values()}) > 1:
+    devices = {cost["device"] for cost in costs.values()}
+    if any(cost["pretraining_hours"] is None for cost in costs.values()) or len(devices) > 1 or BOTH in min(devices):
         return None
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from finetune.evaluation.statistics import FEWEST_GROUPS
+from finetune.label_curve.cost import BOTH
 from finetune.label_curve.figures import cost_figure, curve_figure, difference_figure
 from finetune.label_curve.result import Curve
 from finetune.label_curve.verdict import needed, saved, signed, verdicts
@@ -35,7 +36,7 @@ def write_report(curve: Curve, record: Record, out: Path) -> None:
         ),
     ]
     sections = [
-        Section(lead=verdicts(record), text=[_what(record), *_probes(record)], pictures=pictures),
+        Section(lead=verdicts(record), text=[_what(record), *_probes(record)], notes=_looks(record), pictures=pictures),
         Section("Dice", text=[_DICE], table=_dice(record)),
         Section("Paired differences", text=[_DIFFERENCES], table=_difference_rows(record)),
         Section("Labels saved", text=[_SAVED.format(baseline=baseline)], table=_saved_rows(record)),
@@ -101,9 +102,23 @@ def _draws(record: Record) -> str:
     return (
         f"{labels}Groups to train on are the beginnings of orders of the pool's groups, one a draw: a smaller budget is part of a "
         f"larger one. They were drawn so: {told}. By k-centre and typicality means so that they cover the pool in an encoder's "
-        "embedding, from a random start. Arms that draw in the same way have the same draws, and groups to choose by are drawn at "
+        "embedding: k-centre from a random group on; typicality from clusters of that seed, so that its draws share many groups. "
+        "Arms that draw in the same way have the same draws, and groups to choose by are drawn at "
         "random, the same for all."
     )
+
+
+def _looks(record: Record) -> list[str]:
+    """That a curve which grew was read before."""
+    before = record["looks"][:-1]
+    if not before:
+        return []
+    then = "; ".join(f"{one['draws']} draws, {one['arms']} arms, {', '.join(map(str, one['labels']))} groups" for one in before)
+    return [
+        f"This curve was read before it was as large as now: with {then}. Each reading is another chance of a false 'better' or "
+        "'worse': the 5 % below are of one reading whose size was fixed beforehand. Simulated, two readings (3, then 5 draws) "
+        "found one in up to 10 % of curves, six (3 to 8) in up to 17 % (benchmarks/curve_coverage.py --looks)."
+    ]
 
 
 def _what(record: Record) -> str:
@@ -196,7 +211,7 @@ def _chosen(record: Record) -> list[list[str]]:
 
 
 def _cost(record: Record) -> Section:
-    device = next(iter(record["cost"].values()))["device"]
+    device = BOTH.join(sorted({one for cost in record["cost"].values() for one in cost["device"].split(BOTH)}))
     rows = [["arm", "pretraining", "fine-tuning, all cells", "the chosen ones"]]
     for arm, cost in record["cost"].items():
         pretraining = cost["pretraining_hours"]
@@ -207,6 +222,8 @@ def _cost(record: Record) -> Section:
         "Dice against the hours that one network takes, all steps of the grid and pretraining included; labels beside points"
     )
     text = [f"Hours of one {device}, of training without evaluation on test. An encoder is pretrained once for all its cells."]
+    if BOTH in device:
+        text.append("An hour of one is not an hour of the other: these sums do not compare.")
     return Section("Cost", text=text, table=rows, pictures=[svg(drawn, caption)] if drawn is not None else [])
 
 

@@ -132,7 +132,8 @@ class LabelCurveRecipe(Frozen):
         """The fine-tuning of one cell, which does not read test; it continues what is there."""
         values = merge(self.finetune, self.arms[arm])
         values = merge(values, {"data": {"labelled": labelled, "draw": draw}})
-        mirrored = {"group": self.group, "name": f"{arm}-{labelled}-{draw}-{steps}"}
+        tags = [*self.finetune.get("wandb", {}).get("tags", ()), arm]
+        mirrored = {"group": self.group, "name": f"{arm}-{labelled}-{draw}-{steps}", "tags": tags}
         values = merge(values, {"wandb": mirrored})
         cell = {"out": str(out), "resume": True, "seed": self.seed + draw, "steps": steps, "evaluate_test": False}
         return validate(FinetuneRecipe, values | cell, f"arm {arm}")

@@ -18,7 +18,7 @@ from finetune.label_curve.cost import Cost, cost_of
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.label_curve.statistics import LEVEL, difference, holm, labels_needed, score
 from resunet.errors import InputError
-from resunet.files import file_aside
+from resunet.files import file_aside, sha256
 
 SCHEMA_VERSION = 1
 Scores = NDArray[np.float64]  # (B budgets, P groups, D draws)
@@ -26,7 +26,11 @@ Scores = NDArray[np.float64]  # (B budgets, P groups, D draws)
 
 @dataclass(frozen=True)
 class Curve:
-    """A finished curve. scores: arm → Dice of the test groups; steps, val: arm → what val chose, (B, D), and its Dice there."""
+    """A finished curve.
+
+    scores: arm → Dice of the test groups. steps, val: arm → what val chose, (B, D), and its Dice there.
+    models: arm → the sha256 of every file that its networks begin with or learn from. test: of all test files.
+    """
 
     recipe: LabelCurveRecipe
     budgets: list[Budget]
@@ -35,6 +39,8 @@ class Curve:
     steps: dict[str, NDArray[np.int64]]
     val: dict[str, Scores]
     cost: dict[str, Cost]
+    models: dict[str, dict[str, str]]
+    test: str
 
 
 def read_curve(recipe: LabelCurveRecipe, points: Sequence[Point]) -> Curve:
@@ -46,6 +52,7 @@ def read_curve(recipe: LabelCurveRecipe, points: Sequence[Point]) -> Curve:
     budgets = count_labels(recipe, points)
     place = {budget.train: index for index, budget in enumerate(budgets)}
     _refuse_other_draws(recipe, points)
+    refuse_other_models(points)
     groups: list[str] = []
     scores: dict[str, Scores] = {}
     shape = len(budgets), recipe.draws
@@ -55,7 +62,7 @@ def read_curve(recipe: LabelCurveRecipe, points: Sequence[Point]) -> Curve:
         run = point.chosen
         dice = read_arm(run.folder, point.arm).group_dice()
         groups = groups or sorted(dice)
-        if sorted(dice) != groups:
+        if sorted(dice) != groups or run.record["inputs"]["test"] != points[0].chosen.record["inputs"]["test"]:
             raise InputError(
                 f"{run.folder}: was evaluated on other test cases than {points[0].chosen.folder}. The source has changed while the "
                 "curve ran: restore it, or start again in another out."
@@ -66,7 +73,8 @@ def read_curve(recipe: LabelCurveRecipe, points: Sequence[Point]) -> Curve:
         ]
         steps[point.arm][where], val[point.arm][where] = run.steps, run.record["best_val_dice"]
     cost = {arm: cost_of([point for point in points if point.arm == arm]) for arm in recipe.arms}
-    return Curve(recipe, budgets, groups, scores, steps, val, cost)
+    models = {point.arm: point.cells[0].models for point in points}
+    return Curve(recipe, budgets, groups, scores, steps, val, cost, models, points[0].chosen.record["inputs"]["test"])
 
 
 def _refuse_other_draws(recipe: LabelCurveRecipe, points: Sequence[Point]) -> None:
@@ -84,6 +92,30 @@ def _refuse_other_draws(recipe: LabelCurveRecipe, points: Sequence[Point]) -> No
                 )
 
 
+def refuse_other_models(points: Sequence[Point]) -> None:
+    """Raise InputError if the cells of an arm rest on different encoders, starts or teachers, or would from here on.
+
+    A file that is no longer there is not missed, unless a cell has to be trained: that will say so itself.
+    """
+    for arm in dict.fromkeys(point.arm for point in points):
+        cells = [cell for point in points if point.arm == arm for cell in point.cells]
+        done = [cell for cell in cells if cell.done]
+        for cell in done:
+            differing = [name for name, digest in cell.models.items() if done[0].models.get(name) != digest]
+            if differing:
+                raise InputError(
+                    f"{cell.folder}: rests on another {differing[0]} than {done[0].folder}, of the same arm. Give the other model "
+                    "an arm of its own: name another, and delete the cells that are not of this one."
+                )
+        if 0 < len(done) < len(cells):
+            for name, digest in done[0].models.items():
+                if (file := done[0].file_of(name)) is not None and sha256(file) != digest:
+                    raise InputError(
+                        f"arms.{arm}: {file} is not what the cells that are done rest on. Give the new one an arm of its own, or "
+                        "name another out."
+                    )
+
+
 def summarise(curve: Curve) -> dict[str, Any]:
     """curve.json."""
     others = curve.recipe.others()
@@ -94,8 +126,17 @@ def summarise(curve: Curve) -> dict[str, Any]:
         "arms": list(curve.recipe.arms),
         "baseline": curve.recipe.baseline,
         "test_groups": len(curve.groups),
+        "test_sha256": curve.test,
+        "models_sha256": curve.models,
         "draws": curve.recipe.draws,
         "steps": list(curve.recipe.steps),
+        "looks": [
+            {
+                "draws": curve.recipe.draws,
+                "arms": len(curve.recipe.arms),
+                "labels": [budget.labels for budget in curve.budgets],
+            }
+        ],
         "labels": [
             {
                 "labels": one.labels,
@@ -185,6 +226,13 @@ def write_cases(curve: Curve, points: Sequence[Point], path: Path) -> None:
 
 def _number(text: str) -> float | None:
     return float(text) if text else None
+
+
+def with_earlier_looks(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A record that knows how large its curve was whenever it was read before, which an earlier curve.json says."""
+    before = json.loads(path.read_text(encoding="utf-8"))["looks"] if path.is_file() else []
+    (look,) = record["looks"]
+    return record | {"looks": [*(one for one in before if one != look), look]}
 
 
 def curve_text(record: Mapping[str, Any]) -> str:

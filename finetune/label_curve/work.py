@@ -15,7 +15,7 @@ import torch
 from finetune.evaluation.evaluate import measure_cases, predicting
 from finetune.evaluation.targets import targets_of
 from finetune.label_curve.cells import Cell, Point
-from finetune.labelled import read_labelled
+from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune, write_test_evaluation
 from finetune.mirrored import mirror_evaluation
 from finetune.recipe import FinetuneRecipe
@@ -26,7 +26,7 @@ from resunet.layout import place
 from resunet.mirror import start_mirror, without_paths
 from resunet.model import load_finetuned
 from resunet.progress import say
-from resunet.runs import is_done
+from resunet.runs import is_done, note_input
 
 # What a launcher tells a process of its ranks.
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -62,6 +62,26 @@ def do_all(points: Sequence[Point], locks: Path) -> None:
                     task.do()
 
 
+def look_for_leaks(points: Sequence[Point], locks: Path) -> None:
+    """Before anything is trained: is anything of test among an arm's labels, or in the archive of a model that it rests on?
+
+    Cells do not read test, so that each would find out only after all its steps. Looked at with the most labels of every arm that
+    has cells left, once for all processes.
+
+    Raises:
+        CheckFailed: test cases are among the training cases or in the encoder's, start's or teacher's archive.
+    """
+    for arm in dict.fromkeys(point.arm for point in points if not point.done):
+        point = max((one for one in points if one.arm == arm), key=lambda one: (one.labelled, -one.draw))
+        looked = locks / f"{arm}-{point.labelled}.no-leak"
+        with locked(locks / f"{arm}-leak.lock", wait=True):
+            if not looked.exists():
+                say(f"label-curve: looking for copies of test behind {arm}")
+                recipe = point.cells[0].recipe.model_copy(update={"evaluate_test": True})
+                read_labelled(resolve(recipe), quiet=False)
+                looked.touch()
+
+
 def _tasks_of(point: Point) -> Iterator[_Task]:
     def trained() -> bool:
         return all(cell.done for cell in point.cells)
@@ -92,10 +112,12 @@ def evaluate_on_test(run: Path) -> None:
     network = place(network, device)
     targets, rules = targets_of(recipe.data.classes, recipe.data.regions), config.object_rules()
     measured = measure_cases(network, data.test, targets, device, recipe.precision, rules=rules)
+    digest = source_digest(data.test)
+    note_input(run, "test", digest)
     summary = write_test_evaluation(run, network, measured, data, recipe)
     before = json.loads((run / "run.json").read_text(encoding="utf-8"))
     run_id = f"{before['wandb_id']}-test" if "wandb_id" in before else uuid.uuid4().hex[:8]
-    values = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": {"test": source_digest(data.test)}}
+    values = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": {"test": digest}}
     mirror = start_mirror(recipe.wandb, "evaluate", run_id, run, values)
     if mirror is not None:
         mirror_evaluation(mirror, summary, measured, targets, config, predicting(network, config, device, recipe.precision))

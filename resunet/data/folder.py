@@ -40,22 +40,34 @@ def list_folder(root: Path, masks: bool, splits: Path | None = None) -> Listing:
     if parts is not None:
         check_disjoint(parts, {stem: groups[stem] if groups else stem for stem in parts})
     entries = {stem: Entry((image,), mask_of.get(stem), (parts or {}).get(stem)) for stem, image in sorted(images.items())}
-    return Listing(entries, groups, PARTS if parts is None else (), labelled=(root / "masks").is_dir(), positions=positions)
+    masked = (
+        frozenset(_stem_in(root / "masks", path) for path in _readable(root / "masks")) if not masks else frozenset(mask_of)
+    )
+    return Listing(entries, groups, PARTS if parts is None else (), masked, positions=positions)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     """Readable files below a folder by their path in it without the ending."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or suffix_of(path) not in READABLE or path.name.startswith("."):
-            continue
+    for path in _readable(folder):
         if path.relative_to(folder).parts[0] == "masks":  # of a source without images/
             continue
-        stem = str(path.parent.relative_to(folder) / stem_of(path))
+        stem = _stem_in(folder, path)
         if stem in found:
             raise InputError(f"{path}: {found[stem].name} has the same stem. A case is one file: remove or rename one.")
         found[stem] = path
     return found
+
+
+def _readable(folder: Path) -> list[Path]:
+    """Of any depth; none where there is no such folder."""
+    paths = sorted(folder.rglob("*"))
+    return [path for path in paths if path.is_file() and suffix_of(path) in READABLE and not path.name.startswith(".")]
+
+
+def _stem_in(folder: Path, path: Path) -> str:
+    """The path in a folder without the ending."""
+    return str(path.parent.relative_to(folder) / stem_of(path))
 
 
 def _masks(root: Path, images: Mapping[str, Path]) -> dict[str, Path]:

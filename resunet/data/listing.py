@@ -37,7 +37,7 @@ class Listing:
     entries: by stem.
     groups: stem → patient or item; empty where nobody said.
     open_parts: the parts that have still to be made of the cases without one; none of them where the owner gave a split.
-    labelled: there are masks, whether or not they were asked for.
+    masked: stems that have a mask, whether or not masks were asked for.
     remarks: what a reader of the results has to know beside groups and splits.
     positions: stem → place of a slice in its volume, 0 to 1, where the owner said.
     """
@@ -45,7 +45,7 @@ class Listing:
     entries: Mapping[str, Entry]
     groups: Mapping[str, str]
     open_parts: tuple[str, ...]
-    labelled: bool
+    masked: frozenset[str]
     remarks: tuple[str, ...] = ()
     positions: Mapping[str, float] = field(default_factory=dict)
 

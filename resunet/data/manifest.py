@@ -172,6 +172,16 @@ class Manifest:
             )
         return tuple(Path(path_from(path.as_py())) for path in paths[int(first) : int(last)])
 
+    def first_files(self) -> list[Path]:
+        """The first file of every row.
+
+        Raises:
+            InputError: as `files_of`.
+        """
+        ids, paths = self._paths
+        firsts = np.searchsorted(ids, np.array(self._ids.to_pylist(), "S32"), "left")
+        return [Path(path_from(path)) for path in paths.take(pa.array(firsts)).to_pylist()]
+
     def thumbnail(self, row: int) -> NDArray[np.uint8]:
         """The thumbnail of a row: (1 or 3, side, side)."""
         offsets, planes = self.all_thumbnails

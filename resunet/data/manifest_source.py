@@ -1,5 +1,7 @@
 """A manifest as `data.source`: its rows as cases, made one at a time, so that a million of them cost little memory."""
 
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, overload
@@ -28,6 +30,16 @@ class _Columns:
     def row(self, row: int) -> dict[str, Any]:
         return {name: self.table.column(name)[row].as_py() for name in _COLUMNS}
 
+    @cached_property
+    def names(self) -> list[str]:
+        """What `keep` calls each row: its first file's path below the folder that all share, without its ending if that will do."""
+        files = self.manifest.first_files()
+        root = os.path.commonpath([file.parent for file in files])
+        paths = [file.relative_to(root) for file in files]
+        names = [str(path.parent / stem_of(path)) for path in paths]
+        often = Counter(names)
+        return [name if often[name] == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+
     def stamps(self, file_id: str) -> tuple[tuple[int, int], ...]:
         """Size and time of change of an id's files, in order."""
         ids, stamps = self._stamps
@@ -51,7 +63,7 @@ class ManifestCases(Sequence[Case]):
         columns: of the manifest.
         rows: which rows, in this order.
         parts: one a row: an index into PARTS, or −1.
-        keep: name cases by their files' stems. Groups have no names here but their HMACs.
+        keep: name cases by their files (`_Columns.names`). Groups have no names here but their HMACs.
     """
 
     def __init__(self, columns: _Columns, rows: NDArray[np.int64], parts: NDArray[np.int8], keep: bool) -> None:
@@ -75,7 +87,7 @@ class ManifestCases(Sequence[Case]):
         values = self._columns.row(row)
         files, part = self.manifest.files(row), int(self.parts[index])
         return Case(
-            id=stem_of(files[0]) if self._keep else values["id"],
+            id=self._columns.names[row] if self._keep else values["id"],
             group=values["group"],
             group_hmac=values["group"],
             group_name=values["group"],

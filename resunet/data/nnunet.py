@@ -108,7 +108,8 @@ def list_nnunet(
         for case, entry in found.items()
         if entry.mask is not None or not masks
     }
-    return Listing(entries, groups, parts.open_parts, labelled, tuple(remarks), read_positions(root / "groups.csv"))
+    masked = frozenset(case for case, entry in found.items() if entry.mask)
+    return Listing(entries, groups, parts.open_parts, masked, tuple(remarks), read_positions(root / "groups.csv"))
 
 
 class _Parts(NamedTuple):

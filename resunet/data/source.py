@@ -34,6 +34,7 @@ class Source:
         splits.json did, and something between where only the test cases are known.
     labelled: there are masks, whether or not they were asked for.
     remarks: what a reader of the results has to know beside groups and splits.
+    masked: stems of the cases that have a mask, whether or not masks were asked for; not of a manifest, whose cases know.
     """
 
     cases: Sequence[Case]
@@ -42,6 +43,11 @@ class Source:
     salt: Salt
     labelled: bool = False
     remarks: tuple[str, ...] = ()
+    masked: frozenset[str] = frozenset()
+
+    def has_mask(self, case: Case) -> bool:
+        """Somebody labelled a case, whether or not masks were asked for."""
+        return case.mask is not None or case.stem in self.masked
 
     @property
     def salt_fingerprint(self) -> str:
@@ -247,4 +253,6 @@ def _with_ids(listing: Listing, salt: Salt, keep: bool) -> Source:
                 position=listing.positions.get(stem),
             )
         )
-    return Source(tuple(cases), bool(listing.groups), listing.open_parts, salt, listing.labelled, listing.remarks)
+    return Source(
+        tuple(cases), bool(listing.groups), listing.open_parts, salt, bool(listing.masked), listing.remarks, listing.masked
+    )

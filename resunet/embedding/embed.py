@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,6 @@ from typing import Any, Literal
 from resunet.checkpoint import WEIGHTS, model_folder
 from resunet.config import DataSettings
 from resunet.data.cases import Case
-from resunet.data.manifest_source import ManifestCases
 from resunet.data.source import Source, open_source
 from resunet.embedding.features import Embedder, EmbeddingSettings, ScanFeatures, embed_cases
 from resunet.embedding.table import EmbeddingRecord, writing_embeddings
@@ -104,7 +103,6 @@ def write_embeddings(model: Path, embedder: Embedder, source: Source, out: Path,
         has_splits=source.has_splits,
     )
     cases = SortedCases(source.cases)
-    labelled = labelled_by(source)
     faults: list[str] = []
 
     def fault(message: str) -> None:
@@ -117,7 +115,7 @@ def write_embeddings(model: Path, embedder: Embedder, source: Source, out: Path,
         found = progress(embed_cases(embedder, cases, fault), len(cases), "embed")
         for case, features in zip(cases, found, strict=True):
             if features is not None:
-                writer.add(rows(case, labelled(case), features))
+                writer.add(rows(case, source.has_mask(case), features))
         if len(faults) == len(cases):
             raise InputError(f"none of {len(faults)} scans could be embedded; the first: {faults[0]}")
     return Embedded(out, len(cases) - len(faults), tuple(faults))
@@ -136,13 +134,6 @@ class SortedCases(Sequence[Case]):
 
     def __getitem__(self, place: int) -> Case:  # type: ignore[override]
         return self._cases[self._order[place]]
-
-
-def labelled_by(source: Source) -> Callable[[Case], bool]:
-    """Whether somebody labelled a case; of a folder with masks all are, or it would be refused where masks are needed."""
-    if isinstance(source.cases, ManifestCases):
-        return lambda case: case.mask is not None
-    return lambda case: source.labelled
 
 
 def scan_rows(case: Case, labelled: bool, features: ScanFeatures) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ class Groups:
     points: (n, D) unit vectors: the mean direction of a group's scans.
     rows: of each group, which rows of the table are its scans.
     labelled: (n,) whether somebody labelled it, or some of its scans.
+    masked: (n,) whether a scan of it has a mask, whatever was said of who is labelled.
     held_out: groups of val and test, which are left out.
     empty: groups without any content, which are left out.
     """
@@ -29,6 +30,7 @@ class Groups:
     points: NDArray[np.float64]
     rows: list[list[int]]
     labelled: NDArray[np.bool_]
+    masked: NDArray[np.bool_]
     held_out: int
     empty: int
 
@@ -42,7 +44,8 @@ def groups_of(embeddings: Embeddings, labelled: set[str] | None = None, held_out
     """
     group, split, masked = (embeddings.column(name) for name in ("group", "split", "labelled"))
     outside = (held_out or set()) | {one for one, part in zip(group, split, strict=True) if part in ("val", "test")}
-    is_labelled = labelled if labelled is not None else {one for one, mask in zip(group, masked, strict=True) if mask}
+    has_mask = {one for one, mask in zip(group, masked, strict=True) if mask}
+    is_labelled = has_mask if labelled is None else labelled
     rows, vectors = embeddings.vectors()
     directions = unit(vectors)
     members: dict[str, list[int]] = {}
@@ -56,6 +59,7 @@ def groups_of(embeddings: Embeddings, labelled: set[str] | None = None, held_out
         points=unit(points),
         rows=[rows[members[name]].tolist() for name in names],
         labelled=np.array([name in is_labelled for name in names], bool),
+        masked=np.array([name in has_mask for name in names], bool),
         held_out=len(outside),
         empty=len(set(group) - outside - set(names)),
     )

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from resunet.runtime import normalise
 
 _DRAWS = 100  # random choices that the suggestions stand beside
 _SIDE = 224  # pixels, of a picture on the sheet
-EMBEDDINGS, SUGGESTIONS = "embeddings.parquet", "suggestions.csv"
+EMBEDDINGS, SUGGESTIONS, LABELLED = "embeddings.parquet", "suggestions.csv", "labelled.csv"
 
 
 class SuggestRequest(EmbedRequest):
@@ -36,10 +37,19 @@ class SuggestRequest(EmbedRequest):
     embeddings: Path | None = Field(None, description="of the same model and source, by resunet embed; null: they are computed")
 
 
-def suggest(model: Path, out: Path, request: SuggestRequest) -> list[str]:
-    """Write suggestions.csv, report.html and embeddings.parquet into `out`; a line a scan for the terminal: rank, group, path.
+@dataclass(frozen=True)
+class Suggested:
+    """lines: a scan each, for the terminal: rank, group, path. faults: a message for each scan that could not be embedded."""
 
-    The lines hold paths, the files do not.
+    lines: list[str]
+    faults: tuple[str, ...]
+
+
+def suggest(model: Path, out: Path, request: SuggestRequest) -> Suggested:
+    """Write suggestions.csv, labelled.csv, report.html and embeddings.parquet into `out`.
+
+    labelled.csv: who will be labelled when the suggested groups are, for `--labelled` of the next round. The lines for the terminal
+    hold paths, the files do not.
 
     Args:
         model: a pretraining or fine-tuning run, or a model directory.
@@ -54,9 +64,10 @@ def suggest(model: Path, out: Path, request: SuggestRequest) -> list[str]:
     given = _given(model, request)
     embedder = load_embedder(model, request)
     source = open_to_embed(embedder, request)
+    faults: tuple[str, ...] = ()
     with folder_aside(out) as aside:
         if given is None:
-            write_embeddings(model, embedder, source, aside / EMBEDDINGS, request)
+            faults = write_embeddings(model, embedder, source, aside / EMBEDDINGS, request).faults
             given = read_embeddings(aside / EMBEDDINGS)
         cases = _cases_of(source, given, request)
         groups = _groups(source, given, request)
@@ -73,12 +84,14 @@ def suggest(model: Path, out: Path, request: SuggestRequest) -> list[str]:
         chosen = choose(request.method, groups.points, groups.labelled, request.budget)
         found = _suggestions(embedder, given, cases, groups, chosen, request, source)
         _write_csv(aside / SUGGESTIONS, given, groups, chosen)
+        _write_labelled(aside / LABELLED, groups, chosen)
         write_sheet(aside / "report.html", found)
-    return [
+    lines = [
         f"{place}\t{groups.names[number]}\t{cases[row].where()}"
         for place, number in enumerate(chosen.order, 1)
         for row in groups.rows[number]
     ]
+    return Suggested(lines, faults)
 
 
 def _given(model: Path, request: SuggestRequest) -> Embeddings | None:
@@ -144,6 +157,10 @@ def _suggestions(
         )
     if groups.empty:
         notes.append(f"{groups.empty} groups have no content and are left out.")
+    if forgotten := int((groups.masked & ~groups.labelled).sum()):
+        notes.append(f"{forgotten} groups have a mask and are not among those that --labelled names: they count as unlabelled.")
+    if missing := len(source.cases) - len(cases):
+        notes.append(f"{missing} scans could not be embedded: they are neither suggested nor counted as covered.")
     return Suggestions(
         method=request.method,
         groups=groups,
@@ -185,3 +202,12 @@ def _write_csv(path: Path, given: Embeddings, groups: Groups, chosen: Chosen) ->
             rows = groups.rows[number]
             shown = "" if np.isnan(score) else f"{score:.6g}"
             writer.writerow([rank, groups.names[number], shown, len(rows), " ".join(ids[row] for row in rows)])
+
+
+def _write_labelled(path: Path, groups: Groups, chosen: Chosen) -> None:
+    """A row for every group that is labelled, and for every one that was suggested."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "suggested"])
+        writer.writerows([groups.names[number], 0] for number in np.flatnonzero(groups.labelled))
+        writer.writerows([groups.names[number], 1] for number in chosen.order)

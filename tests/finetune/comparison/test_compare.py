@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.comparison.arms import read_arm, recipe_differences
+from finetune.comparison.arms import numbered, read_arm, recipe_differences
 from finetune.comparison.compare import compare, verdict
 from finetune.evaluation.overlay import error_picture
 from finetune.evaluation.targets import targets_of
@@ -164,6 +164,34 @@ def test_what_differs_is_listed(runs):
     assert rows["Recipe key"] == ["first", "second"]
     assert (rows["seed"], rows["validate_every"], rows["steps"]) == (["0", "1"], ["1", "2"], ["8", "2"])
     assert "out" not in rows and "batch" not in rows and "data.source" not in rows
+
+
+def test_files_that_differ_are_listed_by_their_digests(runs, tmp_path):
+    changed = copy_of(runs[0], tmp_path / "changed")
+    record = json.loads((changed / "run.json").read_text(encoding="utf-8"))
+    record["inputs"] |= {"encoder/model.safetensors": "ab" * 32}
+    (changed / "run.json").write_text(json.dumps(record))
+    rows = {row[0]: row[1:] for row in recipe_differences([read_arm(run, run.name) for run in (runs[0], changed)])}
+    assert rows["sha256 of encoder/model.safetensors"] == ["None", "ab" * 6] and "sha256 of test" not in rows
+
+
+def test_other_masks_of_the_same_names_are_refused(runs, tmp_path):
+    changed = copy_of(runs[0], tmp_path / "changed")
+    record = json.loads((changed / "run.json").read_text(encoding="utf-8"))
+    (changed / "run.json").write_text(json.dumps(record | {"inputs": record["inputs"] | {"test": "ab" * 32}}))
+    with pytest.raises(InputError, match=r"other images or masks of the same names: sha256 .* and abababababab"):
+        compare([runs[0], changed], tmp_path / "out")
+
+
+def test_a_case_that_is_listed_twice_is_refused(runs, tmp_path):
+    run = copy_of(runs[0], tmp_path / "run")
+    change_cases(run, lambda text: text + text.splitlines()[-1] + "\n")
+    with pytest.raises(InputError, match="has a case twice"):
+        read_arm(run, "run")
+
+
+def test_names_are_all_different():
+    assert numbered(["a", "b", "a", "a-2", "a"]) == ["a", "b", "a-3", "a-2", "a-4"]
 
 
 def test_the_unet_can_be_compared(recipe, tmp_path):

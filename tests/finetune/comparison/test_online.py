@@ -78,7 +78,8 @@ def test_other_cases_other_classes_and_too_few_are_refused(uploaded, tmp_path):
     with pytest.raises(InputError, match="--wandb e/p/g: 1 runs with test cases were found, two are needed"):
         write_comparison(of_api([runs[0], unfinished]), "e/p/g", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert [one.name for one in of_api([runs[0], runs[0]])] == ["first", "first-2"] and second.name == "second"
+    twice = write_comparison([first, second, *of_api([runs[0]])], "e/p/g", tmp_path / "twice")
+    assert json.loads((twice / "compare.json").read_text(encoding="utf-8"))["runs"] == ["first", "second", "first-2"]
 
 
 @pytest.mark.parametrize("group", ["project/group", "a//c", "a/b/c/d", ""])

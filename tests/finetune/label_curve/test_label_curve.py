@@ -1,5 +1,6 @@
 """A whole curve, tiny: its cells, its test, its figures, its continuation and its sharing among processes."""
 
+import hashlib
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from resunet.data.evidence import SCHEMA, Evidence
 from resunet.data.leakage import ARCHIVE, write_archive
 from resunet.data.perceptual import HASH_BYTES
 from resunet.encoder import ResidualEncoder
-from resunet.errors import InputError
+from resunet.errors import CheckFailed, InputError
 from resunet.transfer import fingerprint
 
 ARMS, TRAIN, DRAWS, STEPS = ("scratch", "pretrained"), (1, 3), (0, 1), (2, 3)
@@ -181,6 +182,64 @@ def test_cells_of_one_draw_must_have_the_same_cases(curve, tmp_path):
         read_curve(copied, points_of(copied))
 
 
+def test_test_files_and_models_that_changed_are_told_apart(curve, tmp_path):
+    record = read(curve.out / "curve.json")
+    one = cell(curve, "pretrained", 3, 1, 2)
+    digests = {name: digest for name, digest in read(one / "run.json")["inputs"].items() if name.startswith("encoder/")}
+    assert record["models_sha256"] == {"scratch": {}, "pretrained": digests} and len(digests) == 2
+    assert record["test_sha256"] == finetune_inputs(curve, tmp_path)["test"], "not the digest of nothing"
+    for name, message in {
+        "encoder/model.safetensors": r"3/draw-1/steps-2: rests on another encoder/model\.safetensors than .*, of the same arm",
+        "test": "was evaluated on other test cases than",
+    }.items():
+        copied = curve.model_copy(update={"out": shutil.copytree(curve.out, tmp_path / name.replace("/", "-"))})
+        for steps in STEPS:
+            odd = cell(copied, "pretrained", 3, 1, steps) / "run.json"
+            odd.write_text(json.dumps(read(odd) | {"inputs": read(odd)["inputs"] | {name: "ab" * 32}}))
+        with pytest.raises(InputError, match=message):
+            label_curve(copied.model_copy(update={"resume": True}))
+
+
+def finetune_inputs(curve, tmp_path) -> dict:
+    """Of an ordinary run that reads test itself."""
+    recipe = curve.cell("scratch", 1, 0, 1, tmp_path / "run").model_copy(update={"evaluate_test": True})
+    inputs: dict = read(finetune(recipe) / "run.json")["inputs"]
+    return inputs
+
+
+def test_an_encoder_that_was_pretrained_again_needs_an_arm_of_its_own(curve, tmp_path, monkeypatch):
+    out = shutil.copytree(curve.out, tmp_path / "curve")
+    grown = curve.model_copy(update={"resume": True, "out": out, "draws": 3})
+    monkeypatch.setattr("finetune.label_curve.result.sha256", lambda path: "cd" * 32)
+    monkeypatch.setattr("finetune.label_curve.command.do_all", lambda points, locks: pytest.fail("trained"))
+    with pytest.raises(InputError, match=r"arms\.pretrained: .*/encoder/config\.json is not what the cells that are done rest on"):
+        label_curve(grown)
+
+
+def test_a_leak_is_found_before_anything_is_trained(recipe, tmp_path, monkeypatch):
+    asked = []
+
+    def leaking(finetuning, quiet):
+        asked.append((finetuning.data.labelled, finetuning.evaluate_test))
+        raise CheckFailed("test cases are in the archive")
+
+    monkeypatch.setattr("finetune.label_curve.work.read_labelled", leaking)
+    with pytest.raises(CheckFailed, match="in the archive"):
+        label_curve(recipe())
+    assert asked == [(3, True)] and not (tmp_path / "curve" / "cells").exists()
+
+
+def test_a_curve_that_grew_says_that_it_was_read_before(curve, tmp_path):
+    out = shutil.copytree(curve.out, tmp_path / "curve")
+    grown = curve.model_copy(update={"resume": True, "out": out, "arms": curve.arms | {"again": curve.arms["scratch"]}})
+    told = "This curve was read before"
+    assert told not in (out / "report.html").read_text(encoding="utf-8")
+    label_curve(grown)
+    looks = read(out / "curve.json")["looks"]
+    assert looks[:-1] == read(curve.out / "curve.json")["looks"] and [one["arms"] for one in looks] == [2, 3]
+    assert f"{told} it was as large as now: with 2 draws, 2 arms" in (out / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "took, hours", [({"seconds": 7200}, 12.0), ({"seconds_per_step": 2.0, "step": 1800}, 6.0), ({"step": 1800}, None)]
 )
@@ -194,6 +253,30 @@ def test_the_cost_of_pretraining_is_what_its_run_says(curve, tmp_path, took, hou
     moved = [replace(cell, recipe=cell.recipe.model_copy(update={"encoder": run})) for cell in points[0].cells]
     assert cost_of([replace(points[0], cells=tuple(moved)), *points[1:]]).pretraining == hours
     assert cost_of(points).pretraining is None
+
+
+def test_the_cost_counts_all_that_is_behind_an_arm_once(curve, tmp_path):
+    """A teacher from an encoder, which the arm has, too, and a start that was trained on a GPU."""
+
+    def trained(name: str, **recipe) -> Path:
+        run = tmp_path / name
+        shutil.copytree(curve.arms["pretrained"]["encoder"], run / "model")
+        (run / "config.json").write_text(json.dumps({"processes": 1, "data": {}, **recipe}))
+        gpus = ["one"] if name == "start" else []
+        (run / "run.json").write_text(json.dumps({"machine": {"gpus": gpus, "threads": 1}, "seconds": 3600}))
+        return run
+
+    encoder = trained("encoder")
+    behind = {"encoder": encoder, "teacher": trained("teacher", encoder=str(encoder))}
+    points = [point for point in points_of(curve) if point.arm == "pretrained"]
+
+    def cost(**models):
+        moved = [replace(cell, recipe=cell.recipe.model_copy(update=models)) for cell in points[0].cells]
+        return cost_of([replace(points[0], cells=tuple(moved)), *points[1:]])
+
+    assert (cost(**behind).pretraining, cost(**behind).device) == (2.0, "CPU thread")
+    more = cost(encoder=None, start=trained("start", teacher=str(behind["teacher"])))
+    assert (more.pretraining, more.device) == (3.0, "CPU thread or one GPU")
 
 
 def test_the_page_and_its_pictures(curve):
@@ -267,7 +350,9 @@ def test_an_unfinished_cell_is_finished_and_all_others_are_kept(curve, tmp_path)
     copied = curve.model_copy(update={"out": out, "resume": True})
     begun, gone = cell(copied, "scratch", 1, 0, 3), cell(copied, "pretrained", 3, 1, 2)
     record = read(begun / "run.json")
-    (begun / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    unread = {"test": hashlib.sha256(b"").hexdigest()}
+    (begun / "run.json").write_text(json.dumps(record | {"status": "running", "inputs": record["inputs"] | unread}))
+    shutil.rmtree(begun / "evaluation", ignore_errors=True)
     shutil.rmtree(gone)
     kept = cell(copied, "scratch", 3, 0, 2) / "run.json"
     before = kept.stat().st_mtime_ns

@@ -35,6 +35,8 @@ def make_curve(shift=(0.0, 0.0, 0.0, 0.0), groups=12, draws=3, noise=0.01, pretr
         steps={arm: np.full((4, draws), 10) for arm in arms},
         val={arm: np.full((4, draws), 0.5) for arm in arms},
         cost={arm: Cost("CPU thread", 4.0, 1.0, hours[arm], (0.1, 0.1, 0.2, 0.2)) for arm in arms},
+        models={arm: {} for arm in arms},
+        test="ab" * 32,
     )
 
 

@@ -84,6 +84,19 @@ def test_names_are_kept_only_where_that_is_asked_for(opened):
     assert opened().cases[3].id == opened().cases[3].stem == hashed.stem
 
 
+def test_kept_names_are_told_apart_by_their_folders(tmp_path):
+    root = tmp_path / "source"
+    (tmp_path / "salt").write_text("ab" * 32)
+    for patient in ("p1", "p2"):
+        (root / patient).mkdir(parents=True)
+        for ending in ("png", "bmp") if patient == "p1" else ("png",):
+            Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) + len(ending)).save(root / patient / f"flair.{ending}")
+    index(IndexRequest((root,), tmp_path / "m.parquet", None, workers=1, salt_file=tmp_path / "salt"))
+    settings = DataSettings(source=tmp_path / "m.parquet", salt_file=tmp_path / "salt", names="keep")
+    assert {case.id for case in open_source(settings, masks=False).cases} <= {"p1/flair.png", "p1/flair.bmp", "p2/flair"}
+    assert len({case.id for case in open_source(settings, masks=False).cases}) == len(open_source(settings, masks=False).cases)
+
+
 def test_a_sequence_like_any(opened):
     cases = opened().cases
     assert [case.id for case in cases[3:9:2]] == [cases[i].id for i in (3, 5, 7)]

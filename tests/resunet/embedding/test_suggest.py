@@ -24,7 +24,7 @@ def hmac(number: int) -> str:
 def made(model, source, tmp_path):
     def make(name="out", its_source=source, budget=2, **changes):
         request = SuggestRequest(source=its_source, salt_file=tmp_path / "salt", budget=budget, **changes)
-        lines = suggest(model, tmp_path / name, request)
+        lines = suggest(model, tmp_path / name, request).lines
         with open(tmp_path / name / "suggestions.csv", newline="", encoding="utf-8") as file:
             return lines, list(csv.DictReader(file))
 
@@ -52,12 +52,50 @@ def test_a_manifest_whose_masks_say_who_is_labelled(made, source, tmp_path, look
     assert len(shown) == 9 and {path for _, group, path in shown if group == hmac(3)} == {
         str(source / "images" / f"p3-{i}.png") for i in range(2)
     }
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"suggestions.csv", "report.html", "embeddings.parquet"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "suggestions.csv", "labelled.csv", "report.html", "embeddings.parquet",
+    }  # fmt: skip
     for path in (tmp_path / "out").iterdir():
         assert not any(word in path.read_bytes() for word in (b"patient", b"p3-", str(tmp_path).encode()))
     page = look_at(tmp_path / "out" / "report.html")
     assert len(page.pictures) == 6 and "5 of 5 unlabelled groups to label next; 2 are labelled." in page.text
     assert "1 groups have no content" in page.text and "as it is now" in page.text
+
+
+def test_rounds_follow_each_other(made, source, tmp_path):
+    """The list of one round names who was labelled before it, too."""
+    masked(source, 0, 1)
+    _, first = made("first", method="kcenter")
+    _, second = made("second", labelled=tmp_path / "first" / "labelled.csv", method="kcenter")
+    _, third = made("third", labelled=tmp_path / "second" / "labelled.csv", budget=1, method="kcenter")
+    suggested = [row["group"] for rows in (first, second, third) for row in rows]
+    assert len(set(suggested)) == 5 and not {hmac(0), hmac(1)} & set(suggested)
+    with open(tmp_path / "second" / "labelled.csv", newline="", encoding="utf-8") as file:
+        rows = [(row["group"], row["suggested"]) for row in csv.DictReader(file)]
+    before = sorted([hmac(0), hmac(1), *(row["group"] for row in first)])
+    assert rows == [(group, "0") for group in before] + [(row["group"], "1") for row in second]
+    made("forgetful", labelled=tmp_path / "first" / "suggestions.csv")
+    page = (tmp_path / "forgetful" / "report.html").read_text(encoding="utf-8")
+    assert "2 groups have a mask and are not among those that --labelled names" in page
+    assert "not among those" not in (tmp_path / "second" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_scan_that_cannot_be_read_is_told(source, model, tmp_path, capsys):
+    (source / "images" / "p3-0.png").write_bytes(b"no image")
+    words = [
+        "suggest",
+        str(model),
+        str(source),
+        "--budget",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--salt-file",
+        str(tmp_path / "salt"),
+    ]
+    assert main(words) == 2
+    assert "1 scans could not be embedded, as said above" in capsys.readouterr().err
+    assert "1 scans could not be embedded" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_val_and_test_are_neither_suggested_nor_covered(made, source, tmp_path):
