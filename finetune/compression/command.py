@@ -6,7 +6,8 @@
     OUT/pruned/NN/         a bite: the network that was taken from the last accepted one, untrained
     OUT/steps/NN/          its training, an ordinary fine-tuning run
     OUT/val/NN.json        what the gate saw of it; 00 is the run that came in
-    OUT/steps/int8/        the last accepted network in INT8, if the recipe quantises
+    OUT/steps/int8/        the last accepted network in INT8, if the recipe quantises; int8-2, … what was tried after a refusal
+    OUT/rounding.json      after a refusal, val Dice with every layer alone in INT8
     OUT/model/             the last accepted network, which export, predict and evaluate take
     OUT/quantised/         its INT8 graph, if the gate let that pass, which export takes too
     OUT/evaluation/        that on test
@@ -20,7 +21,7 @@ import json
 from pathlib import Path
 
 from finetune.compression.gate import Scores, judge
-from finetune.compression.int8 import quantise_step
+from finetune.compression.int8 import Quantised, quantise_steps
 from finetune.compression.page import write_report
 from finetune.compression.recipe import CompressRecipe
 from finetune.compression.result import Record, finish, mirror, write_record
@@ -56,12 +57,14 @@ def compress(recipe: CompressRecipe) -> Path:
         return out
     else:
         subject = read_subject(recipe)
+    if recipe.prune is not None:  # what a training between bites would refuse is told before anything is measured
+        subject.training(recipe.prune, recipe.run, out / "steps" / "01", recipe.prune.steps, 1)
     start = kept(out / "val" / "00.json", Scores, lambda: subject.scores(recipe.run))
     judge(start, start, recipe.gate)  # a network that finds nothing is told before anything is trained
     outcome = prune_steps(subject, start)
-    quantised = None
+    quantised: tuple[Quantised, ...] = ()
     if recipe.quantise is not None:
-        quantised = quantise_step(subject, recipe.quantise, outcome.accepted.run if outcome.accepted else recipe.run, start)
+        quantised = quantise_steps(subject, recipe.quantise, outcome.accepted.run if outcome.accepted else recipe.run, start)
     record = finish(subject, outcome, quantised, start)
     write_report(record, out)
     write_record(record, out)
@@ -96,7 +99,7 @@ def _is_begun(recipe: CompressRecipe) -> bool:
 
 def _refuse_nothing(record: Record, out: Path) -> None:
     """Raises CheckFailed if no step was accepted."""
-    tried_all = [*record["steps"], *([record["quantised"]] if record["quantised"] is not None else [])]
+    tried_all = [*record["steps"], *record["quantised_steps"]]
     if not any(one["accepted"] for one in tried_all):
         tried = "\n".join(f"  step {one['name']}: {'; '.join(one['reasons'])}" for one in tried_all)
         raise CheckFailed(f"{out}: no step passed the gate on val, so that nothing is compressed (report.html):\n{tried}")

@@ -48,6 +48,20 @@ class Verdict(Frozen):
         return not self.reasons
 
 
+def failed(reason: str) -> Verdict:
+    """Of a step that came to nothing: there are no figures."""
+    nothing = paired_difference({}, {})
+    return Verdict(
+        dice=figure({}, (0.0, 1.0)),
+        fall=1.0,
+        dice_difference=nothing,
+        size=None,
+        recall=None,
+        recall_difference=None,
+        reasons=(reason,),
+    )
+
+
 def scores_of(rows: Sequence[Case]) -> Scores:
     """Of measured cases: (id, group, measures)."""
     with_target = [row for row in rows if any(one.truth_voxels for one in row[2].classes)]

@@ -28,6 +28,8 @@ def write_report(record: Record, out: Path) -> None:
         sections.append(cost_section(costs))
     if record["sensitivity"] is not None:
         sections.append(_sensitivity(record["sensitivity"]))
+    if record["rounding"] is not None:
+        sections.append(_rounding(record["rounding"]))
     sections += [_layers(record)] if record["accepted"] is not None else []
     write_page(out / "report.html", "Compression", sections)
 
@@ -45,7 +47,8 @@ def _lead(record: Record) -> list[str]:
         )
     if int8 is not None and int8["accepted"]:
         fall, size = _percent(-int8["fall"]), int8["bytes"] / 1e6
-        said.append(f"INT8 ({int8['method']}): val Dice {int8['dice']['mean']:.4f} ({fall}), {size:.1f} MB.")
+        beside = f", {len(int8['keep_float'])} layers in float32" if int8["keep_float"] else ""
+        said.append(f"INT8 ({int8['method']}{beside}): val Dice {int8['dice']['mean']:.4f} ({fall}), {size:.1f} MB.")
     if record["test"] is not None:
         networks = record["test"]["networks"]
         ends = [
@@ -64,7 +67,7 @@ def _notes(record: Record) -> list[str]:
             f"The target was not reached: step {record['steps'][-1]['name']} was refused, and the last accepted stands."
         )
     if record["quantised"] is not None and not record["quantised"]["accepted"]:
-        notes.append("INT8 was refused; the network stays float32.")
+        notes.append("INT8 was refused, in every way that was tried; the network stays float32.")
     return notes
 
 
@@ -85,16 +88,15 @@ def _steps(record: Record) -> Section:
         ],
     ]
     tried = [(step, _size_cells(step)) for step in record["steps"]]
-    if (int8 := record["quantised"]) is not None:
-        tried.append((int8, [f"INT8, {int8['bytes'] / 1e6:.2f} MB", ""]))
+    tried += [(int8, [_int8_cell(int8), ""]) for int8 in record["quantised_steps"]]
     for step, size in tried:
         rows.append(
             [
                 step["name"],
                 "accepted" if step["accepted"] else "refused",
                 *size,
-                f"{shown(step['dice'], 4)} ({_percent(-step['fall'])})",
-                shown(step["dice_difference"], 4),
+                "failed" if step["dice"]["mean"] is None else f"{shown(step['dice'], 4)} ({_percent(-step['fall'])})",
+                "" if step["dice"]["mean"] is None else shown(step["dice_difference"], 4),
                 _recall(step),
                 "" if step["recall_difference"] is None else shown(step["recall_difference"], 3),
                 duration(step["seconds"]),
@@ -156,6 +158,20 @@ def _sensitivity(record: Record) -> Section:
     return Section("Which layers hurt", text=text, table=rows, pictures=[_sensitivity_picture(record, shares)])
 
 
+def _rounding(record: Record) -> Section:
+    whole = record["dice"]
+    layers = sorted(record["layers"], key=lambda one: one["dice"])
+    rows = [
+        ["Layer", "Dice with it alone in INT8"],
+        *([one["layer"], f"{one['dice']:.4f} ({one['dice'] - whole:+.4f})"] for one in layers),
+    ]
+    text = [
+        f"Dice of {record['cases']} val cases where the inputs and weights of one layer alone are rounded, nothing trained; of the "
+        f"float network {whole:.4f}. The worst first. An addition is called by the unit that adds."
+    ]
+    return Section("Which layers INT8 hurts", text=text, table=rows)
+
+
 def _layers(record: Record) -> Section:
     names = list(record["steps"][0]["lost"])
     steps = [step for step in record["steps"] if step["accepted"]]
@@ -172,7 +188,7 @@ def _dice_picture(record: Record) -> Picture:
         axes.axhline(start * (1 - record["gate"]["dice"]), color="#9aa3ad", linestyle="--", linewidth=1)
         axes.plot(100, start, "s", color="#1b1f24")
         axes.annotate("run", (100, start), xytext=(-4, 6), textcoords="offset points", fontsize=9, ha="right")
-        for step in record["steps"]:
+        for step in (one for one in record["steps"] if one["dice"]["mean"] is not None):
             at = 100 * step["parameters_share"], step["dice"]["mean"]
             _point(axes, at, step)
         axes.set(xlabel="parameters left, %", ylabel="Dice of val groups", xlim=(0, 105))
@@ -224,6 +240,12 @@ def _size_cells(step: Record) -> list[str]:
         f"{step['parameters'] / 1e6:.3f} M ({step['parameters_share']:.0%})",
         f"{step['macs'] / 1e9:.2f} G ({step['macs_share']:.0%})",
     ]
+
+
+def _int8_cell(int8: Record) -> str:
+    """What a try in INT8 was: its method, what it left in float, its size."""
+    beside = f", {', '.join(int8['keep_float'])} in float32" if int8["keep_float"] else ""
+    return f"INT8, {int8['method']}{beside}, {int8['bytes'] / 1e6:.2f} MB"
 
 
 def _recall(its: Record) -> str:

@@ -43,6 +43,17 @@ class PruneSettings(Frozen):
             raise ValueError("neither parameters nor macs: there is no target; give one, or prune=null")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> "PruneSettings":
+        defaults = type(self).model_fields
+        if self.importance != "taylor" and self.batches != defaults["batches"].default:
+            raise ValueError(f"batches={self.batches}: is of importance='taylor', not {self.importance!r}; leave it out")
+        if not self.sensitivity and self.sensitivity_cases != defaults["sensitivity_cases"].default:
+            raise ValueError(
+                f"sensitivity_cases={self.sensitivity_cases}: nothing is looked at with sensitivity=[]; leave it out"
+            )
+        return self
+
     @field_validator("sensitivity")
     @classmethod
     def _ascending(cls, shares: tuple[float, ...]) -> tuple[float, ...]:

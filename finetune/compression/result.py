@@ -3,13 +3,14 @@
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from finetune.comparison.cost import costs_of, record_of
 from finetune.compression.gate import Scores, difference_of, judge, scores_of
-from finetune.compression.int8 import NAME, Quantised, keep_quantised, measure_int8, record_of_int8
+from finetune.compression.int8 import NAME, ROUNDING, Quantised, keep_quantised, measure_int8, record_of_int8
 from finetune.compression.steps import Outcome, Step
 from finetune.compression.subject import Subject
 from finetune.labelled import read_labelled
@@ -27,13 +28,13 @@ START, END = "before", "after"
 Record = dict[str, Any]
 
 
-def finish(subject: Subject, outcome: Outcome, quantised: Quantised | None, start: Scores) -> Record:
+def finish(subject: Subject, outcome: Outcome, quantised: Sequence[Quantised], start: Scores) -> Record:
     """model/, quantised/ and evaluation/ of what was accepted; what compress.json holds, which is written last.
 
     Test is read only if something was accepted.
     """
     settings, out, accepted = subject.settings, subject.settings.out, outcome.accepted
-    int8 = quantised if quantised is not None and quantised.verdict.accepted else None
+    int8 = next((one for one in quantised if one.verdict.accepted), None)
     test, cost = None, None
     if accepted is not None or int8 is not None:
         with folder_aside(out / "model") as aside:
@@ -50,13 +51,17 @@ def finish(subject: Subject, outcome: Outcome, quantised: Quantised | None, star
         "gate": settings.gate.model_dump(),
         "start": asdict(outcome.size) | judge(start, start, settings.gate).model_dump(exclude={"reasons", "fall"}),
         "steps": [_of_step(step, outcome) for step in outcome.steps],
-        "quantised": None
-        if quantised is None or settings.quantise is None
-        else record_of_int8(quantised, settings.quantise.method),
+        "quantised_steps": (tried := [record_of_int8(one) for one in quantised]),
+        "quantised": tried[-1] if tried else None,
         "sensitivity": None if outcome.sensitivity is None else outcome.sensitivity.model_dump(mode="json"),
+        "rounding": _if_there(out / ROUNDING),
         "test": test,
         "cost": cost,
     }
+
+
+def _if_there(path: Path) -> Record | None:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def write_record(record: Record, out: Path) -> None:
@@ -78,7 +83,7 @@ def mirror(subject: Subject, record: Record) -> None:
     if accepted is not None:
         its.summarise({key: accepted[key] for key in ("parameters_share", "macs_share", "fall")})
     if record["quantised"] is not None:
-        its.summarise({f"int8/{key}": record["quantised"][key] for key in ("fall", "bytes", "accepted")})
+        its.summarise({f"int8/{key}": record["quantised"][key] for key in ("method", "fall", "bytes", "accepted")})
     if record["accepted"] is not None:
         facts = {"sha256": record["weights_sha256"]["model"]}
         facts["architecture"] = read_config(out / "model").architecture.model_dump(mode="json")
@@ -108,8 +113,8 @@ def _on_test(subject: Subject, int8: Quantised | None) -> Record | None:
     Writes evaluation/ of the float network, and test.json, so that nothing that happens later lets test be read again.
     """
     out = subject.settings.out
-    if (kept := out / "test.json").is_file():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    if (kept := _if_there(out / "test.json")) is not None:
+        return kept
     recipe = subject.recipe.model_copy(update={"evaluate_test": True})
     data = read_labelled(recipe, quiet=False)
     if not data.test:
@@ -127,5 +132,5 @@ def _on_test(subject: Subject, int8: Quantised | None) -> Record | None:
         "cases": source_digest(data.test),
         "networks": {name: its.model_dump(mode="json", exclude={"reasons"}) for name, its in found.items()},
     }
-    write_text(kept, json.dumps(made, indent=2) + "\n")
+    write_text(out / "test.json", json.dumps(made, indent=2) + "\n")
     return made

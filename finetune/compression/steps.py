@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.compression.gate import Scores, Verdict, judge
+from finetune.compression.gate import Scores, Verdict, failed, judge
 from finetune.compression.groups import Size
 from finetune.compression.prune import Prunable, fewest_channels, lost_channels, prunable, take_bite, write_pruned
 from finetune.compression.recipe import PruneSettings
@@ -15,6 +15,7 @@ from finetune.compression.sensitivity import Sensitivity, measure_sensitivity
 from finetune.compression.subject import Subject
 from finetune.loop import finetune
 from resunet.config import Frozen
+from resunet.errors import CheckFailed
 from resunet.files import write_text
 from resunet.model import Segmenter, load_model
 from resunet.progress import say
@@ -125,11 +126,14 @@ def _step(
     say(f"compress {name}: {size.parameters:,} parameters and {size.macs / 1e9:.3g} G multiply-adds, training")
     last = _bounds(settings, prunable(origin).size, 1.0).hold(size)
     steps = settings.last_steps if last and settings.last_steps is not None else settings.steps
-    if not is_done(run):
-        finetune(subject.training(settings, pruned, run, steps, number))
-    verdict = judge(start, kept(out / "val" / f"{name}.json", Scores, lambda: subject.scores(run)), subject.settings.gate)
+    try:
+        if not is_done(run):
+            finetune(subject.training(settings, pruned, run, steps, number))
+        verdict = judge(start, kept(out / "val" / f"{name}.json", Scores, lambda: subject.scores(run)), subject.settings.gate)
+    except CheckFailed as error:  # a loss that is not finite: what was accepted before stands
+        verdict = failed(str(error))
     hurt = tuple(sensitivity.worst(lost)) if sensitivity is not None and not verdict.accepted else ()
-    seconds = json.loads((run / "run.json").read_text(encoding="utf-8"))["seconds"]
+    seconds = json.loads((run / "run.json").read_text(encoding="utf-8")).get("seconds", 0.0)
     say(f"compress {name}: {'accepted' if verdict.accepted else 'refused: ' + '; '.join(verdict.reasons)}")
     if hurt:
         say(f"compress {name}: layers that hurt most by themselves: {'; '.join(hurt)}")

@@ -55,17 +55,25 @@ class Subject:
         return scores_of([one.row() for one in self.measure(load_finetuned(model_folder(run))[0], self.data.val, quiet=False)])
 
     def dice(self, network: Segmenter, cases: Sequence[LoadedCase]) -> float:
+        """Of a network on cases."""
+        return self.dice_of(self.measure(network, cases))
+
+    @staticmethod
+    def dice_of(measured: Sequence[Measured]) -> float:
         """As evaluation counts it; 0 where no case defines one."""
-        rows = [one.row() for one in self.measure(network, cases)]
+        rows = [one.row() for one in measured]
         return float(figure(values_by_group(rows, lambda case: case.macro("dice")))["mean"] or 0.0)
+
+    def sampler(self) -> PatchSampler:
+        """Of the training cases."""
+        return PatchSampler(self.data.train, self.recipe.patch, self.recipe.foreground)
 
     def importance(self, subject: Prunable, settings: PruneSettings) -> ChannelScores:
         """Of the channels of every group."""
         if settings.importance != "taylor":
             return weight_importance(subject.network, subject.groups, settings.importance)
-        sampler = PatchSampler(self.data.train, self.recipe.patch, self.recipe.foreground)
-        network = place(subject.network, self.accelerator.device)
-        return taylor_importance(self.recipe, network, subject.groups, sampler, settings.batches, self.accelerator)
+        network, batches = place(subject.network, self.accelerator.device), settings.batches
+        return taylor_importance(self.recipe, network, subject.groups, self.sampler(), batches, self.accelerator)
 
     def training(self, settings: PruneSettings, start: Path, out: Path, steps: int, number: int) -> FinetuneRecipe:
         """The fine-tuning after a bite: the run's own recipe, from the pruned network, which continues what is there."""
@@ -83,6 +91,8 @@ class Subject:
             wandb=own.model_copy(update={"group": group, "name": f"{own.name or 'step'}-{number:02}"}),
         )
         values["optimizer"] |= dict(lr=settings.lr or self.recipe.optimizer.lr / 2)
+        if round(values["distillation"]["unlabelled"] * self.recipe.batch) < 1:  # such a small batch has no room for them
+            values["distillation"] |= dict(unlabelled=0.0)
         return validate(FinetuneRecipe, values | changes, f"the training after bite {number}")
 
 

@@ -37,7 +37,7 @@ class Cost:
 def cost_of(points: Sequence[Point]) -> Cost:
     """The cost of one arm."""
     behind = _behind(json.loads(points[0].cells[0].recipe.model_dump_json()))
-    records = [cell.record for point in points for cell in point.cells]
+    records: list[Mapping[str, Any]] = [cell.record for point in points for cell in point.cells]
     records += [training.record for training in behind if training is not None]
     by_budget: dict[int, list[float]] = {}
     for point in points:

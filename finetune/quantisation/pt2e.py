@@ -7,7 +7,7 @@ A captured network is a graph of ATen operators, `torch.fx.GraphModule`, of any 
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -19,7 +19,8 @@ from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase, move_expor
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 
 from finetune.deploy.graph import example_of, graphable
-from finetune.quantisation.quantiser import CONVOLUTIONS, ConvolutionQuantizer
+from finetune.quantisation.quantiser import ADDITIONS, CONVOLUTIONS, ConvolutionQuantizer, is_rounded, layer_of
+from resunet.errors import InputError
 from resunet.layout import spatial_dims_of
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -38,17 +39,30 @@ def foldable_in_training(network: nn.Module) -> bool:
 
 
 def prepare(
-    network: nn.Module, channels: int, trained: bool, with_batch_norm: bool, grid: Literal["affine", "symmetric"]
+    network: nn.Module,
+    channels: int,
+    trained: bool,
+    with_batch_norm: bool,
+    grid: Literal["affine", "symmetric"],
+    keep_float: Sequence[str] = (),
 ) -> fx.GraphModule:
     """A network with observers, or for training with rounding, whose ranges nobody has seen yet.
 
-    with_batch_norm: keep it apart while training, with statistics that move; otherwise it is folded here.
+    Args:
+        with_batch_norm: keep it apart while training, with statistics that move; otherwise it is folded here.
+        keep_float: layers that are not rounded.
+
+    Raises:
+        InputError: a name in `keep_float` that no layer has.
     """
     with _quiet():
         captured = capture(network, channels, training=with_batch_norm)
         if not with_batch_norm:
             fold_batch_norm(captured)
-        quantizer = ConvolutionQuantizer(trained, grid)
+        layers = list(dict.fromkeys(layer_of(node) for node in captured.graph.nodes if is_rounded(node)))
+        if unknown := sorted(set(keep_float) - set(layers)):
+            raise InputError(f"quantise.keep_float: {', '.join(unknown)}: no such layer. They are: {', '.join(layers)}.")
+        quantizer = ConvolutionQuantizer(trained, grid, keep_float)
         prepared = prepare_qat_pt2e(captured, quantizer) if trained else prepare_pt2e(captured, quantizer)
     assert isinstance(prepared, fx.GraphModule)
     return prepared
@@ -94,6 +108,17 @@ def fold_batch_norm(captured: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
     captured.recompile()
     captured.delete_all_unused_submodules()
+
+
+def rounding_by_layer(prepared: fx.GraphModule) -> dict[str, list[FakeQuantizeBase]]:
+    """Of a network prepared for training: layer → what rounds its inputs and its weights, in the order of computation."""
+    parts = dict(prepared.named_modules())
+    found: dict[str, list[FakeQuantizeBase]] = {}
+    for node in prepared.graph.nodes:
+        if node.target in (*CONVOLUTIONS, *ADDITIONS):
+            own = [parts.get(str(one.target)) for one in node.args[:2] if isinstance(one, fx.Node)]
+            found.setdefault(layer_of(node), []).extend(one for one in own if isinstance(one, FakeQuantizeBase))
+    return {layer: its for layer, its in found.items() if its}
 
 
 def freeze_statistics(prepared: fx.GraphModule) -> None:

@@ -134,7 +134,12 @@ def _by_torchao(work: _Work, folder: Path) -> tuple[Engine, tuple[Graph, ...]]:
 
     architecture, settings, device = work.architecture, work.settings, work.accelerator.device
     prepared = pt2e.prepare(
-        work.network, architecture.in_channels, settings.trains, settings.freeze_statistics > 0, settings.grid
+        work.network,
+        architecture.in_channels,
+        settings.trains,
+        settings.freeze_statistics > 0,
+        settings.grid,
+        settings.keep_float,
     )
     prepared = prepared.to(device)
     if settings.trains:
@@ -166,7 +171,9 @@ def _by_nncf(work: _Work, folder: Path) -> tuple[Engine, tuple[Graph, ...]]:
     architecture = work.architecture
     prepared = by_nncf.prepare(work.network, work.batches)
     if work.settings.trains:
+        prepared = prepared.to(work.accelerator.device)
         train(prepared, work.recipe, work.settings, work.sampler, work.accelerator, folder, lambda step: None)
+        prepared = prepared.cpu()
     version = by_nncf.write(prepared, architecture.in_channels, architecture.spatial_dims, folder / "model.xml")
     return engine_of(prepared), (Graph("openvino", "int8", "model.xml", None, version, TOLERANCE),)
 
@@ -194,6 +201,7 @@ def _describe(
         grid=settings.grid,
         steps=settings.steps if settings.trains else 0,
         calibration=settings.calibration,
+        keep_float=settings.keep_float,
         weights_sha256=weights,
         spatial_dims=architecture.spatial_dims,
         input=InputFacts(INPUT, config.input_channels, architecture.in_channels, config.spacing, "LPS"),

@@ -8,7 +8,7 @@ Rounded are the inputs of convolutions, transposed or not, and of additions of f
 that cannot be folded, hard swish, the gates of squeeze-and-excitation, and what the head gives, the logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ CONVOLUTIONS: dict[Callable[..., Any], int] = {
     _ATEN.conv_transpose2d.input: 1,
     _ATEN.conv_transpose3d.input: 1,
 }
-_ADDITIONS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
+ADDITIONS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 _KEY = "quantization_annotation"
 _GRIDS: dict[str, dict[str, Any]] = {
     "affine": dict(dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine),
@@ -43,20 +43,24 @@ _MOMENTUM = 0.05  # of the ranges' moving average in training
 
 
 class ConvolutionQuantizer(Quantizer):
-    """Annotates the graph that `torch.export` made of a network. trained: ranges for QAT, otherwise those of one calibration."""
+    """Annotates the graph that `torch.export` made of a network.
 
-    def __init__(self, trained: bool, grid: Literal["affine", "symmetric"]) -> None:
+    trained: ranges for QAT, otherwise those of one calibration. keep_float: layers, as `layer_of` calls them, that are left alone.
+    """
+
+    def __init__(self, trained: bool, grid: Literal["affine", "symmetric"], keep_float: Sequence[str] = ()) -> None:
         super().__init__()
+        self.keep_float = frozenset(keep_float)
         self.activations = _activations(trained, _GRIDS[grid])
         self.weights = {axis: _weights(trained, axis) for axis in set(CONVOLUTIONS.values())}
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         for node in model.graph.nodes:
-            if node.target in CONVOLUTIONS:
-                given, weight = node.args[:2]
-                self._round(node, {given: self.activations, weight: self.weights[CONVOLUTIONS[node.target]]})
-            elif node.target in _ADDITIONS and all(_is_feature_map(one) for one in node.args[:2]):
-                self._round(node, dict.fromkeys(node.args[:2], self.activations))
+            if not is_rounded(node) or layer_of(node) in self.keep_float:
+                continue
+            given, other = node.args[:2]
+            own = self.weights[CONVOLUTIONS[node.target]] if node.target in CONVOLUTIONS else self.activations
+            self._round(node, {given: self.activations, other: own})
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -65,6 +69,19 @@ class ConvolutionQuantizer(Quantizer):
     @staticmethod
     def _round(node: fx.Node, inputs: dict[fx.Node, QuantizationSpec]) -> None:
         node.meta[_KEY] = QuantizationAnnotation(input_qspec_map=dict(inputs), _annotated=True)
+
+
+def is_rounded(node: fx.Node) -> bool:
+    """A convolution, or an addition of feature maps: its two first inputs are rounded."""
+    if node.target in CONVOLUTIONS:
+        return True
+    return node.target in ADDITIONS and all(_is_feature_map(one) for one in node.args[:2])
+
+
+def layer_of(node: fx.Node) -> str:
+    """The module that a captured operator belongs to, by its name in the network; of an addition the unit that adds."""
+    name = [path for path, _ in node.meta["nn_module_stack"].values()][-1]
+    return str(name) or "network"
 
 
 def _is_feature_map(node: Any) -> bool:

@@ -19,12 +19,14 @@ from resunet.inference.window import Footprint
 
 FOLDER = "quantised"
 FACTS = "quantised.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """quantised.json. weights_sha256: of the float model. steps, calibration: of training, and patches.
+    """quantised.json.
+
+    weights_sha256: of the float model. steps, calibration: of training, and patches. keep_float: layers that were not rounded.
 
     graphs: files below the folder, the preferred one first. difference: of logits between each runtime that was there and the
     PyTorch module that the graphs were made of, on training patches, over max(1, the largest of them). files: all, by sha256.
@@ -35,6 +37,7 @@ class Quantised:
     grid: str
     steps: int
     calibration: int
+    keep_float: tuple[str, ...]
     weights_sha256: str
     spatial_dims: Literal[2, 3]
     input: InputFacts

@@ -33,6 +33,17 @@ class QuantiseSettings(Frozen):
     )
     freeze_observers: float = Field(0.5, ge=0, le=1, description="share of steps after which the ranges stand still")
 
+    keep_float: tuple[str, ...] = Field(
+        (), description="qat, ptq: layers that stay in float32, by their names, as a compression that was refused lists them"
+    )
+    retries: int = Field(
+        2,
+        ge=0,
+        description="qat, ptq: after a refusal, so many times the layers that hurt most by themselves stay in float32: the worst "
+        "two, then four, and so on",
+    )
+    sensitivity_cases: int = Field(64, ge=1, description="val cases that say which layers hurt, spread over the groups")
+
     @property
     def trains(self) -> bool:
         return self.method in ("qat", "nncf_qat")
@@ -45,6 +56,17 @@ class QuantiseSettings(Frozen):
     def _grid_of_torchao(self) -> "QuantiseSettings":
         if self.by_nncf and self.grid != "affine":
             raise ValueError(f"grid={self.grid!r}: NNCF writes for OpenVINO, which wants 'affine'; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> "QuantiseSettings":
+        defaults = type(self).model_fields
+        idle = [] if self.trains else ["steps", "lr", "freeze_observers"]
+        idle += ["keep_float", "retries", "sensitivity_cases"] if self.by_nncf else []
+        idle += ["freeze_observers"] if self.method == "nncf_qat" else []
+        given = [name for name in idle if getattr(self, name) != defaults[name].default]
+        if given:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])}: does nothing with method={self.method!r}; leave it out")
         return self
 
     @model_validator(mode="after")

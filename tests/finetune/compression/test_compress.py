@@ -3,18 +3,22 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 from finetune.compression.command import compress
+from finetune.compression.gate import judge
 from finetune.compression.importance import taylor_importance
 from finetune.compression.prune import prunable
 from finetune.compression.recipe import CompressRecipe
 from finetune.compression.sensitivity import Sensitivity
 from finetune.compression.subject import read_subject
 from finetune.loop import finetune
+from finetune.quantisation.sensitivity import RoundingSensitivity
 from finetune.step import forward_backward
 from finetune.training.patches import PatchSampler
 from resunet.cli import main
@@ -206,6 +210,69 @@ def test_what_is_left_is_quantised_under_the_same_gate(run: Path, tmp_path: Path
     assert set(record["test"]["networks"]) == {"before", "after", "int8"}
     before, int8 = (record["test"]["networks"][name]["dice"]["mean"] for name in ("before", "int8"))
     assert int8 == pytest.approx(before, abs=0.1)
+
+
+def test_a_refusal_of_int8_says_which_layers_hurt_and_spares_them(run: Path, tmp_path: Path, monkeypatch, look_at):
+    verdicts = []
+
+    def judge_strictly(*args):
+        verdicts.append(judge(*args))
+        return verdicts[-1].model_copy(update={"reasons": ("too much",) if len(verdicts) == 1 else ()})
+
+    monkeypatch.setattr("finetune.compression.int8.judge", judge_strictly)
+    monkeypatch.setattr(RoundingSensitivity, "worst", lambda self, count: [one.layer for one in self.layers[:count]])
+    out = tmp_path / "int8"
+    made = settings(run, out, gate={"dice": 0.99}, quantise={"method": "ptq", "calibration": 4, "sensitivity_cases": 2})
+    compress(made.model_copy(update={"prune": None}))
+    record = json.loads((out / "compress.json").read_text())
+    first, second = record["quantised_steps"]
+    assert (first["name"], first["accepted"], second["name"], second["accepted"]) == ("int8", False, "int8-2", True)
+    assert record["quantised"] == second and first["hurt"] and not second["hurt"] and first["keep_float"] == []
+    layers = [one["layer"] for one in record["rounding"]["layers"]]
+    assert second["keep_float"] == layers[:2] == ["encoder.levels.0.0.conv1", "encoder.levels.0.0.conv2"]
+    rounded = [sum(node.op_type == "DequantizeLinear" for node in onnx.load(folder / "model.onnx").graph.node)
+               for folder in (out / "steps" / "int8", out / "quantised")]  # fmt: skip
+    assert rounded[1] <= rounded[0] - 2, "their weights, at least, are floats"
+    assert json.loads((out / "quantised" / "quantised.json").read_text())["keep_float"] == layers[:2]
+    page = look_at(out / "report.html")
+    assert (
+        "Which layers INT8 hurts" in page.text and "2 layers in float32" in page.text and "Step int8 was refused" in page.text
+    )
+
+
+def test_int8_whose_training_fails_falls_back_to_calibration(run: Path, tmp_path: Path):
+    out = tmp_path / "int8"
+    broken = {"method": "qat", "steps": 4, "lr": 1e30, "calibration": 2}
+    compress(settings(run, out, gate={"dice": 0.99, "recall": 0.99}, quantise=broken).model_copy(update={"prune": None}))
+    first, second = json.loads((out / "compress.json").read_text())["quantised_steps"]
+    assert not first["accepted"] and "not finite" in first["reasons"][0] and first["dice"]["mean"] is None
+    assert (second["method"], second["accepted"]) == ("ptq", True) and (out / "quantised" / "model.onnx").is_file()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "failed" in page and "nan" not in page
+
+
+def test_a_bite_whose_training_fails_is_refused(run: Path, tmp_path: Path):
+    """And with it all is not lost: here nothing was accepted before, which the report says."""
+    out = tmp_path / "small"
+    with pytest.raises(CheckFailed, match=r"no step passed the gate on val(.|\n)*step 01: .*finite"):
+        compress(settings(run, out, prune={"lr": 1e30, "retries": 0, "sensitivity": [], "sensitivity_cases": 64}))
+    (step,) = json.loads((out / "compress.json").read_text())["steps"]
+    assert not step["accepted"] and step["dice"]["mean"] is None
+    assert "Nothing was accepted" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_batch_of_one_learns_from_its_teacher_without_unlabelled_scans(run: Path, tmp_path: Path):
+    subject = read_subject(settings(run, tmp_path / "out"))
+    prune = subject.settings.prune
+    assert prune is not None and subject.training(prune, run, tmp_path / "a", 4, 1).distillation.unlabelled == 0.5
+    single = replace(subject, recipe=subject.recipe.model_copy(update={"batch": 1}))
+    assert single.training(prune, run, tmp_path / "a", 4, 1).distillation.unlabelled == 0
+
+
+@pytest.mark.parametrize("changes", [{"batches": 3}, {"sensitivity": [], "sensitivity_cases": 3}])
+def test_settings_that_would_do_nothing_are_refused(changes, run: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="leave it out"):
+        settings(run, tmp_path / "out", prune={"sensitivity_cases": 64} | changes)
 
 
 def test_wandb_has_a_run_of_its_kind(run: Path, compressed: Path, tmp_path: Path, offline, read_mirror):

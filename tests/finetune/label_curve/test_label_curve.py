@@ -212,7 +212,9 @@ def test_an_encoder_that_was_pretrained_again_needs_an_arm_of_its_own(curve, tmp
     grown = curve.model_copy(update={"resume": True, "out": out, "draws": 3})
     monkeypatch.setattr("finetune.label_curve.result.sha256", lambda path: "cd" * 32)
     monkeypatch.setattr("finetune.label_curve.command.do_all", lambda points, locks: pytest.fail("trained"))
-    with pytest.raises(InputError, match=r"arms\.pretrained: .*/encoder/config\.json is not what the cells that are done rest on"):
+    with pytest.raises(
+        InputError, match=r"arms\.pretrained: .*/encoder/config\.json is not what the cells that are done rest on"
+    ):
         label_curve(grown)
 
 

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from finetune.deploy.graph import write_module
 from finetune.deploy.tensorrt_check import tensorrt_faults
 from finetune.quantisation import pt2e
+from finetune.quantisation.sensitivity import measure_rounding
+from resunet.errors import InputError
 from resunet.model import ResUNet, UNet
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -142,3 +144,39 @@ def test_ranges_move_only_while_they_are_told_to():
     pt2e.set_ranges(prepared, moving=True)
     prepared(100 * x)
     assert any((after[name] != value).any() for name, value in before.items())
+
+
+def test_what_stays_in_float_is_not_rounded():
+    network = trained(ResUNet(1, 2, (4, 8), units=1), 2)
+    whole, some = (
+        pt2e.rounding_by_layer(pt2e.prepare(network, 1, True, False, "affine", keep))
+        for keep in ((), ("encoder.levels.0.0.conv1",))
+    )
+    assert list(whole)[:2] == ["encoder.levels.0.0.conv1", "encoder.levels.0.0.conv2"] and "encoder.levels.0.0" in whole
+    assert all(len(its) == 2 for its in whole.values()), "an input and a weight, or two inputs"
+    assert list(some) == list(whole)[1:]
+    with pytest.raises(InputError, match=r"keep_float: conv9: no such layer\. They are: encoder\.levels\.0\.0\.conv1, "):
+        pt2e.prepare(network, 1, True, False, "affine", ("conv9",))
+
+
+def test_the_harm_of_a_layer_is_that_of_rounding_it_alone():
+    torch.manual_seed(0)
+    network, x = trained(ResUNet(1, 2, (4, 8), units=1), 2), torch.randn(2, 1, 16, 16)
+    seen = []
+
+    def closeness(module):
+        with torch.no_grad():
+            seen.append(module(x))
+            return -float((seen[-1] - network(x)).abs().mean())
+
+    found = measure_rounding(network, 1, "affine", [x], closeness, 2)
+    assert found.dice == pytest.approx(0, abs=1e-5) and all(one.dice < -5e-6 for one in found.layers)
+    worst = min(found.layers, key=lambda one: one.dice)
+    assert found.worst(1) == [worst.layer] and found.told(1)[0].startswith(f"{worst.layer} (alone in INT8 Dice −")
+    others = [one.layer for one in found.layers if one.layer != worst.layer]
+    alone = pt2e.prepare(network, 1, True, False, "affine", others)
+    pt2e.set_ranges(alone, moving=True, rounding=False)
+    with torch.no_grad():
+        alone(x)
+        pt2e.set_ranges(alone, moving=False)
+        torch.testing.assert_close(alone(x), seen[1 + [one.layer for one in found.layers].index(worst.layer)])

@@ -148,6 +148,10 @@ def test_quantised_of_other_weights(run, runs, tmp_path):
         ({"method": "ptq", "freeze_statistics": 0.5}, "only method='qat' trains with batch norm"),
         ({"method": "nncf_ptq", "grid": "symmetric"}, "NNCF writes for OpenVINO"),
         ({"freeze_observers": 1.5}, "freeze_observers"),
+        ({"method": "ptq", "steps": 300}, "steps=300: does nothing with method='ptq'"),
+        ({"method": "ptq", "freeze_observers": 0.2}, "freeze_observers=0.2: does nothing"),
+        ({"method": "nncf_qat", "freeze_observers": 0.2}, "freeze_observers=0.2: does nothing"),
+        ({"method": "nncf_qat", "keep_float": ["head"]}, "keep_float=.*: does nothing with method='nncf_qat'"),
     ],
 )
 def test_settings_that_contradict_each_other(values, message):
