@@ -225,7 +225,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="a new folder; default: evaluation-SPLIT beside the model")] = None,
     names: Annotated[str, typer.Option(help="hash, or keep for public data")] = "hash",
     salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; of a bundle int8, too")] = "fp32",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; of a bundle int8, too; default: fp32, or what the bundle has")
+    ] = None,
     runtime: Annotated[
         str | None, typer.Option(help="of a bundle: openvino, onnxruntime or pytorch; default: its first that is installed")
     ] = None,
@@ -261,7 +263,9 @@ def predict(
         bool, typer.Option("--operating-point", help="the model's threshold for its budget of false alarms")
     ] = False,
     tta: Annotated[bool, typer.Option("--tta", help="the mean over mirror images: 4 times the work")] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16; of a bundle int8, too")] = "fp32",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; of a bundle int8, too; default: fp32, or what the bundle has")
+    ] = None,
     memory: Annotated[float | None, typer.Option(help="GiB that a process may take; default: 4, of a bundle its own")] = None,
     window: Annotated[
         int | None, typer.Option(help="pixels a side of the window, for what does not fit whole; default: 512, or the bundle's")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def imagenet_file(backbone: str) -> Path:
     hub_logging.set_verbosity_error()  # of each try
     try:
         return Path(hf_hub_download(repository, _FILE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # a proxy's refusal is an error of whatever HTTP client the hub's version has
         raise InputError(
             f"{_KEY}=imagenet: the Hugging Face Hub cannot be reached, and {repository} was not downloaded before. Where there is "
             f"a network, download https://huggingface.co/{repository}/resolve/main/{_FILE}; bring the file here and give its path: "

@@ -40,10 +40,26 @@ def read_figures(path: Path) -> dict[str, Any] | None:
     return figures
 
 
-def card(contract: Contract, rows: Sequence[Row], figures: dict[str, Any] | None) -> str:
-    """The card's text. rows: of the golden cases when it was exported."""
-    parts = [f"---\n{_metadata(contract, figures)}\n---", f"# {_title(contract)}", _about(contract), _use(contract)]
-    parts += [_measured(figures), _limits(contract), _proof(contract, rows)]
+def read_int8_figures(path: Path) -> dict[str, Any] | None:
+    """What a compression's test.json says of its network in INT8; None without one.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    found = read_figures(path)
+    return None if found is None else (found.get("networks") or {}).get("int8")
+
+
+def card(contract: Contract, rows: Sequence[Row], figures: dict[str, Any] | None, int8: dict[str, Any] | None = None) -> str:
+    """The card's text.
+
+    Args:
+        rows: of the golden cases when it was exported.
+        figures: of the float network on test. int8: of graphs in INT8, if anybody measured that.
+    """
+    rounded = int8 if contract.quantisation is not None else None
+    parts = [f"---\n{_metadata(contract, figures, rounded)}\n---", f"# {_title(contract)}", _about(contract), _use(contract)]
+    parts += [_measured(figures), *_measured_int8(contract, rounded), _limits(contract), _proof(contract, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -52,8 +68,9 @@ def _title(contract: Contract) -> str:
     return f"Segmentation of {', '.join(list(contract.classes.values())[1:])} in {what}"
 
 
-def _metadata(contract: Contract, figures: dict[str, Any] | None) -> str:
-    dice = ((figures or {}).get("dice") or {}).get("mean")
+def _metadata(contract: Contract, figures: dict[str, Any] | None, int8: dict[str, Any] | None) -> str:
+    only_int8 = all(graph.precision == "int8" for graph in contract.graphs)
+    dice = (((int8 if only_int8 else figures) or {}).get("dice") or {}).get("mean")
     split = str((figures or {}).get("split", "test"))
     results = None
     if dice is not None:
@@ -102,7 +119,7 @@ def _about(contract: Contract) -> str:
             f"{rounding.steps} steps of training with rounded values" if rounding.steps else "not trained with rounded values"
         )
         patches = f"ranges from {rounding.calibration} training patches"
-        rows.append(("int8", f"{rounding.method}: {patches}, {trained}; the figures below are of the network before"))
+        rows.append(("int8", f"{rounding.method}: {patches}, {trained}"))
     if contract.regions is not None:
         rows.append(("regions", "; ".join(f"{name}: {', '.join(its)}" for name, its in contract.regions.items())))
     if (point := contract.operating_point) is not None:
@@ -144,10 +161,27 @@ def _measured(figures: dict[str, Any] | None) -> str:
     )
 
 
+def _measured_int8(contract: Contract, int8: dict[str, Any] | None) -> list[str]:
+    """Of graphs in INT8, beside the network that they were made of; where nobody measured them, that."""
+    if contract.quantisation is None:
+        return []
+    if int8 is None:
+        return [
+            "## Figures in INT8\n\nNone: the figures above are of the network before it was rounded. `resunet evaluate . "
+            "--precision int8` measures the rounded one."
+        ]
+    rows = [("Dice", *_figure(int8["dice"])), ("Dice, INT8 − before compression, paired", *_figure(int8["dice_difference"]))]
+    if int8.get("recall") is not None:
+        rows.append((f"recall of objects of {int8['size']} voxels", *_figure(int8["recall"])))
+        rows.append(("that recall, INT8 − before compression, paired", *_figure(int8["recall_difference"])))
+    found = [row for row in rows if row[1] != "–"]
+    return [f"## Figures in INT8\n\nOf graphs in INT8, on the same cases.\n\n{_table(('', 'mean', '95 %', 'groups'), found)}"]
+
+
 def _figure(one: dict[str, Any]) -> tuple[str, str, str]:
     interval = one.get("ci95")
     return (
-        f"{one['mean']:.4g}",
+        "–" if one["mean"] is None else f"{one['mean']:.4g}",
         "–" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}",
         str(one.get("n", "–")),
     )

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from finetune.deploy.card import card, read_figures
+from finetune.deploy.card import card, read_figures, read_int8_figures
 from finetune.deploy.golden import write_goldens
 from finetune.deploy.graph import INPUT, OPSET, OUTPUT, write_onnx, write_openvino
 from finetune.deploy.mirrored import mirror_bundle
@@ -103,12 +103,14 @@ def export(run: Path, out: Path, request: ExportRequest) -> Path:
     behaviour = behaviour_of(config, sha256(folder / WEIGHTS))
     quantised = quantised_beside(folder, behaviour.weights, formats) if "int8" in precisions else None
     source = Source(folder, network.eval(), config, behaviour, quantised)
-    figures = read_figures(folder.parent / "evaluation" / "summary.json") if folder.name == "model" else None
+    whole = folder.parent if folder.name == "model" else None
+    figures = None if whole is None else read_figures(whole / "evaluation" / "summary.json")
+    int8 = None if whole is None else read_int8_figures(whole / "test.json")
     with folder_aside(out) as aside:
         contract = _write_graphs(aside, source, formats, precisions)
         rows = check_graphs(aside, contract)
         _refuse_failures(rows)
-        (aside / "README.md").write_text(card(contract, rows, figures), encoding="utf-8")
+        (aside / "README.md").write_text(card(contract, rows, figures, int8), encoding="utf-8")
         (aside / "requirements.txt").write_text(requirements(contract), encoding="utf-8")
         digest = write_sealed(aside, replace(contract, files=described(aside)))
         Bundle.open(aside)  # what was written can be read

@@ -12,7 +12,13 @@ _DICOM = ("pydicom", "pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg")
 _COMMAND = ("tqdm", "typer")
 _OBJECTS = "connected-components-3d"  # which removes objects
 _OPTIONAL = {"highdicom": "writes predictions of DICOM series, as DICOM-SEG", "pyarrow": "reads a manifest as INPUT"}
-_ENGINES: dict[Runtime, str] = {"openvino": "openvino", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
+# The modules of each runtime, and the package of a module that is called otherwise.
+_ENGINES: dict[Runtime, tuple[str, ...]] = {
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnxruntime",),
+    "tensorrt": ("tensorrt", "cuda.bindings"),
+}
+_NAMES = {"cuda.bindings": "cuda-python"}
 
 
 def requirements(contract: Contract) -> str:
@@ -34,12 +40,22 @@ def _engine_lines(runtimes: Sequence[Runtime]) -> list[str]:
     if not runtimes:
         return ["", "# PyTorch is the only runtime of this bundle: pip install resunet instead, with all that it needs"]
     first, *others = runtimes
-    return [_ranged(_ENGINES[first]), *(f"# or, for {name_of(one)}: {_ranged(_ENGINES[one])}" for one in others)]
+    lines = {one: [_ranged(_distribution(part)) for part in _ENGINES[one]] for one in runtimes}
+    return [*lines[first], *(f"# or, for {name_of(one)}: {' '.join(lines[one])}" for one in others)]
+
+
+def _distribution(module: str) -> str:
+    """The package that a module is of here: onnxruntime may be onnxruntime-gpu."""
+    found = importlib.metadata.packages_distributions().get(module.split(".")[0])
+    return found[0] if found else _NAMES.get(module, module)
 
 
 def _ranged(package: str) -> str:
     """From what this package asks for to below the major version after the one that it was exported with."""
-    tested = importlib.metadata.version(package)
+    try:
+        tested = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # nothing is known of its versions
+        return package
     pattern = re.compile(rf"{re.escape(package)}(?![\w.-])[^;]*>=\s*([\w.]+)", re.IGNORECASE)
     asked = (pattern.match(one) for one in importlib.metadata.requires("resunet") or ())
     lowest = next((found[1] for found in asked if found), tested)

@@ -30,6 +30,7 @@ def build_engine(onnx: Path, path: Path, name: str, channels: int, spatial_dims:
         faults = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise CheckFailed(f"{onnx.name}: TensorRT refuses it: {faults}")
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default where there is one: 10 bits of mantissa, which is not fp32
     profile = builder.create_optimization_profile()
     batch, side = largest_of(spatial_dims)
     sizes = ((1, 1), (1, _USUAL[spatial_dims]), (batch, side))

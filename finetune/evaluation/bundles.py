@@ -66,7 +66,7 @@ def evaluate_bundle(path: Path, request: EvaluateRequest, out: Path | None) -> P
 
     done = behaviour.described or NO_POSTPROCESSING
     title = f"Evaluation of a bundle on {request.split}"
-    write(out, measured, targets, request.split, notes, request.precision, predict, point, done, title)
+    write(out, measured, targets, request.split, notes, graph.precision, predict, point, done, title)
     return out
 
 

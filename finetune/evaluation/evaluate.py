@@ -124,7 +124,7 @@ def _precision_of_model(model: Path, request: EvaluateRequest) -> Precision:
     if request.precision == "int8" or request.runtime is not None:
         given = "--precision int8" if request.precision == "int8" else f"--runtime {request.runtime}"
         raise InputError(f"{given}: is of bundles; {model} is none. Leave it out, or export it first.")
-    return request.precision
+    return request.precision or "fp32"
 
 
 def _load_unseen(

@@ -48,7 +48,9 @@ class EvaluateRequest(DataSettings):
     """What `resunet evaluate` takes beside the model; how channels are read comes from the model."""
 
     split: Literal["pool", "val", "test"] = "test"
-    precision: Precision | Literal["int8"] = Field("fp32", description="int8 is of bundles")
+    precision: Precision | Literal["int8"] | None = Field(
+        None, description="int8 is of bundles; null: fp32, of a bundle without it that of its first graph"
+    )
     runtime: str | None = Field(None, description="of a bundle: openvino, onnxruntime or pytorch; null: the first installed")
     tolerance: float = Field(TOLERANCE, gt=0, description="mm, of surface Dice")
     ignore: tuple[int, ...] = Field(

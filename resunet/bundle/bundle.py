@@ -67,23 +67,34 @@ class Bundle:
         weakref.finalize(opened, shutil.rmtree, folder, ignore_errors=True)
         return opened
 
-    def graph(self, precision: str = "fp32", runtime: str | None = None) -> Graph:
-        """The preferred graph of a precision whose runtime is installed.
+    def graph(self, precision: str | None = None, runtime: str | None = None) -> Graph:
+        """The preferred graph whose runtime is installed: of a precision, or of fp32, or where that is not, of another.
 
         Raises:
             InputError: the bundle has none such. EnvironmentFault: it has, but not its runtime.
         """
-        wanted = [one for one in self.contract.graphs if one.precision == precision and runtime in (None, one.runtime)]
+        graphs = sorted(self.contract.graphs, key=lambda one: one.precision != "fp32")
+        wanted = [one for one in graphs if precision in (None, one.precision) and runtime in (None, one.runtime)]
         if not wanted:
             has = ", ".join(f"{one.runtime} {one.precision}" for one in self.contract.graphs)
-            raise InputError(f"{runtime or 'any runtime'}, {precision}: the bundle has no such graph. It has {has}.")
+            asked = ", ".join([runtime or "any runtime", *([precision] if precision else [])])
+            raise InputError(f"{asked}: the bundle has no such graph. It has {has}.")
+        here = [one for one in graphs if version_of(one.runtime) is not None]
         for one in wanted:
-            if version_of(one.runtime) is not None:
+            if one in here:
                 return one
-        names = " or ".join(name_of(one.runtime) for one in wanted)
-        raise EnvironmentFault(f"{names} is needed, and not installed: pip install -r requirements.txt, of the bundle.")
+        names = " or ".join(dict.fromkeys(name_of(one.runtime) for one in wanted))
+        how = (
+            "resunet, with all that it needs"
+            if {one.runtime for one in wanted} == {"pytorch"}
+            else "-r requirements.txt, of the bundle"
+        )
+        others = (
+            f" Installed are the runtimes of {', '.join(f'{one.runtime} {one.precision}' for one in here)}." if here else ""
+        )
+        raise EnvironmentFault(f"{names} is needed, and not installed: pip install {how}.{others}")
 
-    def segmenter(self, precision: str = "fp32", runtime: str | None = None) -> "BundleSegmenter":
+    def segmenter(self, precision: str | None = None, runtime: str | None = None) -> "BundleSegmenter":
         """The network, ready to predict; raises as `graph`, or CheckFailed where the runtime does not take it."""
         graph = self.graph(precision, runtime)
         return BundleSegmenter(self, graph, open_engine(self.folder, self.contract, graph))

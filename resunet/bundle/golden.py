@@ -1,5 +1,7 @@
 """Golden cases: synthetic scans with the live network's answers, replayed on a runtime."""
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def read_golden(path: Path) -> GoldenCase:
     try:
         with np.load(path, allow_pickle=False) as stored:
             case = GoldenCase(*(stored[name] for name in ("values", "spacing", "logits", "mask")))
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckFailed(f"{path.name}: is no golden case: {error}") from error
     if not case.values.shape[1:] == case.logits.shape[1:] == case.mask.shape or case.logits.dtype != np.float32:
         raise CheckFailed(f"{path.name}: scan, logits and mask do not fit each other.")

@@ -23,7 +23,7 @@ from resunet.progress import progress, say
 class BundleRequest:
     """What `resunet predict` takes beside bundle, inputs and output folder; None: as the contract says.
 
-    precision, runtime: of the graph; without a runtime the preferred one that is installed.
+    precision, runtime: of the graph; without them fp32, if an installed runtime has it, and the preferred runtime.
     """
 
     memory: float | None = None
@@ -33,7 +33,7 @@ class BundleRequest:
     probabilities: bool = False
     threshold: float | None = None
     operating_point: bool = False
-    precision: str = "fp32"
+    precision: str | None = None
     runtime: str | None = None
 
     def refuse_wrong(self) -> None:
@@ -72,9 +72,9 @@ def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: Bundl
     opened = _open(path, request)
     behaviour, how, threshold, scorer = opened.behaviour, opened.how, opened.threshold, opened.scorer
     found = list_inputs(inputs, behaviour.input_channels)
-    runtime = opened.segmenter.graph.runtime
+    graph = opened.segmenter.graph
     say(
-        f"{name_of(runtime)} {version_of(runtime)}, {len(found.scans)} scans, {request.precision}, {how.memory:g} GiB"
+        f"{name_of(graph.runtime)} {version_of(graph.runtime)}, {len(found.scans)} scans, {graph.precision}, {how.memory:g} GiB"
         + (", mirrored" if how.flips else "")
         + (f"; {found.strangers} files that are no scans passed over" if found.strangers else "")
     )
@@ -107,8 +107,9 @@ def predict_bundle_video(path: Path, video: Path, out: Path, request: BundleRequ
     def labels_of(values: NDArray) -> NDArray:
         return segment(values, (1.0, 1.0), opened.scorer, opened.behaviour, opened.how, opened.threshold)
 
-    runtime = opened.segmenter.graph.runtime
-    about = {"runtime": f"{name_of(runtime)} {version_of(runtime)}", "precision": request.precision, "flips": request.flips}
+    graph = opened.segmenter.graph
+    runtime = f"{name_of(graph.runtime)} {version_of(graph.runtime)}"
+    about = {"runtime": runtime, "precision": graph.precision, "flips": request.flips}
     return predict_video(video, out, labels_of, opened.behaviour, masks, about)
 
 
@@ -125,4 +126,10 @@ def _open(path: Path, request: BundleRequest) -> _Opened:
     given = {key: value for key in ("memory", "window", "overlap") if (value := getattr(request, key)) is not None}
     how = replace(bundle.seeing(), flips=request.flips, probabilities=request.probabilities, **given)
     segmenter = bundle.segmenter(request.precision, request.runtime)
+    if request.operating_point and segmenter.graph.precision == "int8":
+        raise InputError(
+            "--operating-point: its threshold was chosen on the network before it was rounded; the INT8 graph has other "
+            "probabilities. Find one with resunet evaluate BUNDLE --precision int8 --false-alarms-per-1000 B, and give it as "
+            "--threshold."
+        )
     return _Opened(contract.behaviour(), how, threshold, segmenter, segmenter.scorer(how.flips))

@@ -1,8 +1,10 @@
 """A zipped bundle → a folder, however the zip was made: nothing outside the folder, and never much more than the zip itself."""
 
+import lzma
 import shutil
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from resunet.errors import CheckFailed
@@ -11,6 +13,7 @@ _FILES = 1000
 _EXPANSION = 50  # bytes of one in the zip, and what small files may have beside
 _SPARE = 64 * 2**20
 _CHUNK = 2**20
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
 
 
 def unzip(path: Path, folder: Path) -> None:
@@ -33,7 +36,7 @@ def unzip(path: Path, folder: Path) -> None:
                         if budget < 0:
                             raise CheckFailed(f"{path}: expands to more than {_EXPANSION} times its size: refused.")
                         out.write(chunk)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, FileExistsError, NotADirectoryError) as error:
+    except (*_BROKEN, FileExistsError, NotADirectoryError) as error:
         raise CheckFailed(f"{path}: cannot be unpacked: {error}") from error
 
 

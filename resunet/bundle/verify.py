@@ -16,6 +16,7 @@ from resunet.errors import CheckFailed, EnvironmentFault
 class Row:
     """What a graph came to. version: of its runtime, None where it is not here; fault: None where all is as it must be.
 
+    missing: what its runtime lacks on this machine, None where nothing.
     difference: of logits, over max(1, the largest); seconds: for opening it and for all golden cases.
     """
 
@@ -24,11 +25,19 @@ class Row:
     difference: float | None
     seconds: float
     fault: str | None
+    missing: str | None
+
+    @property
+    def replayed(self) -> bool:
+        """Its golden cases were."""
+        return self.version is not None and self.missing is None
 
     @property
     def verdict(self) -> str:
         if self.fault is not None:
             return "FAILED"
+        if self.missing is not None:
+            return f"not usable here: {self.missing}"
         return "not installed" if self.version is None else "equal"
 
 
@@ -60,7 +69,7 @@ def verify(path: Path, sha256: str | None = None, told: Callable[[str], None] = 
         told(line)
     if faults := [f"  {row.graph.runtime} {row.graph.precision}: {row.fault}" for row in rows if row.fault is not None]:
         raise CheckFailed(f"{path}: {len(faults)} of {len(rows)} graphs failed:\n" + "\n".join(faults))
-    if all(row.version is None for row in rows):
+    if not any(row.replayed for row in rows):
         names = " or ".join(dict.fromkeys(name_of(row.graph.runtime) for row in rows))
         raise EnvironmentFault(
             f"{path}: nothing was replayed: {names} is needed. pip install -r requirements.txt, of the bundle."
@@ -74,7 +83,7 @@ def check_graphs(folder: Path, contract: Contract) -> tuple[Row, ...]:
 
 
 def _check(folder: Path, contract: Contract, graph: Graph) -> Row:
-    version, difference, fault = version_of(graph.runtime), None, None
+    version, difference, fault, missing = version_of(graph.runtime), None, None, None
     start = time.perf_counter()
     try:
         refuse_format(folder, graph)
@@ -82,7 +91,9 @@ def _check(folder: Path, contract: Contract, graph: Graph) -> Row:
             difference = replay(folder, contract, graph, open_engine(folder, contract, graph))
     except CheckFailed as error:
         fault = str(error)
-    return Row(graph, version, difference, time.perf_counter() - start, fault)
+    except EnvironmentFault as error:  # a GPU or its driver: the other runtimes are replayed all the same
+        missing = str(error)
+    return Row(graph, version, difference, time.perf_counter() - start, fault, missing)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

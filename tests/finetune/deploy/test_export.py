@@ -1,4 +1,6 @@
+import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from torch import nn
 
 from finetune.deploy.export import ExportRequest, export
 from finetune.deploy.golden import synthetic_scan
+from finetune.deploy.requirements import requirements
 from resunet.bundle import Bundle
 from resunet.bundle.contract import Normalising
 from resunet.bundle.verify import verify
@@ -91,6 +94,25 @@ def test_the_card_has_the_measured_figures(bundle):
     assert [line.split(">=")[0] for line in needed if line.startswith("openvino")] == ["openvino"]
     assert all("<" in line for line in needed if line and not line.startswith("#"))
     assert not [line for line in needed if line.startswith(("torch", "monai", "pydantic", "onnx"))]
+
+
+def test_requirements_name_the_packages_that_are_installed(bundle, monkeypatch):
+    """ONNX Runtime for GPUs is another package with the same module; TensorRT needs CUDA's own beside it."""
+    contract, version = Bundle.open(bundle).contract, importlib.metadata.version
+    graphs = tuple(replace(contract.graphs[0], runtime=runtime) for runtime in ("onnxruntime", "tensorrt"))
+    packages = {"onnxruntime": ["onnxruntime-gpu"], "tensorrt": ["tensorrt-cu13"]}
+    known = {"onnxruntime-gpu": "1.31.1", "tensorrt-cu13": "11.2"}
+
+    def version_of(name):
+        if name in ("onnxruntime", "tensorrt", "cuda-python"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known.get(name) or version(name)
+
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: packages)
+    monkeypatch.setattr("importlib.metadata.version", version_of)
+    lines = requirements(replace(contract, graphs=graphs)).splitlines()
+    assert "onnxruntime-gpu>=1.31.1,<2" in lines
+    assert "# or, for TensorRT: tensorrt-cu13>=11.2,<12 cuda-python" in lines
 
 
 def test_no_path_and_no_name_is_in_a_bundle(bundle, run):

@@ -1,10 +1,12 @@
 """A finished run → quantised/ → a bundle that answers, is evaluated, and notices what was changed."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from finetune.deploy.export import ExportRequest, export
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate, measure_cases
@@ -15,7 +17,8 @@ from finetune.quantisation.quantise import quantise
 from finetune.quantisation.result import open_quantised, read_quantised
 from finetune.quantisation.settings import QuantiseSettings
 from resunet.bundle import Bundle
-from resunet.bundle.contract import parse
+from resunet.bundle.contract import Point, parse
+from resunet.bundle.predict import BundleRequest, predict_bundle
 from resunet.cli import main
 from resunet.config import validate
 from resunet.errors import CheckFailed, InputError
@@ -116,6 +119,34 @@ def test_int8_alone_needs_no_pytorch_in_the_bundle(run, tmp_path):
     assert not (out / "model").exists() and sorted(path.name for path in (out / "graphs").iterdir()) == ["int8"]
     with pytest.raises(InputError, match="is of graphs"):
         export(run, tmp_path / "c", ExportRequest(formats=("pytorch",), precisions=("int8",)))
+
+
+def test_the_card_tells_figures_of_int8_apart(run, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    unknown = (export(copied, tmp_path / "a", ExportRequest(precisions=("int8",))) / "README.md").read_text(encoding="utf-8")
+    assert "None: the figures above are of the network before it was rounded" in unknown and "model-index" not in unknown
+    dice, less = {"mean": 0.4321, "ci95": [0.4, 0.5], "n": 6}, {"mean": -0.0123, "ci95": None, "n": 6}
+    its = {"dice": dice, "dice_difference": less, "size": "5 to 9", "recall": dice, "recall_difference": less}
+    (copied / "test.json").write_text(json.dumps({"networks": {"int8": its}}))
+    card = (export(copied, tmp_path / "b", ExportRequest(precisions=("int8",))) / "README.md").read_text(encoding="utf-8")
+    assert "| Dice | 0.4321 | 0.4 to 0.5 | 6 |" in card and "value: 0.4321" in card
+    assert "| recall of objects of 5 to 9 voxels | 0.4321 |" in card
+
+
+def test_the_operating_point_is_not_that_of_int8(bundle, tmp_path):
+    opened = Bundle.open(bundle)
+    point = Point(threshold=0.6, budget=20, clean=50, alarmed=1)
+    raw = json.loads((bundle / "contract.json").read_text()) | {"operating_point": vars(point)}
+    changed = Path(shutil.copytree(bundle, tmp_path / "changed"))
+    text = json.dumps(raw)
+    (changed / "contract.json").write_text(text)
+    (changed / "contract.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  contract.json\n")
+    assert opened.contract.operating_point is None
+    Image.new("L", (40, 40)).save(tmp_path / "scan.png")
+    words = ["predict", str(changed), str(tmp_path / "scan.png"), "--operating-point", "--out"]
+    assert main([*words, str(tmp_path / "fp32")]) == 0
+    with pytest.raises(InputError, match="chosen on the network before it was rounded"):
+        predict_bundle(changed, [tmp_path / "scan.png"], tmp_path / "o", BundleRequest(operating_point=True, precision="int8"))
 
 
 def test_what_cannot_be_quantised(run, runs, tmp_path):

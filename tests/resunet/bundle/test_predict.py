@@ -140,7 +140,7 @@ def test_what_a_product_does_not_have_is_named(exported, scans, tmp_path):
     "options, message",
     [
         (["--precision", "fp16"], "the bundle has no such graph. It has openvino fp32, onnxruntime fp32, pytorch fp32"),
-        (["--runtime", "tensorrt"], "tensorrt, fp32: the bundle has no such graph"),
+        (["--runtime", "tensorrt"], "tensorrt: the bundle has no such graph"),
         (["--overlap", "1"], "overlap=1.0: must be 0 to 0.75"),
         (["--window", "8", "--memory", "0"], "window=8: must be at least 64"),
         (["--threshold", "0.3", "--operating-point"], "give one of them"),

@@ -5,6 +5,7 @@ import json
 import shutil
 import stat
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 
 from resunet.bundle.bundle import Bundle
 from resunet.bundle.contract import parse
+from resunet.bundle.engines import open_engine
 from resunet.bundle.golden import read_golden, write_golden
 from resunet.bundle.seal import described, write_sealed
 from resunet.bundle.verify import verify
 from resunet.cli import main
-from resunet.errors import CheckFailed, InputError
+from resunet.errors import CheckFailed, EnvironmentFault, InputError
 
 
 def flip_a_bit(path: Path) -> None:
@@ -154,6 +156,45 @@ def test_a_golden_case_is_not_unpickled(bundle):
         verify(bundle, told=lambda line: None)
 
 
+def test_a_golden_case_that_is_torn(bundle):
+    flip_a_bit(bundle / "golden" / "64x64.npz")
+    reseal(bundle)
+    with pytest.raises(CheckFailed, match=r"64x64\.npz: is no golden case"):
+        verify(bundle, told=lambda line: None)
+
+
+def test_a_runtime_that_cannot_be_used_here_hides_no_other(bundle, monkeypatch, capsys):
+    def without_driver(folder, contract, graph):
+        if graph.runtime == "openvino":
+            raise EnvironmentFault("no driver")
+        return open_engine(folder, contract, graph)
+
+    monkeypatch.setattr("resunet.bundle.verify.open_engine", without_driver)
+    told = verify(bundle)
+    assert [row.verdict for row in told.rows] == ["not usable here: no driver", "equal", "equal"]
+    monkeypatch.setattr("resunet.bundle.verify.version_of", lambda runtime: "1" if runtime == "openvino" else None)
+    with pytest.raises(EnvironmentFault, match="nothing was replayed"):
+        verify(bundle)
+
+
+def test_which_graph_is_taken(exported, monkeypatch):
+    whole = Bundle.open(exported[1])
+    fp32 = whole.contract.graphs
+    assert whole.graph() == fp32[0] and whole.graph(runtime="onnxruntime").runtime == "onnxruntime"
+    half = [replace(one, precision="fp16") for one in fp32 if one.runtime != "pytorch"]
+    other = replace(whole, contract=replace(whole.contract, graphs=(*half, fp32[-1])))
+    assert other.graph() == fp32[-1], "fp32 first"
+    assert replace(whole, contract=replace(whole.contract, graphs=tuple(half))).graph() == half[0]
+    monkeypatch.setattr("resunet.bundle.bundle.version_of", lambda runtime: None if runtime == "pytorch" else "1")
+    assert other.graph() == half[0], "what this machine can run"
+    with pytest.raises(
+        EnvironmentFault, match=r"PyTorch is needed.*pip install resunet, with all.*openvino fp16, onnxruntime fp16"
+    ):
+        other.graph("fp32")
+    with pytest.raises(InputError, match="any runtime, int8: the bundle has no such graph"):
+        other.graph("int8")
+
+
 def zip_with(path: Path, *members: tuple[str, bytes], kind: int = stat.S_IFREG) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members:
@@ -191,6 +232,12 @@ def test_zips_that_are_no_good(tmp_path, exported):
     flip_a_bit(torn)
     with pytest.raises(CheckFailed):
         verify(torn)
+    deflated = zip_with(tmp_path / "deflated.zip", ("a", bytes(range(256)) * 400))
+    data = bytearray(deflated.read_bytes())
+    data[40:60] = b"\xff" * 20
+    deflated.write_bytes(data)
+    with pytest.raises(CheckFailed, match="cannot be unpacked"):
+        verify(deflated)
     (tmp_path / "cut.zip").write_bytes(zipped.read_bytes()[:-4000])
     with pytest.raises((InputError, CheckFailed)):  # the golden cases are zips, whose ends may be taken for its own
         verify(tmp_path / "cut.zip")
