@@ -69,10 +69,10 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     with failing_as(run), stop_on_sigterm() as stop:
         if main and receipt is not None:
             write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
-        first, best, clock = 0, -1.0, StepClock()
+        first, best, score, clock = 0, -1.0, -1.0, StepClock()
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, model, optimizer, accelerator, beside)
-            best, clock = state["best"], StepClock(state["seconds"])
+            best, score, clock = state["best"], state["val_dice"], StepClock(state["seconds"])
         run.rewind(first)
         gradients = GradientRecord(run.folder, recipe.optimizer.clip, first, writes=main)
         figures: dict[str, float] = {}
@@ -103,14 +103,15 @@ def finetune(recipe: FinetuneRecipe) -> Path:
                 run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
             if validating or stopping or done % recipe.checkpoint_every == 0:
                 state = training_state(done, model, optimizer, accelerator, beside)
-                run.save_checkpoint(done, state | {"best": best, "seconds": clock.seconds()}, best=improved)
+                state |= {"best": best, "val_dice": score, "seconds": clock.seconds()}
+                run.save_checkpoint(done, state, best=improved)
             if stopping and done < recipe.steps:
                 stop.stop(run, done)
 
         stop.release()
         seconds = clock.seconds()
         accelerator.wait_for_everyone()  # the best checkpoint is on disk
-        chosen = run.load_checkpoint("best")
+        chosen = run.load_checkpoint(recipe.checkpoint)
         assert chosen is not None
         if average is None:
             model.load_state_dict(chosen["network"])
@@ -125,7 +126,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             "done",
             step=recipe.steps,
             best_step=chosen["step"],
-            best_val_dice=best,
+            best_val_dice=chosen["val_dice"],
             seconds=round(seconds, 1),
             seconds_per_step=clock.seconds_per_step(),
         )

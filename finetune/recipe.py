@@ -305,6 +305,11 @@ class FinetuneRecipe(Recipe):
         description="decay a step of the weights' moving average, which is then validated and saved, for example 0.999; null: none",
     )
     validate_every: int = Field(50, ge=1)
+    checkpoint: Literal["best", "last"] = Field(
+        "best",
+        description="which becomes the model: the best of those that val saw, or the last, at the end of the schedule, as nnU-Net "
+        "takes it; the best of many looks at few val groups may be an early one by luck",
+    )
     evaluate_test: bool = Field(True, description="at the end; false while val still chooses between recipes")
     # by default none: rules that few val groups choose would stand between two networks that are compared, and a second
     # object that no labelled case had would be removed without a word

@@ -119,7 +119,7 @@ def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
     inputs = {arm.name: {f"sha256 of {name}": digest[:12] for name, digest in arm.record["inputs"].items()} for arm in arms}
     rows += differing_values(inputs)[1:]
     rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])
-    rows.append(["step chosen on val", *(str(arm.record.get("best_step")) for arm in arms)])
+    rows.append(["step of the model", *(str(arm.record.get("best_step")) for arm in arms)])
     rows.append(["seconds of training", *(str(arm.record.get("seconds")) for arm in arms)])
     return rows
 

@@ -77,6 +77,22 @@ def test_a_run_writes_its_directory(runs):
     load_model(out)
 
 
+def test_the_last_step_is_kept_where_that_is_asked_for(recipe, runs, monkeypatch):
+    """With what val says of it, whatever val said before; and resumed with nothing left to train, too."""
+    scores = iter((0.9, 0.1))
+    monkeypatch.setattr("finetune.loop.validate", lambda *args: next(scores))
+    out = finetune(recipe(name="last", steps=4, validate_every=2, checkpoint="last"))
+    assert state_of(out, "best")["step"] == 2
+    record = record_of(out)
+    assert (record["best_step"], record["best_val_dice"]) == (4, 0.1)
+    weights, network = weights_of(out), state_of(out, "last")["network"]
+    assert all((weights[name] == network[name]).all() for name in weights)
+    (out / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    shutil.rmtree(out / "model")
+    again = record_of(finetune(recipe(name="last", steps=4, validate_every=2, checkpoint="last", resume=True)))
+    assert (again["best_step"], again["best_val_dice"]) == (4, 0.1)
+
+
 def test_the_best_step_on_val_is_kept(runs):
     out = runs[0]
     steps, scores = read_metrics(out)["val_dice"]

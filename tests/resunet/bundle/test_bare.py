@@ -45,7 +45,7 @@ def bare(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
                 (site / top).symlink_to(here / top)
     for name in OURS:
         (site / name).symlink_to(ROOT / name)
-    (its,) = [path for path in here.glob("resunet-*.dist-info")]
+    (its,) = here.glob("resunet-*.dist-info")
     (site / its.name).symlink_to(its)
     return tmp_path / "venv" / "bin" / "python"
 
