@@ -41,7 +41,9 @@ def start(resunet, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
             "WANDB_RUN_ID": "trial123",
         }
         environment.pop("WANDB_API_KEY", None)  # so that the run falls back to offline
-        done = subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, *words], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False
+        )
         assert done.returncode == 0, done.stderr
         return done
 
@@ -61,7 +63,8 @@ def test_workers_of_a_label_curve_are_runs_of_their_own(start, source, offline, 
     words += ["arms.pretrained={model: {squeeze_excite: true}}", "budgets=[1]", "draws=1", "steps=[1]", "out=curve"]
     start(*first_trial("label_curve.yaml"), *words)
     runs = [
-        read_mirror(tmp_path / "curve" / "cells" / arm / "1" / "draw-0" / "steps-1").run() for arm in ("scratch", "pretrained")
+        read_mirror(tmp_path / "curve" / "cells" / arm / "1" / "draw-0" / "steps-1", finished=2).run()
+        for arm in ("scratch", "pretrained")
     ]
     assert [list(run.tags) for run in runs] == [["scratch"], ["pretrained"]]
     assert len({run.run_id for run in runs} | {"trial123"}) == 3 and not any(run.sweep_id for run in runs)

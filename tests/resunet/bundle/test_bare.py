@@ -52,7 +52,7 @@ def bare(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
 
 def test_a_bundle_needs_what_its_requirements_say_and_no_more(bare, exported, tmp_path):
     def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([str(bare), "-P", *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        return subprocess.run([str(bare), "-P", *words], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
 
     for module in ("torch", "onnx", "monai"):
         assert f"No module named '{module}'" in run("-c", f"import {module}").stderr
