@@ -72,7 +72,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         first, best, score, clock = 0, -1.0, -1.0, StepClock()
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, model, optimizer, accelerator, beside)
-            best, score, clock = state["best"], state["val_dice"], StepClock(state["seconds"])
+            best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state["seconds"])
         run.rewind(first)
         gradients = GradientRecord(run.folder, recipe.optimizer.clip, first, writes=main)
         figures: dict[str, float] = {}
@@ -126,7 +126,9 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             "done",
             step=recipe.steps,
             best_step=chosen["step"],
-            best_val_dice=chosen["val_dice"],
+            best_val_dice=chosen.get(
+                "val_dice", chosen["best"]
+            ),  # of the best checkpoint the same; earlier ones had that alone
             seconds=round(seconds, 1),
             seconds_per_step=clock.seconds_per_step(),
         )

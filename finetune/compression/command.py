@@ -99,7 +99,8 @@ def _is_begun(recipe: CompressRecipe) -> bool:
 
 def _refuse_nothing(record: Record, out: Path) -> None:
     """Raises CheckFailed if no step was accepted."""
-    tried_all = [*record["steps"], *record["quantised_steps"]]
+    int8 = [record["quantised"]] if record["quantised"] is not None else []  # all that an earlier version wrote of it
+    tried_all = [*record["steps"], *record.get("quantised_steps", int8)]
     if not any(one["accepted"] for one in tried_all):
         tried = "\n".join(f"  step {one['name']}: {'; '.join(one['reasons'])}" for one in tried_all)
         raise CheckFailed(f"{out}: no step passed the gate on val, so that nothing is compressed (report.html):\n{tried}")

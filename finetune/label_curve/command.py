@@ -11,7 +11,7 @@ from finetune.label_curve.result import (
     read_curve,
     refuse_other_models,
     summarise,
-    with_earlier_looks,
+    with_looks,
     write_cases,
 )
 from finetune.label_curve.verdict import verdicts
@@ -94,7 +94,7 @@ def _grown(key: str, before: Any, now: Any) -> bool:
 
 def _write(recipe: LabelCurveRecipe, points: list[Point]) -> None:
     curve = read_curve(recipe, points)
-    record = with_earlier_looks(summarise(curve), recipe.out / "curve.json")
+    record = with_looks(summarise(curve), recipe.out / "curve.json")
     write_cases(curve, points, recipe.out / "cases.parquet")
     write_text(recipe.out / "curve.json", curve_text(record))
     write_report(curve, record, recipe.out)

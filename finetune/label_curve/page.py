@@ -13,6 +13,7 @@ from finetune.label_curve.cost import BOTH
 from finetune.label_curve.figures import cost_figure, curve_figure, difference_figure
 from finetune.label_curve.result import Curve
 from finetune.label_curve.verdict import needed, saved, signed, verdicts
+from resunet.checkpoint import WEIGHTS
 from resunet.files import file_aside
 from resunet.mirror import without_paths
 from resunet.report import Section, svg, write_page
@@ -231,7 +232,8 @@ def _arms(curve: Curve) -> list[list[str]]:
     rows = [["arm", "begins", "its own keys of the fine-tuning recipe"]]
     for arm, values in curve.recipe.arms.items():
         own = without_paths(values)
-        rows.append([arm, _beginning(curve.recipe.finetune, values), json.dumps(own) if own else "none"])
+        rests = "".join(f", {name} {digest[:12]}" for name, digest in curve.models[arm].items() if name.endswith(WEIGHTS))
+        rows.append([arm, _beginning(curve.recipe.finetune, values) + rests, json.dumps(own) if own else "none"])
     return rows
 
 

@@ -130,13 +130,6 @@ def summarise(curve: Curve) -> dict[str, Any]:
         "models_sha256": curve.models,
         "draws": curve.recipe.draws,
         "steps": list(curve.recipe.steps),
-        "looks": [
-            {
-                "draws": curve.recipe.draws,
-                "arms": len(curve.recipe.arms),
-                "labels": [budget.labels for budget in curve.budgets],
-            }
-        ],
         "labels": [
             {
                 "labels": one.labels,
@@ -228,11 +221,18 @@ def _number(text: str) -> float | None:
     return float(text) if text else None
 
 
-def with_earlier_looks(record: dict[str, Any], path: Path) -> dict[str, Any]:
+def with_looks(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """A record that knows how large its curve was whenever it was read before, which an earlier curve.json says."""
-    before = json.loads(path.read_text(encoding="utf-8"))["looks"] if path.is_file() else []
-    (look,) = record["looks"]
+    before: list[dict[str, Any]] = []
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        before = earlier.get("looks", [_look(earlier)])  # a curve.json of an earlier version is one look, too
+    look = _look(record)
     return record | {"looks": [*(one for one in before if one != look), look]}
+
+
+def _look(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"draws": record["draws"], "arms": len(record["arms"]), "labels": [one["labels"] for one in record["labels"]]}
 
 
 def curve_text(record: Mapping[str, Any]) -> str:

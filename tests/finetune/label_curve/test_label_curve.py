@@ -288,6 +288,8 @@ def test_the_page_and_its_pictures(curve):
         assert words in page
     assert page.count('<svg role="img" aria-label="') == page.count("<svg") >= 2
     assert (curve.out / "curve.png").read_bytes().startswith(b"\x89PNG") and b"<svg" in (curve.out / "curve.svg").read_bytes()
+    digest = read(curve.out / "curve.json")["models_sha256"]["pretrained"]["encoder/model.safetensors"]
+    assert f"pretrained, encoder/model.safetensors {digest[:12]}" in page
     assert str(curve.out) not in page and str(curve.arms["pretrained"]["encoder"]) not in page
 
 

@@ -8,7 +8,7 @@ from finetune.label_curve.cells import Budget
 from finetune.label_curve.cost import Cost
 from finetune.label_curve.page import write_report
 from finetune.label_curve.recipe import LabelCurveRecipe
-from finetune.label_curve.result import Curve, summarise
+from finetune.label_curve.result import Curve, summarise, with_looks
 from finetune.label_curve.verdict import needed, saved, verdicts
 from resunet.config import validate
 
@@ -80,7 +80,7 @@ def test_too_few_for_a_verdict(shape, why, tmp_path):
         "unknown"
     }
     assert record["labels_saved"]["pretrained"][0]["ci95"] is None
-    write_report(curve, record, tmp_path)
+    write_report(curve, with_looks(record, tmp_path / "curve.json"), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "too few for an interval" in page and ("Every value" in page) == (shape[0] < 5)
     if shape[0] < 5:
@@ -91,7 +91,7 @@ def test_too_few_for_a_verdict(shape, why, tmp_path):
 def with_arms(curve: Curve, **others: dict) -> Curve:
     """With further arms, whose test groups have the scores of other ones from scratch."""
     both = {"recipe": curve.recipe.model_copy(update={"arms": curve.recipe.arms | others})}
-    for name in ("scores", "steps", "val", "cost"):
+    for name in ("scores", "steps", "val", "cost", "models"):
         its = getattr(curve, name)
         both[name] = its | dict.fromkeys(others, its["scratch"][:, ::-1] if name == "scores" else its["scratch"])
     return replace(curve, **both)
@@ -107,7 +107,7 @@ def test_the_family_is_all_arms_at_all_budgets():
 
 def test_the_page_names_nobody_and_needs_no_network(tmp_path):
     curve = make_curve(shift=(0.1, 0.05, 0.0, -0.1))
-    write_report(curve, summarise(curve), tmp_path)
+    write_report(curve, with_looks(summarise(curve), tmp_path / "curve.json"), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import""", page)
     assert "SECRET" not in page + (tmp_path / "curve.svg").read_text(encoding="utf-8") and "&#34;lr&#34;: 0.5" in page
@@ -116,7 +116,7 @@ def test_the_page_names_nobody_and_needs_no_network(tmp_path):
 
 def test_without_the_cost_of_pretraining_there_is_no_figure_of_it(tmp_path):
     curve = make_curve(pretraining=None)
-    write_report(curve, summarise(curve), tmp_path)
+    write_report(curve, with_looks(summarise(curve), tmp_path / "curve.json"), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('<svg role="img"') == 2 and "not known" in page
 
@@ -130,7 +130,7 @@ def test_the_page_in_a_browser(many, tmp_path, look_at):
         curve = with_arms(
             curve, positions={}, large={}, masked={}, **{"dense-with-a-slow-encoder-and-its-own-drawing": {"data": drawn}}
         )
-    write_report(curve, summarise(curve), tmp_path)
+    write_report(curve, with_looks(summarise(curve), tmp_path / "curve.json"), tmp_path)
     seen = look_at(tmp_path / "report.html")
     assert seen.headings == [
         "Label curve",
