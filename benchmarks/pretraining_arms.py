@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=2 python -m benchmarks.pretraining_arms --data DIR --out DIR [--steps 500] [--batch 64] [--large-batch 256]
         [--cache-chunk 128] [--threshold 0.1] [--norm batch] [--budget 0.05] [--draws 5] [--finetune-steps 250 1000]
-        [--finetune-batch 8] [--dense] [--slow-encoder]
+        [--finetune-batch 8] [--checkpoint best] [--dense] [--slow-encoder]
 
-Pretrains {plain SimCLR, + same-patient masking, + position positives, cached large batch} with equal steps, and runs one label
-curve of these arms and scratch: same draws, seeds, augmentation and grid of steps, chosen on val, test read once. `--dense` adds
+Pretrains {plain SimCLR, + same-patient masking, + position positives, cached large batch} with equal numbers of views (the large
+batch in fewer steps), and runs one label curve of these arms and scratch: same draws, seeds, augmentation and grid of steps, chosen
+on val, test read once. `--dense` adds
 `resunet pretrain brain_tumor_dense`, encoder and decoder, fine-tuned with optimizer.encoder_lr_factor=0.33; `--slow-encoder` the
 plain encoder with that factor, so that the schedule is not taken for the objective. Prints the tables that LOG.md holds. What is
 done is kept: the same command goes on where it was, and two of them share the fine-tunings.
@@ -68,7 +69,8 @@ def pretrained(options: argparse.Namespace, source: Path) -> dict[str, Path]:
         "same-patient": ("brain_tumor", norm + masked),
         "positions": ("brain_tumor", [*norm, *masked, f"objective.position_threshold={options.threshold}"]),
     }
-    large = [f"batch={options.large_batch}", f"cache_chunk={options.cache_chunk}"]
+    steps = options.steps * options.batch // options.large_batch
+    large = [f"batch={options.large_batch}", f"cache_chunk={options.cache_chunk}", f"steps={steps}"]
     arms["large-batch"] = ("brain_tumor", _GROUP_NORM + large)
     if options.dense:
         arms["dense"] = ("brain_tumor_dense", norm)
@@ -93,11 +95,12 @@ def arms_of(options: argparse.Namespace, encoders: dict[str, Path]) -> dict[str,
 
 def curve_of(options: argparse.Namespace, source: Path, encoders: dict[str, Path]) -> LabelCurveRecipe:
     """One label curve of all arms."""
+    finetune = {"batch": options.finetune_batch, "checkpoint": options.checkpoint, "wandb": {"mode": "disabled"}}
     values = {
         "out": options.out / "curve",
         "resume": True,
         "recipe": "brain_tumor",
-        "finetune": {"data": {"source": str(source)}, "batch": options.finetune_batch, "wandb": {"mode": "disabled"}},
+        "finetune": {"data": {"source": str(source)}} | finetune,
         "arms": arms_of(options, encoders),
         "budgets": [options.budget],
         "draws": options.draws,
@@ -154,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="brain_tumor_128")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500, help="of every pretraining")
+    parser.add_argument("--steps", type=int, default=500, help="of every pretraining but the large batch's")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--large-batch", type=int, default=256)
     parser.add_argument("--cache-chunk", type=int, default=128, help="views a forward pass of the large batch")
@@ -164,6 +167,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--finetune-steps", type=int, nargs="+", default=[250, 1000], help="the grid of the curve")
     parser.add_argument("--finetune-batch", type=int, default=8, help="patches a step of every fine-tuning")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of every fine-tuning")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--slow-encoder", action="store_true")
     options = parser.parse_args()
