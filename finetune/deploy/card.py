@@ -188,10 +188,16 @@ def _figure(one: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _limits(contract: Contract) -> str:
-    return """## Limits
+    text = """## Limits
 
 Scans of other devices, protocols, patients or materials than it was trained and measured on may be segmented worse, and nothing
 in the output says so: measure it on labelled scans of your own (`resunet evaluate`). It is no medical device."""
+    if any(graph.precision == "int8" for graph in contract.graphs):
+        text += """
+
+The graphs in INT8 are for processors with 8-bit dot products (VNNI on x86, dotprod on ARM). x86 processors with AVX2 or AVX-512 and
+no VNNI add pairs of 8-bit products in 16 bits, which can saturate: run `resunet verify .` on the machine that will use it."""
+    return text
 
 
 def _proof(contract: Contract, rows: Sequence[Row]) -> str:

@@ -125,6 +125,7 @@ def test_the_card_tells_figures_of_int8_apart(run, tmp_path):
     copied = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
     unknown = (export(copied, tmp_path / "a", ExportRequest(precisions=("int8",))) / "README.md").read_text(encoding="utf-8")
     assert "None: the figures above are of the network before it was rounded" in unknown and "model-index" not in unknown
+    assert "VNNI" in unknown, "where INT8 saturates"
     dice, less = {"mean": 0.4321, "ci95": [0.4, 0.5], "n": 6}, {"mean": -0.0123, "ci95": None, "n": 6}
     its = {"dice": dice, "dice_difference": less, "size": "5 to 9", "recall": dice, "recall_difference": less}
     (copied / "test.json").write_text(json.dumps({"networks": {"int8": its}}))
