@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from resunet.gradients import GradientRecord
 from resunet.light_weights import weights_input
 from resunet.model import Segmenter
 from resunet.progress import progress
+from resunet.ranks import by_main_rank, on_every_rank, refuse_other_steps
 from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
@@ -65,14 +67,18 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     sampler = sampler_of(recipe, data)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
 
-    run = Run(recipe, "finetune", _inputs(recipe, data, receipt, teacher) | weights_input(recipe.model), writes=main)
+    inputs = _inputs(recipe, data, receipt, teacher) | weights_input(recipe.model)
+    run = on_every_rank(lambda: Run(recipe, "finetune", inputs, writes=main), accelerator)
+    writing = partial(by_main_rank, folder=run.folder, accelerator=accelerator)
     with failing_as(run), stop_on_sigterm() as stop:
-        if main and receipt is not None:
-            write_text(run.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
+        if receipt is not None:
+            text = receipt.model_dump_json(indent=2) + "\n"
+            writing(lambda: write_text(run.folder / "receipt.json", text))
         first, best, score, clock = 0, -1.0, -1.0, StepClock()
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, model, optimizer, accelerator, beside)
             best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state["seconds"])
+        refuse_other_steps(first, run.folder, accelerator)
         run.rewind(first)
         gradients = GradientRecord(run.folder, recipe.optimizer.clip, first, writes=main)
         figures: dict[str, float] = {}
@@ -100,11 +106,11 @@ def finetune(recipe: FinetuneRecipe) -> Path:
                 best = max(score, best)
                 metrics["val_dice"] = figures["val_dice"] = score
             if done % recipe.log_every == 0 or validating:
-                run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr})
+                writing(partial(run.log, done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr}))
             if validating or stopping or done % recipe.checkpoint_every == 0:
                 state = training_state(done, model, optimizer, accelerator, beside)
                 state |= {"best": best, "val_dice": score, "seconds": clock.seconds()}
-                run.save_checkpoint(done, state, best=improved)
+                writing(partial(run.save_checkpoint, done, state, best=improved))
             if stopping and done < recipe.steps:
                 stop.stop(run, done)
 
@@ -120,18 +126,20 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         judged.config = _model_config(recipe, judged, data, teacher, choose_on_val(judged, data, recipe, accelerator, not main))
         targets, rules = targets_of(recipe.data.classes, recipe.data.regions), judged.config.object_rules()
         measured = measure_cases(judged, data.test, targets, device, recipe.precision, accelerator, not main, rules=rules)
-        if main:
+
+        def save() -> None:
             _save(run, judged, data, measured, recipe, receipt)
-        run.finish(
-            "done",
-            step=recipe.steps,
-            best_step=chosen["step"],
-            best_val_dice=chosen.get(
-                "val_dice", chosen["best"]
-            ),  # of the best checkpoint the same; earlier ones had that alone
-            seconds=round(seconds, 1),
-            seconds_per_step=clock.seconds_per_step(),
-        )
+            run.finish(
+                "done",
+                step=recipe.steps,
+                best_step=chosen["step"],
+                # of the best checkpoint the same; earlier ones had that alone
+                best_val_dice=chosen.get("val_dice", chosen["best"]),
+                seconds=round(seconds, 1),
+                seconds_per_step=clock.seconds_per_step(),
+            )
+
+        writing(save)
     accelerator.wait_for_everyone()
     return recipe.out
 

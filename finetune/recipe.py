@@ -282,7 +282,11 @@ class FinetuneRecipe(Recipe):
         description="a finished fine-tuning run or its model to go on from, head included, pruned ones too: on more cases, "
         "or on another hospital's; model and normalisation are then its own. null: a fresh network",
     )
-    allow: tuple[Literal["leak", "input_channels"], ...] = ()
+    allow: tuple[Literal["leak", "ranks", "input_channels"], ...] = Field(
+        (),
+        description="leak: the run goes on, and models and reports say so; ranks: resume with another number of them; "
+        "input_channels: an encoder of other channels is adapted",
+    )
     normalisation: Normalisation | None = Field(
         None, description="null: the encoder's, without one the teacher's, and percentiles from scratch"
     )

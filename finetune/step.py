@@ -29,18 +29,16 @@ from finetune.training.schedule import encoder_stands_still, rates
 from finetune.training.supervision import Supervised, supervised_loss
 from resunet.data.cases import IGNORE
 from resunet.data.images import channel_count
-from resunet.errors import CheckFailed
 from resunet.layout import channels_last, place
 from resunet.light_model import MobileResUNet
 from resunet.light_weights import load_weights
 from resunet.losses import segmentation_loss
 from resunet.model import Segmenter, UNet, WithEncoder, build_model
-from resunet.training import parameter_groups, refuse_non_finite, step_generator, sum_over_ranks
+from resunet.training import parameter_groups, refuse_non_finite, step_generator, sum_over_ranks, take_step
 from resunet.transfer import Receipt, transfer_encoder
 
 # Names of the random streams: of training, and of the batches that statistics are recomputed from.
 _TRAINING, _STATISTICS = (2, 3), (4, 5)
-_LOWEST_SCALE = 1e-4  # as fairseq's --min-loss-scale; torch's scaler begins at 65536
 
 
 def build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
@@ -199,28 +197,14 @@ def forward_backward(
 def apply_gradients(
     recipe: FinetuneRecipe, trained: nn.Module, optimizer: Optimizer, loss: float, step: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Clip and step. With a scaler (fp16) a step whose scaled gradients overflow is skipped, and the scale halved.
-
-    Returns:
-        gradient_norm, before clipping and without the scale, where it is finite; with a scaler loss_scale and skipped (0 or 1) too.
+    """Clip and `take_step`; the norm is the one before clipping.
 
     Raises:
-        CheckFailed: the loss is not finite, or a gradient that nobody scaled; or the scale has fallen so low that none will do.
+        CheckFailed: the loss is not finite, or a gradient that nobody scaled; or what `take_step` raises.
     """
     norm = float(accelerator.clip_grad_norm_(trained.parameters(), recipe.optimizer.clip))
-    scaler = accelerator.scaler
-    refuse_non_finite({"loss": loss} | ({"gradient_norm": norm} if scaler is None else {}), step, accelerator)
-    optimizer.step()
-    if scaler is None:
-        return {"gradient_norm": norm}
-    if (scale := float(scaler.get_scale())) < _LOWEST_SCALE:
-        raise CheckFailed(
-            f"step {step}: gradients overflow in fp16 even with the loss scaled by {scale:.0e}. Lower the learning rate, lengthen "
-            "the warm-up, or use precision=bf16 or fp32. The last checkpoint stands; resume=true continues from it."
-        )
-    assert isinstance(optimizer, AcceleratedOptimizer)
-    metrics = {"loss_scale": scale, "skipped": float(optimizer.step_was_skipped)}
-    return metrics | ({"gradient_norm": norm} if math.isfinite(norm) else {})
+    refuse_non_finite({"loss": loss} | ({"gradient_norm": norm} if accelerator.scaler is None else {}), step, accelerator)
+    return take_step(optimizer, norm, step, accelerator)
 
 
 def loss_of(

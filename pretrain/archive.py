@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
-from pretrain.ranks import in_shares, on_every_rank
 from pretrain.recipe import PretrainRecipe
 from resunet.data.cases import Case
 from resunet.data.evidence import Evidence, comparable_groups
@@ -26,6 +25,7 @@ from resunet.data.source import Source, assign_parts, open_source
 from resunet.data.store import Store
 from resunet.errors import InputError
 from resunet.progress import say
+from resunet.ranks import in_shares, on_every_rank
 
 
 @dataclass(frozen=True)

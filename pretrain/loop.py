@@ -1,6 +1,7 @@
 """Pretraining: archive → encoder. Build, prepare, resume, loop, save, report; one function reads top to bottom."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from pretrain.step import add_gradients, fault_of, gradient_norm
 from resunet.gradients import GradientRecord
 from resunet.light_weights import weights_input
 from resunet.progress import progress
+from resunet.ranks import by_main_rank, on_every_rank, refuse_other_steps
 from resunet.runs import Run, check_out, is_done
 from resunet.training import (
     StepClock,
@@ -31,6 +33,7 @@ from resunet.training import (
     restore_training,
     start_ranks,
     stop_on_sigterm,
+    take_step,
     training_state,
 )
 
@@ -61,7 +64,8 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     probe = Probe(recipe, archive, accelerator)
     inputs = {"data": archive.digest} | probe.inputs() | weights_input(recipe.model)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
-    run = Run(recipe, "pretrain", inputs, writes=main)
+    run = on_every_rank(lambda: Run(recipe, "pretrain", inputs, writes=main), accelerator)
+    writing = partial(by_main_rank, folder=run.folder, accelerator=accelerator)
     with failing_as(run), stop_on_sigterm() as stop:
         first, clock = 0, StepClock()
         non_finite = NonFinite(recipe.out, recipe.on_non_finite == "skip", archive.scans.cases, main)
@@ -70,10 +74,12 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             restore_loss(criterion, state["loss"])
             clock = StepClock(state["seconds"])
             probe.restore(state)
+        refuse_other_steps(first, run.folder, accelerator)
         run.rewind(first if state is not None else -1)  # the probe's line of step 0 is of a checkpoint only
         probe.record(run)
         if first == 0 and probe.due(0):
-            run.log(0, probe.look(network.encoder, 0))
+            looked = probe.look(network.encoder, 0)
+            writing(lambda: run.log(0, looked))
         non_finite.rewind(first, state["skipped_in_a_row"] if state is not None else 0)
         gradients = GradientRecord(run.folder, math.inf, first, writes=main)
         figures: dict[str, float] = {}
@@ -86,44 +92,50 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                 optimizer.zero_grad(set_to_none=True)
                 non_finite.before(network, criterion)
                 metrics, rows = add_gradients(recipe, archive, reader, step, wrapped, criterion, accelerator)
-                metrics["gradient_norm"] = gradient_norm(network, optimizer, accelerator)
-                fault = fault_of(metrics, network, accelerator)
+                norm = gradient_norm(network, optimizer, accelerator)
+                fault = fault_of(metrics["loss"], norm, network, accelerator)
                 if fault is not None:
                     non_finite.leave_out(step + 1, fault, rows, accelerator)
                     metrics = {"skipped": 1.0}
                 else:
                     non_finite.passed()
                     if step == 0 or (step + 1) % recipe.log_every == 0:
-                        gradients.take(step + 1, network, metrics["gradient_norm"])
+                        gradients.take(step + 1, network, norm)
                     figures |= {name: metrics[name] for name in _TOLD if name in metrics}
-                    optimizer.step()
+                    metrics |= take_step(optimizer, norm, step + 1, accelerator)
                 clock.tick()
                 done = step + 1
                 probing = probe.due(done)
                 if done % recipe.log_every == 0 or done == recipe.steps or probing:
                     judged = probe.look(network.encoder, done) if probing else {}
-                    run.log(done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr} | judged)
+                    logged = mean_over_ranks(metrics, accelerator) | {"learning_rate": lr} | judged
+                    writing(partial(run.log, done, logged))
                 stopping = any_rank(bool(stop), accelerator)
                 choosing = probing and probe.chooses
-                if done % recipe.checkpoint_every == 0 or done == recipe.steps or stopping or choosing:
+                # not of a network that may be lost: those before stand
+                saving = done % recipe.checkpoint_every == 0 and not non_finite.in_a_row
+                if saving or done == recipe.steps or stopping or choosing:
                     state = training_state(done, network, optimizer, accelerator)
                     state |= {
                         "loss": loss_state(criterion),
                         "skipped_in_a_row": non_finite.in_a_row,
                         "seconds": clock.seconds(),
                     }
-                    run.save_checkpoint(done, state | probe.state(), best=choosing and probe.improved)
+                    writing(partial(run.save_checkpoint, done, state | probe.state(), best=choosing and probe.improved))
                 if stopping and done < recipe.steps:
                     stop.stop(run, done)
 
         stop.release()
-        if main:
+
+        def save() -> None:
             if probe.chooses and (best := run.load_checkpoint("best")) is not None:
                 network.load_state_dict(best["network"])
             save_encoder(recipe, network.encoder, archive, probe.scans, network.decoder)
             mirror_encoder(run, archive)
             shown = example_views(recipe, sets, accelerator)
             write_report(recipe, archive, shown, archive_map(recipe, archive, network.encoder), probe)
-        run.finish("done", step=recipe.steps, seconds=round(clock.seconds(), 1), seconds_per_step=clock.seconds_per_step())
+            run.finish("done", step=recipe.steps, seconds=round(clock.seconds(), 1), seconds_per_step=clock.seconds_per_step())
+
+        writing(save)
     accelerator.wait_for_everyone()
     return recipe.out

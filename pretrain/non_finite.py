@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite: which scans were in the step, and whether to stop or to go on without it.
 
-Scans are named by their ids as a run may show them (HMACs, unless the recipe keeps names), never by paths.
+Files are named on the terminal; in the run directory scans have their ids as a run may show them (HMACs, unless the recipe keeps
+names).
 """
 
 import json
@@ -19,10 +20,8 @@ from resunet.progress import say
 FILE = "skipped.jsonl"
 _LISTED = 8
 _MOST_IN_A_ROW = 10
-_ADVICE = (
-    "Lower the learning rate, lengthen the warm-up, or use precision=bf16 or fp32. The last checkpoint stands; resume=true "
-    "continues from it."
-)
+_ADVICE = "Start anew with a lower optimizer.lr, a longer warmup, or precision=bf16 or fp32"
+_SKIP = "or take those scans out; or let on_non_finite=skip leave such steps out, with resume=true from the last checkpoint"
 
 
 def suspects(scan: Tensor, seen: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> Tensor:
@@ -84,20 +83,25 @@ class NonFinite:
             CheckFailed: the recipe says stop, or too many steps in a row were like this.
         """
         words, scans = to_blame(accelerator.gather(rows) if accelerator.num_processes > 1 else rows)
-        ids = [self._cases[scan].id for scan in scans]
-        shown = ", ".join(ids[:_LISTED]) + (f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else "")
-        message = f"step {step}: {what}; {words}: {shown}."
+        cases = [self._cases[scan] for scan in scans]
+        listed = ", ".join(case.where() for case in cases[:_LISTED])
+        more = f" and {len(cases) - _LISTED} more" if len(cases) > _LISTED else ""
+        message = f"step {step}: {what}; {words}: {listed}{more}."
         if not self._skip:
-            raise CheckFailed(f"{message} on_non_finite=skip would leave the step out. {_ADVICE}")
+            raise CheckFailed(f"{message} {_ADVICE}; {_SKIP}.")
         self.in_a_row += 1
         if self.in_a_row >= _MOST_IN_A_ROW:
-            raise CheckFailed(f"{message} {self.in_a_row} steps in a row were like this. {_ADVICE}")
+            raise CheckFailed(f"{message} {self.in_a_row} steps in a row were like this. {_ADVICE}.")
         for buffer, earlier in self._buffers:
             buffer.copy_(earlier)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()  # it has unscaled these gradients, and without a step expects no others
         if self._writes:
             say(f"{message} It is left out.")
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "what": what, "evidence": words, "scans": ids}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "what": what, "evidence": words, "scans": [case.id for case in cases]}) + "\n"
+                )
 
 
 def skipped_steps(folder: Path) -> int:

@@ -272,7 +272,9 @@ class PretrainRecipe(Recipe):
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop", description="of a loss or gradient: skip leaves the step out and says which scans were in it"
     )
-    allow: tuple[Literal["leak"], ...] = ()
+    allow: tuple[Literal["leak", "ranks"], ...] = Field(
+        (), description="leak: the run goes on, and models and reports say so; ranks: resume with another number of them"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -19,11 +19,11 @@ from pretrain.network import Inputs
 from pretrain.non_finite import suspects
 from pretrain.objective import score
 from pretrain.places import PLACES_STREAM, Matches, matching_places
-from pretrain.ranks import on_every_rank
 from pretrain.recipe import PretrainRecipe
 from pretrain.synthetic import PLANTS_STREAM, Planted, planted_views
 from pretrain.views import VIEWS_STREAM, Views, make_views
 from resunet.layout import channels_last
+from resunet.ranks import on_every_rank
 from resunet.training import step_generator, sum_over_ranks
 
 
@@ -133,13 +133,12 @@ def gradient_norm(network: nn.Module, optimizer: Optimizer, accelerator: Acceler
     return float(nn.utils.get_total_norm([one.grad for one in network.parameters() if one.grad is not None]))
 
 
-def fault_of(metrics: dict[str, float], network: nn.Module, accelerator: Accelerator) -> str | None:
+def fault_of(loss: float, norm: float, network: nn.Module, accelerator: Accelerator) -> str | None:
     """What is not finite on any rank. With fp16 gradients may overflow: the scaler leaves such steps out and scales less."""
     kept = [buffer.isfinite().all() for buffer in network.buffers()]
     # batch norm makes zeros of scans that are beyond all others: the loss is finite, what it keeps for later is not
     statistics = 0.0 if not kept or torch.stack(kept).all() else math.nan
-    gradient = metrics["gradient_norm"] if accelerator.scaler is None else 0.0
-    values = torch.tensor([metrics["loss"], statistics, gradient], device=accelerator.device)
+    values = torch.tensor([loss, statistics, norm if accelerator.scaler is None else 0.0], device=accelerator.device)
     if accelerator.num_processes > 1:
         values = accelerator.reduce(values, reduction="mean")  # one rank's NaN is everyone's
     loss, statistics, gradient = values.tolist()

@@ -76,7 +76,7 @@ class DataSettings(Frozen):
     names: Literal["hash", "keep"] = "hash"
     salt_file: Path | None = None
     splits: Path | None = Field(None, description="a split to use instead of the source's own splits.json")
-    split_seed: int = Field(0, description="of the split by group that a source without splits.json gets")
+    split_seed: int = Field(0, ge=0, description="of the split by group that a source without splits.json gets")
     stratify: bool = Field(False, description="that split, and labelled draws, balanced over what each group's masks hold")
 
 
@@ -103,10 +103,11 @@ class Recipe(Frozen):
 
     out: NewFolder
     resume: bool = False
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     steps: int = Field(ge=1)
     precision: Precision = "fp32"
     processes: int = Field(1, ge=1)
+    allow: tuple[str, ...] = ()
     warmup: float = Field(0.05, ge=0, le=1, description="share of steps over which the learning rate rises")
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(200, ge=1)

@@ -13,6 +13,7 @@ Anything else that reaches the command line is a bug of this project and shows i
 
 class ResUNetError(Exception):
     exit_code = 1
+    known_to_all = False  # of several ranks: it was exchanged, and rank 0 tells it
 
 
 class CheckFailed(ResUNetError):

@@ -2,19 +2,31 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from resunet.errors import EnvironmentFault, ResUNetError
 
+# What gloo, NCCL and the store say of a rank that is no longer there.
+_LOST = re.compile(
+    r"[Cc]onnection (was )?(closed|reset) by|remote process (exited|has)|Broken pipe|NCCL communicator was aborted"
+)
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT})
+
+
+_NO_MEMORY = (
+    "memory ran out. Set a smaller batch and, in fine-tuning, more accumulate for it or a smaller patch; in pretraining, where the "
+    "batch is what is contrasted, cache_chunk or a smaller views.size."
+)
 
 
 def exit_code_of(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) -> int:
     """Run a command, which may return an exit code of its own, and leave the other ranks in order.
 
-    A `ResUNetError` becomes its message on standard error (from rank 0 only) and its exit code; so do a disk that
-    refuses and memory that runs out. Anything else is a bug of ours and shows its traceback.
+    A `ResUNetError` becomes its message on standard error and its exit code; so do a disk that refuses, memory that runs out and a
+    rank that is lost. Rank 0 speaks for all; another rank only of a fault of its own machine, which rank 0 cannot know of. Anything
+    else is a bug of ours and shows its traceback.
     """
     try:
         return _exit_code(command, arguments)
@@ -33,9 +45,15 @@ def _exit_code(command: Callable[[Sequence[str]], int | None], arguments: Sequen
         return _tell(EnvironmentFault(f"{error.filename or 'the disk'}: {error.strerror}. Free space, or name another folder."))
     except (MemoryError, RuntimeError) as error:
         # torch.OutOfMemoryError is a RuntimeError; by name, so that torch need not be imported to find out
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return _tell(EnvironmentFault(_NO_MEMORY))
+        if not _has_ranks() or not _LOST.search(str(error)):
             raise
-        return _tell(EnvironmentFault("memory ran out. Set a smaller batch, patch or views.size, or more accumulate."))
+        lost = EnvironmentFault(
+            "another rank has left. Its own message, or its machine's log, says why; resume=true continues."
+        )
+        lost.known_to_all = True
+        return _tell(lost)
 
 
 def is_main_rank() -> bool:
@@ -45,12 +63,19 @@ def is_main_rank() -> bool:
 
 def _leave_ranks() -> None:
     """A process that ends with its group's threads still running may be aborted, and its exit code lost."""
+    if _has_ranks():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _has_ranks() -> bool:
     distributed = sys.modules.get("torch.distributed")  # only who has joined ranks has imported it
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _tell(error: ResUNetError) -> int:
+    own = isinstance(error, EnvironmentFault) and not error.known_to_all and _has_ranks()
     if is_main_rank():
         print(f"resunet: {error}", file=sys.stderr, flush=True)
+    elif own:
+        print(f"resunet: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
     return error.exit_code

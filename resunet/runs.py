@@ -48,6 +48,7 @@ _FREE_ON_RESUME = frozenset(
         "on_non_finite",
     }
 )
+ANOTHER_NUMBER = "ranks"  # of a recipe's `allow`: to resume with
 # Of writing only: what else a system refuses may be a file that is read.
 _REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
@@ -101,10 +102,18 @@ def check_out(recipe: Recipe) -> None:
     if not (out / "config.json").is_file():
         raise InputError(f"out={out}: cannot be resumed, it is not a run directory (no config.json).")
     then = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    now = json.loads(recipe.model_dump_json())
     with suppress(ValidationError):  # keys that a later version added have their defaults; one that it dropped is shown
         then = json.loads(type(recipe).model_validate(then).model_dump_json())
-    before, now = _compared(then), _compared(json.loads(recipe.model_dump_json()))
+    before, now = _compared(then), _compared(now)
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differing == ["processes"] and ANOTHER_NUMBER in recipe.allow:
+        return
+    if differing == ["processes"]:
+        raise InputError(
+            f"out={out}: was started with processes={before['processes']}, not {now['processes']}. Set allow=[{ANOTHER_NUMBER}] "
+            "to go on with another number of ranks: the same batches and steps, but not the same weights bit for bit."
+        )
     if differing:
         lines = "\n".join(f"  {key}: {before.get(key)} then, {now.get(key)} now" for key in differing)
         raise InputError(f"out={out}: was started with another recipe:\n{lines}\nResume with the same, or name another out.")
@@ -118,6 +127,8 @@ def _start_folder(folder: Path, recipe: Recipe) -> None:
             raise FileExistsError(f"{folder} exists already")
         if not (folder / "config.json").exists():
             write_text(folder / "config.json", text)
+        for left in (folder / "checkpoints").glob(".step-*"):  # of a process that was killed while it wrote it
+            shutil.rmtree(left)
         return
     with folder_aside(folder) as aside:
         write_text(aside / "config.json", text)
@@ -126,7 +137,8 @@ def _start_folder(folder: Path, recipe: Recipe) -> None:
 def _compared(recipe: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must have in common with the one before; keys of `data` by their own names."""
     data = {f"data.{key}": value for key, value in recipe.pop("data", {}).items()}
-    return {key: value for key, value in (recipe | data).items() if key not in _FREE_ON_RESUME}
+    allowed = {"allow": [one for one in recipe.pop("allow", []) if one != ANOTHER_NUMBER]}
+    return {key: value for key, value in (recipe | data | allowed).items() if key not in _FREE_ON_RESUME}
 
 
 def is_done(out: Path) -> bool:
@@ -178,6 +190,7 @@ class Run:
             "machine": machine(),
             "git_commit": git_commit(),
             "inputs": dict(inputs),
+            "processes": [*(known := self._record.get("processes", [])), *({recipe.processes} - set(known[-1:]))],
             "started": self._record.get("started", _now()),
         }
         self.set_status("running")

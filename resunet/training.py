@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from lightly.models.utils import get_weight_decay_parameters
@@ -30,6 +31,7 @@ from resunet.runs import Run, disk_faults
 
 Decay = Literal["cosine", "polynomial"]
 _POWER = 0.9
+_LOWEST_SCALE = 1e-4  # as fairseq's --min-loss-scale; torch's scaler begins at 65536
 _PATIENCE = timedelta(hours=12)
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 T = TypeVar("T")
@@ -188,9 +190,35 @@ def refuse_non_finite(losses: Mapping[str, float], step: int, accelerator: Accel
     shown = ", ".join(f"{name}={value}" for name, value in losses.items())
     bad = [name for name, value in losses.items() if not math.isfinite(value)] or ["loss"]  # of another rank
     raise CheckFailed(
-        f"step {step}: the {' and '.join(bad)} is not finite ({shown}). Lower the learning rate, lengthen the warm-up, or use "
-        "precision=bf16 or fp32. The last checkpoint stands; resume=true continues from it."
+        f"step {step}: the {' and '.join(bad)} is not finite ({shown}). Start anew, under another out, with a lower optimizer.lr, "
+        "a longer warmup, or precision=bf16 or fp32: resumed as it is the run would come to the same step."
     )
+
+
+def take_step(optimizer: Optimizer, norm: float, step: int, accelerator: Accelerator) -> dict[str, float]:
+    """One step of a prepared optimiser. With a scaler (fp16) a step whose gradients overflow is skipped, and the scale halved.
+
+    Args:
+        norm: of the gradients, without the scale.
+
+    Returns:
+        gradient_norm, where it is finite, JSON having no other; with a scaler loss_scale and skipped (0 or 1) too.
+
+    Raises:
+        CheckFailed: the scale has fallen so low that none will do.
+    """
+    optimizer.step()
+    scaler = accelerator.scaler
+    if scaler is None:
+        return {"gradient_norm": norm}
+    if (scale := float(scaler.get_scale())) < _LOWEST_SCALE:
+        raise CheckFailed(
+            f"step {step}: gradients overflow in fp16 even with the loss scaled by {scale:.0e}. Start anew, under another out, "
+            "with a lower optimizer.lr, a longer warmup, or precision=bf16 or fp32."
+        )
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    metrics = {"loss_scale": scale, "skipped": float(optimizer.step_was_skipped)}
+    return metrics | ({"gradient_norm": norm} if math.isfinite(norm) else {})
 
 
 class StepClock:

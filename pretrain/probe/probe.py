@@ -24,10 +24,10 @@ from pretrain.probe.sample import sample_views
 from pretrain.probe.scans import ProbeScans, read_probe_scans
 from pretrain.probe.segmentation import dice_by_class, leave_one_out
 from pretrain.probe.settings import ProbeSettings
-from pretrain.ranks import on_every_rank
 from pretrain.recipe import PretrainRecipe
 from resunet.decoders import AnyEncoder
 from resunet.layout import channels_last
+from resunet.ranks import on_every_rank
 from resunet.runs import Run
 
 

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 
 from pretrain.archive import read_archive
 from pretrain.loop import pretrain
-from pretrain.non_finite import suspects, to_blame
+from pretrain.non_finite import NonFinite, suspects, to_blame
 from pretrain.recipe import PretrainRecipe
 from pretrain.step import fault_of, gradient_norm
+from resunet.data.cases import Case
 from resunet.data.order import batch_order
 from resunet.errors import CheckFailed, Stopped
 
@@ -57,7 +58,8 @@ def test_a_step_is_left_out_and_the_scan_named(huge, capsys):
     found = skipped(out)
     assert [line["step"] for line in found] == steps
     assert all(line["scans"] == [its_id] and line["evidence"] == "scans whose outputs are not finite" for line in found)
-    assert all("huge" not in text for text in (capsys.readouterr().err, (out / "skipped.jsonl").read_text(encoding="utf-8")))
+    assert str(ours.data.source / "huge.tif") in capsys.readouterr().err, "the terminal says which file to look at"
+    assert all("huge" not in path.read_text(encoding="utf-8") for path in (out / "skipped.jsonl", out / "report.html"))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "skipped" in line] == steps
     assert all(np.isfinite(list(line.values())).all() for line in lines)
@@ -79,18 +81,21 @@ def test_it_leaves_no_trace_in_the_network(huge):
 
 def test_stop_names_them_too(huge):
     ours = huge(steps=8, on_non_finite="stop")
-    its_id, steps = id_and_steps(ours)
-    message = rf"step {steps[0]}: the loss is not finite \(nan\); scans whose outputs are not finite: {its_id}\. .*skip"
+    _, steps = id_and_steps(ours)
+    message = rf"step {steps[0]}: the loss is not finite \(nan\); scans whose outputs are not finite: \S*huge\.tif\. .*skip"
     with pytest.raises(CheckFailed, match=message):
         pretrain(ours)
     assert not (ours.out / "skipped.jsonl").exists()
 
 
 def test_a_network_that_diverges_stops_all_the_same(recipe):
-    ours = recipe(steps=30, warmup=0, optimizer={"lr": 1e36}, on_non_finite="skip")
-    with pytest.raises(CheckFailed, match=r"10 steps in a row were like this\. Lower the learning rate"):
+    ours = recipe(steps=30, warmup=0, optimizer={"lr": 1e36}, on_non_finite="skip", checkpoint_every=1)
+    with pytest.raises(CheckFailed, match=r"10 steps in a row were like this\. Start anew with a lower"):
         pretrain(ours)
     assert [line["step"] for line in skipped(ours.out)] == list(range(2, 11))
+    assert [path.name for path in (ours.out / "checkpoints").iterdir() if not path.is_symlink()] == ["step-1"], (
+        "before it diverged"
+    )
 
 
 def test_a_gradient_that_is_not_finite_counts():
@@ -99,9 +104,25 @@ def test_a_gradient_that_is_not_finite_counts():
     for gradient, norm in ([3.0, 0.0, 4.0], 5.0), ([1.0, torch.inf, 0.0], torch.inf):
         layer.weight.grad = torch.tensor([gradient])
         assert gradient_norm(layer, optimizer, accelerator) == norm
-    assert fault_of({"loss": 1.0, "gradient_norm": 5.0}, layer, accelerator) is None
-    assert fault_of({"loss": 1.0, "gradient_norm": torch.inf}, layer, accelerator) == "the gradient is not finite (inf)"
-    assert fault_of({"loss": torch.nan, "gradient_norm": torch.nan}, layer, accelerator) == "the loss is not finite (nan)"
+    assert fault_of(1.0, 5.0, layer, accelerator) is None
+    assert fault_of(1.0, torch.inf, layer, accelerator) == "the gradient is not finite (inf)"
+    assert fault_of(torch.nan, torch.nan, layer, accelerator) == "the loss is not finite (nan)"
+
+
+def test_a_scaler_is_ready_for_the_step_after(tmp_path, monkeypatch):
+    """With fp16 it has unscaled the gradients of a step that is left out, and would refuse those of the next."""
+    accelerator, layer = Accelerator(cpu=True), torch.nn.Linear(3, 1)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    optimizer = accelerator.prepare(torch.optim.SGD(layer.parameters()))
+    leaving = NonFinite(tmp_path, True, [Case("id0", "", "", "", None, (Path("0.png"),), None)], True)
+    for step in range(3):
+        optimizer.zero_grad()
+        accelerator.backward(layer(torch.full((1, 3), torch.inf)).sum())
+        assert not np.isfinite(gradient_norm(layer, optimizer, accelerator))
+        rows = suspects(torch.tensor([0]), [torch.zeros(2, 1, 2, 2)], [torch.full((2, 3), torch.nan)])
+        leaving.leave_out(step + 1, "the loss is not finite (nan)", rows, accelerator)
+    assert [line["step"] for line in map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())] == [1, 2, 3]
 
 
 def test_a_resumed_run_left_out_the_same_steps(huge, tmp_path, sigterm_after):

@@ -67,7 +67,7 @@ def test_two_processes_are_one(recipe, volumes, tmp_path):
     runpy.run_path(str(SCRIPT))["run"](folders[1])
     _, errors = launched.communicate(timeout=240)
     assert launched.returncode == 0, errors
-    assert "2 ranks on cpu, batch 8 scans (4 a rank)" in errors and errors.count("id7") == 1
+    assert "2 ranks on cpu, batch 8 scans (4 a rank)" in errors and errors.count("7.png") == 1
 
     (alone,), ranks = ([torch.load(path) for path in sorted(folders[n].glob("results-*.pt"))] for n in (1, 2))
     assert len(ranks) == 2 and len(alone) == 12

@@ -142,7 +142,7 @@ def dense_share(accelerator: Accelerator) -> dict[str, torch.Tensor]:
 
 def left_out(folder: Path, accelerator: Accelerator) -> None:
     """One scan of the last rank has a projection that is not finite; it writes skipped.jsonl."""
-    cases = [Case(f"id{i}", "", "", "", None, (), None) for i in range(BATCH)]
+    cases = [Case(f"id{i}", "", "", "", None, (Path(f"{i}.png"),), None) for i in range(BATCH)]
     share = BATCH // accelerator.num_processes
     scan = torch.arange(share) + accelerator.process_index * share
     projection = torch.zeros(2 * share, 3)

@@ -63,8 +63,16 @@ def test_some_keys_are_free_on_resume(run):
 
 
 def test_another_number_of_ranks_is_refused_on_resume(run):
-    with pytest.raises(InputError, match="processes: 1 then, 2 now"):
+    with pytest.raises(InputError, match=r"started with processes=1, not 2\. Set allow=\[ranks\]"):
         check_out(small_recipe(run.folder, resume=True, processes=2))
+    named = small_recipe(run.folder, resume=True, processes=2, allow=("ranks",))
+    check_out(named)
+    assert record(Run(named, "pretrain", {"data": "a" * 64}))["processes"] == [1, 2]
+    check_out(small_recipe(run.folder, resume=True, allow=("ranks",)))
+    with pytest.raises(InputError, match=r"another recipe:\n  processes: 1 then, 2 now\n  seed"):
+        check_out(small_recipe(run.folder, resume=True, processes=2, allow=("ranks",), seed=1))
+    with pytest.raises(InputError, match=r"\n  allow: \[\] then, \['leak'\] now"):
+        check_out(small_recipe(run.folder, resume=True, allow=("leak", "ranks")))
 
 
 def test_a_run_directory_may_move(run, tmp_path):
@@ -173,6 +181,13 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(run):
     run.save_checkpoint(200, {"step": 200}, best=True)
     assert steps_kept(run) == {"step-100", "step-200"}
     assert run.load_checkpoint("best") == {"step": 200}
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed_on_resume(run):
+    run.save_checkpoint(1, {"step": 1})
+    (run.folder / "checkpoints" / ".step-2.0123").mkdir()
+    Run(small_recipe(run.folder, resume=True), "pretrain", {"data": "a" * 64})
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["last", "step-1"]
 
 
 def test_a_checkpoint_gives_back_what_was_saved(run):

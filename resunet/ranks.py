@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from operator import itemgetter
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from resunet.errors import ResUNetError
+from resunet.errors import InputError, ResUNetError
 from resunet.progress import progress
+from resunet.runs import disk_faults
 from resunet.training import any_rank
 
 T = TypeVar("T")
@@ -28,8 +30,41 @@ def on_every_rank(work: Callable[[], T], accelerator: Accelerator) -> T:
         error = failed
     if any_rank(error is not None, accelerator):
         errors = [error] if accelerator.num_processes == 1 else gather_object([error])
-        raise next(one for one in errors if one is not None)
+        first = next(one for one in errors if one is not None)
+        first.known_to_all = True
+        raise first
     return result
+
+
+def by_main_rank(work: Callable[[], object], folder: Path, accelerator: Accelerator) -> None:
+    """What only the main rank does: write to the run directory. All ranks call it.
+
+    Raises:
+        ResUNetError: what `work` raises, and what the disk refuses, on every rank.
+    """
+
+    def mine() -> None:
+        if accelerator.is_main_process:
+            with disk_faults(folder):
+                work()
+
+    on_every_rank(mine, accelerator)
+
+
+def refuse_other_steps(first: int, folder: Path, accelerator: Accelerator) -> None:
+    """Ranks read the last checkpoint each for themselves: all must have found the same.
+
+    Raises:
+        InputError: they did not, on every rank.
+    """
+    if accelerator.num_processes == 1:
+        return
+    steps = gather_object([first])
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"out={folder}: is not the same folder for all ranks: they continue after steps {', '.join(map(str, steps))}. Put it "
+            "on a disk that all machines share, under one path."
+        )
 
 
 def in_shares(work: Callable[[range], Iterator[T]], count: int, label: str, accelerator: Accelerator) -> list[T]:
