@@ -80,7 +80,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state["seconds"])
         refuse_other_steps(first, run.folder, accelerator)
         run.rewind(first)
-        gradients = GradientRecord(run.folder, recipe.optimizer.clip, first, writes=main)
+        gradients = GradientRecord(run.folder, recipe, recipe.optimizer.clip, first, main, run.mirror)
         figures: dict[str, float] = {}
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
             lr = start_step(recipe, model, optimizer, step, transferred=begins_trained(recipe))
@@ -89,8 +89,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)
             figures["loss"] = metrics["loss"]
             done = step + 1
-            if done == 1 or done % recipe.log_every == 0:
-                gradients.take(done, model, metrics.get("gradient_norm", math.inf))
+            gradients.take(done, model, metrics.get("gradient_norm", math.inf))
             share_statistics(model, accelerator)
             if average is not None and not metrics.get("skipped"):
                 average.update_parameters(model)

@@ -81,7 +81,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             looked = probe.look(network.encoder, 0)
             writing(lambda: run.log(0, looked))
         non_finite.rewind(first, state["skipped_in_a_row"] if state is not None else 0)
-        gradients = GradientRecord(run.folder, math.inf, first, writes=main)
+        gradients = GradientRecord(run.folder, recipe, math.inf, first, main, run.mirror)
         figures: dict[str, float] = {}
         indices = range(first * recipe.accumulate, recipe.steps * recipe.accumulate)
         with reading(sets, indices, recipe.data.workers, pin=accelerator.device.type == "cuda") as reader:
@@ -99,8 +99,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                     metrics = {"skipped": 1.0}
                 else:
                     non_finite.passed()
-                    if step == 0 or (step + 1) % recipe.log_every == 0:
-                        gradients.take(step + 1, network, norm)
+                    gradients.take(step + 1, network, norm)
                     figures |= {name: metrics[name] for name in _TOLD if name in metrics}
                     metrics |= take_step(optimizer, norm, step + 1, accelerator)
                 clock.tick()

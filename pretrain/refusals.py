@@ -23,6 +23,11 @@ def refuse_impossible(recipe: PretrainRecipe, archive: Archive, speaks: bool) ->
             "objective.same_group=ignore: all scans of the archive are of one group, so that no negatives are left. Set "
             "same_group=negative, or give the groups (groups.csv, or resunet index)."
         )
+    if speaks and recipe.objective.same_group == "ignore" and archive.num_groups == scans.num_items:
+        say(
+            "objective.same_group=ignore: no two scans of this archive are known to be of one patient or item, so that it does "
+            "nothing. Give the groups (groups.csv, or resunet index)."
+        )
     bank = recipe.objective.memory_bank
     if speaks and bank is not None and 2 * bank > scans.num_items:
         say(

@@ -1,6 +1,6 @@
-"""Gradient norms by layer and by residual unit in a run's first steps: whether every part of the network learns.
+"""Gradient norms by layer and by residual unit: whether every part of the network learns.
 
-Written to gradients.json in the run directory, beside metrics.jsonl: a few records of some hundred numbers.
+Written to gradients.json in the run directory, beside metrics.jsonl: records of some hundred numbers.
 """
 
 import json
@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
 from resunet.blocks import ResidualUnit
+from resunet.config import Recipe
 from resunet.files import write_text
 from resunet.light_decoder import LightResidualUnit
+from resunet.mirror import Mirror
 from resunet.mobile import MobileEncoder
 from resunet.progress import say
 from resunet.report import COLOURS, Section, svg
@@ -24,6 +27,8 @@ FIRST_STEPS = 50
 LOWEST_NORM = 0.01
 FILE = "gradients.json"
 _LISTED = 4  # of the units in the warning
+_LEAST = 1e-8  # a log axis has no 0
+_COLUMNS = 60
 
 
 def residual_units(model: nn.Module) -> set[nn.Module]:
@@ -64,36 +69,46 @@ def quiet_units(records: Sequence[dict[str, Any]], lowest: float = LOWEST_NORM) 
 
 
 class GradientRecord:
-    """gradients.json of a run; what a resumed run does again is written again."""
+    """gradients.json of a run: the first steps as often as they are logged, later ones as often as a checkpoint is written. What a
+    resumed run does again is written again."""
 
-    def __init__(self, folder: Path, clip: float, first: int, writes: bool) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, clip: float, first: int, writes: bool, mirror: Mirror | None = None
+    ) -> None:
         """clip: of the gradient's norm; what is recorded is the norm before it. first: steps that are done."""
-        self._path, self._clip, self._writes = folder / FILE, clip, writes
+        self._path, self._recipe, self._clip, self._writes, self._mirror = folder / FILE, recipe, clip, writes, mirror
         self._records: list[dict[str, Any]] = []
-        self._told = first >= FIRST_STEPS
+        self._early = min(FIRST_STEPS, recipe.steps)
+        self._told = first >= self._early
         if writes and first and self._path.exists():
             self._records = [
                 one for one in json.loads(self._path.read_text(encoding="utf-8"))["records"] if one["step"] <= first
             ]
 
     def take(self, step: int, model: nn.Module, total: float) -> None:
-        """Record the gradients that stand in the model after clipping; after the first steps nothing is done.
+        """At steps that are recorded: the gradients that stand in the model after clipping.
 
         Args:
             step: how many are done with this one.
-            total: the norm of all of them before clipping.
+            total: the norm of all of them before clipping; where it is not finite nothing is recorded.
         """
-        if self._told or not self._writes or not math.isfinite(total):
+        if not self._writes:
             return
-        if step <= FIRST_STEPS:
+        if self._due(step) and math.isfinite(total):
             factor = max(1.0, total / self._clip)
             norms = gradient_norms(model)
             scaled = {kind: {name: _round(norm * factor) for name, norm in its.items()} for kind, its in norms.items()}
             self._records.append({"step": step, "total": _round(total), **scaled})
             write_text(self._path, json.dumps({"lowest": LOWEST_NORM, "records": self._records}) + "\n")
-        if step >= FIRST_STEPS:
+            if self._mirror is not None:
+                self._mirror.log(step, {f"gradients/{name}": norm for name, norm in scaled["units"].items()})
+        if step >= self._early and not self._told:
             self._told = True
             self._warn()
+
+    def _due(self, step: int) -> bool:
+        every = self._recipe.log_every if step <= self._early else self._recipe.checkpoint_every
+        return step == 1 or step % every == 0 or step == self._recipe.steps
 
     def _warn(self) -> None:
         quiet = quiet_units(self._records)
@@ -101,26 +116,28 @@ class GradientRecord:
             more = f" and {len(quiet) - _LISTED} more" if len(quiet) > _LISTED else ""
             say(
                 f"gradients: {len(quiet)} of {len(self._records[0]['units'])} residual units have norms below {LOWEST_NORM} in the "
-                f"first {self._records[-1]['step']} steps ({', '.join(quiet[:_LISTED])}{more}): they hardly learn. See {FILE}, "
+                f"first {self._early} steps ({', '.join(quiet[:_LISTED])}{more}): they hardly learn. See {FILE}, "
                 "and Troubleshooting in the README."
             )
 
 
 def gradients_section(folder: Path) -> Section | None:
-    """The report's picture of the first and the last record; None for a run without any, or without residual units."""
+    """The report's pictures of residual units and of layers over the steps; None for a run without any record."""
     path = folder / FILE
     records = json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
-    if not records or not records[0]["units"]:
+    if not records:
         return None
-    quiet = quiet_units(records)
+    pictures = [svg(_map(records, "layers"), "Gradient norm by layer and step")]
+    if not records[0]["units"]:
+        return Section("Gradients", pictures=pictures)
+    early = [record for record in records if record["step"] <= FIRST_STEPS]
+    quiet = quiet_units(early)
     verdict = (
-        f"Below {LOWEST_NORM} in all of them: {', '.join(quiet)}."
+        f"Below {LOWEST_NORM} in all of the first steps: {', '.join(quiet)}."
         if quiet
-        else f"Every unit was above {LOWEST_NORM} in some step."
+        else f"Every unit was above {LOWEST_NORM} in some of the first {early[-1]['step']} steps."
     )
-    return Section(
-        "Gradients in the first steps", text=[verdict], pictures=[svg(_drawn(records), "Gradient norm by residual unit")]
-    )
+    return Section("Gradients", text=[verdict], pictures=[svg(_drawn(records), "Gradient norm by residual unit"), *pictures])
 
 
 def _drawn(records: Sequence[dict[str, Any]]) -> Figure:
@@ -129,7 +146,7 @@ def _drawn(records: Sequence[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     ends = [records[0], records[-1]] if len(records) > 1 else records
     for record, colour in zip(ends, COLOURS, strict=False):
-        norms = [max(record["units"][unit], 1e-8) for unit in units]  # a log axis has no 0
+        norms = [max(record["units"][unit], _LEAST) for unit in units]
         axes.plot(norms, range(len(units)), "o", color=colour, label=f"step {record['step']}")
     axes.axvline(LOWEST_NORM, color="#999999", linestyle="--", linewidth=1)
     axes.set_xscale("log")
@@ -139,6 +156,24 @@ def _drawn(records: Sequence[dict[str, Any]]) -> Figure:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return figure
+
+
+def _map(records: Sequence[dict[str, Any]], kind: str) -> Figure:
+    """Rows are the layers in the network's order, columns the recorded steps; white is LOWEST_NORM."""
+    names = list(records[0][kind])
+    shown = [records[place] for place in sorted({round(i * (len(records) - 1) / _COLUMNS) for i in range(_COLUMNS + 1)})]
+    norms = np.array([[max(record[kind][name], _LEAST) for record in shown] for name in names])
+    figure = Figure(figsize=(5.6, 0.9 + 0.11 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    decades = max(1.0, float(np.abs(np.log10(norms / LOWEST_NORM)).max()))
+    image = axes.imshow(np.log10(norms), cmap="RdBu", aspect="auto", interpolation="nearest")
+    image.set_clim(math.log10(LOWEST_NORM) - decades, math.log10(LOWEST_NORM) + decades)
+    ticks = sorted({0, len(shown) // 2, len(shown) - 1})
+    axes.set_xticks(ticks, [f"{shown[tick]['step']:,}" for tick in ticks])
+    axes.set_yticks(range(len(names)), names, fontsize=5)
+    axes.set_xlabel(f"step; blue is above {LOWEST_NORM}, red below")
+    figure.colorbar(image, ax=axes, label="log10 of the gradient's norm", shrink=0.5)
     return figure
 
 

@@ -40,7 +40,7 @@ def _leaks(recipe: PretrainRecipe, archive: Archive) -> list[str]:
 
 def _groups(recipe: PretrainRecipe, archive: Archive, cost: Cost) -> list[str]:
     if not recipe.objective.weight or recipe.objective.same_group == "ignore":
-        return []
+        return []  # where that finds nothing to ignore, `refuse_impossible` has said it
     share = recipe.batch // recipe.processes
     own = cost.own_group * (recipe.batch - 1) / max(1, share - 1)
     found = []

@@ -100,6 +100,8 @@ def _cost(plan: Plan) -> list[str]:
         f"{saved:,.0f} MiB a checkpoint, {saved * (recipe.keep_checkpoints + 1):,.0f} MiB of disk while the latest "
         f"{recipe.keep_checkpoints} are kept and the next is written",
     ]
+    if plan.looks:
+        lines.insert(2, f"{plan.looks} looks of the probe, {cost.look:.2g} s each, {duration(plan.looks * cost.look)} of it")
     if cost.device == "cpu" and cost.busy > BUSY:
         lines.append(f"other work ran beside it (load {cost.busy:.1f} for each core): alone it is faster")
     if recipe.processes > 1:

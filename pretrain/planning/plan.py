@@ -8,6 +8,7 @@ from pretrain.planning.alone import before_training
 from pretrain.planning.cautions import cautions_of
 from pretrain.planning.facts import ArchiveFacts, archive_facts
 from pretrain.planning.timing import Cost, measure_cost
+from pretrain.probe.probe import Probe
 from pretrain.recipe import PretrainRecipe
 from pretrain.refusals import refuse_impossible
 from resunet.doctor import fastest_precision
@@ -24,11 +25,12 @@ class Plan:
     cost: Cost
     cautions: tuple[str, ...]
     read_seconds: float
+    looks: int  # of the probe
 
     @property
     def seconds(self) -> float:
         """What the whole run will take."""
-        return self.read_seconds + self.cost.step * self.recipe.steps
+        return self.read_seconds + self.cost.step * self.recipe.steps + self.cost.look * self.looks
 
 
 def make_plan(recipe: PretrainRecipe) -> Plan:
@@ -44,7 +46,8 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     read_seconds = time.perf_counter() - started
     refuse_impossible(recipe, archive, speaks=True)
     facts = archive_facts(recipe, archive)
-    cost = measure_cost(alone, archive, accelerator)
+    probe = Probe(alone, archive, accelerator)
+    cost = measure_cost(alone, archive, accelerator, probe)
     depthwise = recipe.model.name == LIGHT and cost.device == "cpu"  # which are slower in bf16
     cautions = cautions_of(recipe, archive, facts, cost, "fp32" if depthwise else fastest_precision())
-    return Plan(recipe, archive, facts, cost, tuple(cautions), read_seconds)
+    return Plan(recipe, archive, facts, cost, tuple(cautions), read_seconds, probe.looks)

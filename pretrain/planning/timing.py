@@ -13,6 +13,7 @@ from pretrain.archive import Archive
 from pretrain.loader import ContrastiveSet, ContrastiveSets, reading
 from pretrain.network import build_network, build_optimizer
 from pretrain.objective import build_loss, loss_state
+from pretrain.probe.probe import Probe
 from pretrain.recipe import PretrainRecipe
 from pretrain.step import add_gradients, gradient_norm
 from resunet.measuring import ENOUGH_SECONDS, load, peak_memory, peak_memory_of_workers, timed
@@ -33,6 +34,7 @@ class Cost:
     checkpoint: bytes.
     busy: see `resunet.measuring.load`.
     own_group: how many others of a rank's share are of a scan's own group, on average.
+    look: seconds of one look of the probe, without one 0.
     """
 
     step: float
@@ -46,6 +48,7 @@ class Cost:
     device: str
     busy: float
     own_group: float
+    look: float
 
 
 class _Watched:
@@ -81,7 +84,7 @@ class _Counter:
         """There is nothing to do."""
 
 
-def measure_cost(recipe: PretrainRecipe, archive: Archive, accelerator: Accelerator) -> Cost:
+def measure_cost(recipe: PretrainRecipe, archive: Archive, accelerator: Accelerator, probe: Probe) -> Cost:
     """Take a few steps of a fresh network, which is thrown away.
 
     Args:
@@ -119,6 +122,7 @@ def measure_cost(recipe: PretrainRecipe, archive: Archive, accelerator: Accelera
                 waited.append(watched.waited - before)
             if sum(seconds) > ENOUGH_SECONDS:
                 break
+    look = timed(lambda: probe.judge(network.encoder)) if probe.looks else 0.0
     written = _Counter()
     torch.save(training_state(1, network, optimizer, accelerator) | {"loss": loss_state(criterion)}, written)  # type: ignore[arg-type]
     last = slice(-_STEPS, None)
@@ -134,6 +138,7 @@ def measure_cost(recipe: PretrainRecipe, archive: Archive, accelerator: Accelera
         device=device.type,
         busy=load(),
         own_group=_own_group(archive, watched.scans),
+        look=look,
     )
 
 

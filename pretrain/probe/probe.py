@@ -5,6 +5,7 @@ its running statistics, and every random number comes from generators of the pro
 weights of one without, bit for bit.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from pretrain.recipe import PretrainRecipe
 from resunet.decoders import AnyEncoder
 from resunet.layout import channels_last
 from resunet.ranks import on_every_rank
-from resunet.runs import Run
+from resunet.runs import Run, disk_faults
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ class Probe:
         """Whether to look after so many steps."""
         return self._settings is not None and (step % self._settings.every == 0 or step == self._recipe.steps)
 
+    @property
+    def looks(self) -> int:
+        """How many there are in the whole run."""
+        if self._settings is None:
+            return 0
+        return 1 + math.ceil(self._recipe.steps / self._settings.every)
+
     def look(self, encoder: AnyEncoder, step: int) -> dict[str, float]:
         """What is logged, on the main rank; on others nothing. All ranks call it.
 
@@ -90,17 +98,23 @@ class Probe:
     def _look(self, encoder: AnyEncoder, step: int) -> dict[str, float]:
         if self.scans is None:
             return {}
-        assert self._settings is not None
+        segmented, described = self.judge(encoder)
+        self.improved = step > 0 and segmented.dice > self.best
+        if self.improved:
+            self.best, self.best_step = segmented.dice, step
+        with disk_faults(self._recipe.out):
+            save_prediction(self._recipe.out, self.scans, segmented.predicted, step)
+        return {"probe_dice": segmented.dice} | described
+
+    def judge(self, encoder: AnyEncoder) -> tuple[Segmented, dict[str, float]]:
+        """What the encoder makes of the scans, on the main rank; and what its embeddings of the sample are like."""
+        assert self._settings is not None and self.scans is not None
         device = self._accelerator.device
         with evaluating(encoder), self._accelerator.autocast():
             segmented = segment(encoder, self.scans, self._settings, device)
             pairs = [encoder.embed(channels_last(chunk.to(device))).float().chunk(2) for chunk in self._views]
         first, second = (torch.cat([pair[view] for pair in pairs]) for view in range(2))
-        self.improved = step > 0 and segmented.dice > self.best
-        if self.improved:
-            self.best, self.best_step = segmented.dice, step
-        save_prediction(self._recipe.out, self.scans, segmented.predicted, step)
-        return {"probe_dice": segmented.dice} | describe_embeddings(first, second)
+        return segmented, describe_embeddings(first, second)
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pretrain.loop import pretrain
 from pretrain.objective import contrast, nt_xent
+from pretrain.planning.plan import make_plan
 from resunet.checkpoint import read_config
 from resunet.data.leakage import read_archive
 from resunet.encoder import ResidualEncoder
@@ -156,6 +157,16 @@ def test_one_group_leaves_nothing_to_tell_apart(recipe, archive):
     with pytest.raises(InputError, match=r"same_group=ignore: all scans of the archive are of one group.*groups\.csv"):
         pretrain(recipe(objective={"same_group": "ignore"}))
     assert not recipe().out.exists()
+
+
+def test_groups_that_nobody_knows_are_told_at_once(recipe, archive, capsys):
+    told = "no two scans of this archive are known to be of one patient or item"
+    pretrain(recipe(objective={"same_group": "ignore"}))
+    assert told in capsys.readouterr().err
+    stems = [path.stem for path in sorted(archive.glob("*.png"))]
+    (archive / "groups.csv").write_text("stem,group\n" + "".join(f"{stem},{i // 2}\n" for i, stem in enumerate(stems)))
+    make_plan(recipe(objective={"same_group": "ignore"}))
+    assert told not in capsys.readouterr().err
 
 
 def test_accumulation_logs_the_mean_over_its_sets(recipe, tmp_path):

@@ -13,6 +13,7 @@ from finetune.planning.checks import find_rate, overfit, read_sweep
 from finetune.planning.command import before_training
 from finetune.step import build
 from finetune.training.patches import PatchSampler
+from resunet.config import Recipe
 from resunet.errors import CheckFailed, InputError
 from resunet.gradients import GradientRecord, gradient_norms, gradients_section, quiet_units
 from resunet.model import ResUNet, UNet
@@ -109,12 +110,17 @@ def test_gradient_norms_are_those_of_autograd(network) -> None:
         assert norm == pytest.approx(float(torch.cat(grads).norm()), rel=1e-5)
 
 
+def steps(**changes) -> Recipe:
+    """What a record needs of a recipe."""
+    return Recipe(**({"out": "run", "steps": 100, "log_every": 1, "checkpoint_every": 20} | changes))
+
+
 def test_a_unit_that_does_not_learn_is_told(tmp_path, capsys) -> None:
     torch.manual_seed(0)
     network = ResUNet(1, 2, (4, 8), 1)
     dead = network.encoder.levels[1][0]
-    record = GradientRecord(tmp_path, clip=1e-3, first=0, writes=True)
-    for step in (1, 50, 60):
+    record = GradientRecord(tmp_path, steps(log_every=25), clip=1e-3, first=0, writes=True)
+    for step in (1, 24, 50, 51, 60, 75, 80, 100):
         network.zero_grad()
         F.binary_cross_entropy_with_logits(10 * network(torch.randn(4, 1, 16, 16)), torch.ones(4, 1, 16, 16)).backward()
         for parameter in dead.parameters():
@@ -123,12 +129,24 @@ def test_a_unit_that_does_not_learn_is_told(tmp_path, capsys) -> None:
         total = float(nn.utils.clip_grad_norm_(network.parameters(), 1e-3))
         record.take(step, network, total)
     written = json.loads((tmp_path / "gradients.json").read_text(encoding="utf-8"))["records"]
-    assert [one["step"] for one in written] == [1, 50]  # the first steps only
+    assert [one["step"] for one in written] == [1, 50, 60, 80, 100]  # first as they are logged, then as checkpoints are written
     assert min(expected.values()) < 0.01 and quiet_units(written) == ["encoder.levels.1.0"]
     told = capsys.readouterr().err
     assert told.count("gradients:") == 1 and "1 of 3 residual units" in told and "(encoder.levels.1.0)" in told
     section = gradients_section(tmp_path)
-    assert "encoder.levels.1.0" in section.text[0] and "svg" in section.pictures[0].markup
+    assert "encoder.levels.1.0" in section.text[0]
+    units, layers = (picture.markup for picture in section.pictures)
+    assert "encoder.levels.1.0<" in units and "encoder.levels.1.0.conv1<" in layers
+
+
+def test_a_short_run_is_warned_too(tmp_path, capsys) -> None:
+    network = ResUNet(1, 2, (4, 8), 1)
+    record = GradientRecord(tmp_path, steps(steps=3), math.inf, 0, True)
+    for step in (1, 2, 3):
+        network.zero_grad()
+        (1e-9 * network(torch.randn(2, 1, 16, 16)).square().mean()).backward()
+        record.take(step, network, 1e-9)
+    assert "3 of 3 residual units have norms below 0.01 in the first 3 steps" in capsys.readouterr().err
 
 
 def test_recorded_norms_are_those_before_clipping(tmp_path) -> None:
@@ -139,7 +157,9 @@ def test_recorded_norms_are_those_before_clipping(tmp_path) -> None:
         kept = [parameter.grad.clone() for parameter in network.parameters()]
         folder = tmp_path / str(clip)
         folder.mkdir()
-        GradientRecord(folder, clip, 0, True).take(1, network, float(nn.utils.clip_grad_norm_(network.parameters(), clip)))
+        GradientRecord(folder, steps(), clip, 0, True).take(
+            1, network, float(nn.utils.clip_grad_norm_(network.parameters(), clip))
+        )
         (record,) = json.loads((folder / "gradients.json").read_text(encoding="utf-8"))["records"]
         assert record["units"] == pytest.approx(expected, rel=1e-3)
         for parameter, gradient in zip(network.parameters(), kept, strict=True):
@@ -149,10 +169,10 @@ def test_recorded_norms_are_those_before_clipping(tmp_path) -> None:
 def test_a_resumed_record_goes_on(tmp_path) -> None:
     network = ResUNet(1, 2, (4, 8), 1)
     network(torch.randn(2, 1, 16, 16)).square().mean().backward()
-    before = GradientRecord(tmp_path, 12, 0, True)
+    before = GradientRecord(tmp_path, steps(), 12, 0, True)
     before.take(1, network, 1.0)
     before.take(3, network, 1.0)
-    GradientRecord(tmp_path, 12, 2, True).take(3, network, 1.0)  # the checkpoint was of step 2
+    GradientRecord(tmp_path, steps(), 12, 2, True).take(3, network, 1.0)  # the checkpoint was of step 2
     assert [one["step"] for one in json.loads((tmp_path / "gradients.json").read_text(encoding="utf-8"))["records"]] == [1, 3]
-    GradientRecord(tmp_path / "nowhere", 12, 0, False).take(1, network, 1.0)  # not the main rank
+    GradientRecord(tmp_path / "nowhere", steps(), 12, 0, False).take(1, network, 1.0)  # not the main rank
     assert not (tmp_path / "nowhere").exists() and gradients_section(tmp_path / "nowhere") is None

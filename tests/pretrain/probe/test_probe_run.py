@@ -6,11 +6,13 @@ import torch
 from PIL import Image
 
 from pretrain.loop import pretrain
+from pretrain.planning.page import page
+from pretrain.planning.plan import make_plan
 from pretrain.probe.probe import evaluating
 from resunet.checkpoint import read_config
 from resunet.data.leakage import read_archive
 from resunet.encoder import ResidualEncoder
-from resunet.errors import Stopped
+from resunet.errors import InputError, Stopped
 from resunet.report import read_metrics
 
 FIGURES = {"probe_dice", "probe_alignment", "probe_uniformity", "probe_rankme", "probe_std"}
@@ -37,6 +39,16 @@ def test_it_looks_before_the_first_step_at_every_nth_and_after_the_last(probed):
     assert "the mean over bright, dark." in page and "at step 0 and at step 5" in page
     with Image.open(out / "probe" / "first.png") as first:
         assert first.size == (24, 24)
+
+
+def test_a_plan_counts_its_looks_and_finds_what_would_stop_it(probed, labelled, tmp_path):
+    plan = make_plan(probed(steps=5, probe={"every": 2}))
+    assert plan.looks == 4 and plan.cost.look > 0 and "4 looks of the probe" in page(plan)
+    assert plan.seconds == pytest.approx(plan.read_seconds + 5 * plan.cost.step + 4 * plan.cost.look)
+    assert not (tmp_path / "run").exists()
+    (labelled / "masks" / "a0.png").unlink()
+    with pytest.raises(InputError, match="a0"):
+        make_plan(probed(steps=5, probe={"every": 2}))
 
 
 def test_squares_that_stand_out_are_found_by_an_untrained_encoder(probed):
