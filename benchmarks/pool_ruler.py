@@ -9,22 +9,48 @@ these images, without their masks, which no test image is.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
-from benchmarks.decoder_probe import Slices
 from finetune.label_curve.cells import Cell, points_of
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.label_curve.verdict import signed
 from finetune.labelled import choose_cases
+from finetune.recipe import FinetuneRecipe
+from resunet.config import PercentileZScore
+from resunet.data.cases import Case, load_cases
 from resunet.layout import channels_last
 from resunet.model import ResUNet
 
 _CHUNK = 32
+
+
+class Slices:
+    """Images (N, 1, y, x), masks (N, y, x) and groups of some cases, in memory."""
+
+    def __init__(self, cases: Sequence[Case], recipe: FinetuneRecipe) -> None:
+        loaded = load_cases(cases, recipe.data.channels, PercentileZScore(), recipe.data.classes)
+        self.images = torch.stack([torch.from_numpy(one.image_slice(0)) for one in loaded])
+        self.labels = torch.stack([torch.from_numpy(one.label_slice(0)) for one in loaded])
+        self.groups = np.array([one.case.group_name for one in loaded])
+
+    def dice(self, found: Tensor) -> NDArray[np.float64]:
+        """Of every slice of masks (N, y, x); NaN without a target."""
+        true = self.labels == 1
+        overlap, sizes = (found & true).flatten(1).sum(1), found.flatten(1).sum(1) + true.flatten(1).sum(1)
+        return np.where(true.flatten(1).any(1).numpy(), (2 * overlap / sizes.clamp_min(1)).double().numpy(), np.nan)
+
+    def group_dice(self, found: Tensor) -> dict[str, float]:
+        """group → the mean over its slices with a target."""
+        each = self.dice(found)
+        target = ~np.isnan(each)
+        return {str(group): float(each[target & (self.groups == group)].mean()) for group in np.unique(self.groups[target])}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What val chooses once training is over: post-processing and the threshold of an operating point, each if the recipe asks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -12,8 +13,9 @@ from finetune.evaluation.evaluate import case_probabilities
 from finetune.inference.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.labelled import LabelledData
 from finetune.recipe import FinetuneRecipe
+from resunet.data.cases import IGNORE, LoadedCase
 from resunet.decision import OperatingPoint, Postprocessing
-from resunet.progress import progress
+from resunet.progress import progress, say
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ def refuse_impossible(recipe: FinetuneRecipe, data: LabelledData) -> None:
         refuse_val_without_clean(data.val, f"false_alarms_per_1000={budget:g}")
 
 
+def tell_of_blind_val(val: Sequence[LoadedCase]) -> None:
+    """Say it, before anything is trained, if val can tell no network from another."""
+    if val and not any(((labels > 0) & (labels != IGNORE)).any() for case in val if (labels := case.labels) is not None):
+        say(
+            f"val: none of its {len(val)} cases has a pixel of any class. Dice is not defined there, and tells no checkpoint and "
+            "no number of steps from another. Choose another split (resunet split --stratify), or label more."
+        )
+
+
 def choose_on_val(
     model: nn.Module, data: LabelledData, recipe: FinetuneRecipe, accelerator: Accelerator, quiet: bool
 ) -> Choices:
@@ -37,13 +48,15 @@ def choose_on_val(
     if recipe.postprocess == "none" and recipe.false_alarms_per_1000 is None:
         return Choices()
     names = list(recipe.data.classes.values())
+    # a threshold is one case's peak to the last digit: in the precision that predictions have by default
+    precision = "fp32" if recipe.false_alarms_per_1000 is not None else recipe.precision
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = range(rank, len(data.val), ranks)
     seen: list[tuple[int, ValCase, float | None]] = []  # with the greatest probability of a case without target
     for i in progress(share, len(share), "choose on val", quiet=quiet):
         case = data.val[i]
         assert case.labels is not None
-        probabilities = case_probabilities(model, case, accelerator.device, recipe.precision)
+        probabilities = case_probabilities(model, case, accelerator.device, precision)
         peak = float(foreground_of(probabilities)[case.labels == 0].max()) if is_without_target(case.labels) else None
         seen.append((i, predicted_objects(case.case.group, case.labels, decide_by(probabilities), len(names)), peak))
     if ranks > 1:

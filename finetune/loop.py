@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from finetune.choices import Choices, choose_on_val, refuse_impossible
+from finetune.choices import Choices, choose_on_val, refuse_impossible, tell_of_blind_val
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
 from finetune.evaluation.evaluate import Measured, measure_cases, predicting, write_evaluation
@@ -62,6 +62,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     teacher = load_teacher(recipe, device)
     data = read_labelled(recipe, quiet=not main)
     refuse_impossible(recipe, data)
+    if main:
+        tell_of_blind_val(data.val)
     learner = prepare(recipe, model, receipt, accelerator)
     judged, average, optimizer, beside = learner.judged, learner.average, learner.optimizer, learner.beside()
     sampler = sampler_of(recipe, data)
@@ -157,7 +159,7 @@ def _inputs(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None,
 
 
 def validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
-    """Dice of the whole val scans, as evaluation counts it; 0 where no case defines one."""
+    """Dice of the whole val scans, as evaluation counts it; 0 where no case defines one, and every look is then the best."""
     targets = targets_of(recipe.data.classes, recipe.data.regions)
     measured = measure_cases(model, val, targets, accelerator.device, recipe.precision, accelerator, quiet=True)
     dice = figure(values_by_group([one.row() for one in measured], lambda case: case.macro("dice")))["mean"]

@@ -176,7 +176,7 @@ class AugmentSettings(Frozen):
     rotation: float = Field(15.0, ge=0, le=180, description="degrees, either way; of volumes about every axis")
     elastic: ElasticSettings = ElasticSettings()
     contrast: Range = Field((0.8, 1.2), description="factor on the deviation from the patch's mean")
-    flip: Probability = Field(0.5, description="left–right")
+    flip: Probability = Field(0.5, description="of the last axis: left–right, in sagittal slices anterior–posterior")
 
     @field_validator("contrast")
     @classmethod
@@ -388,6 +388,11 @@ class FinetuneRecipe(Recipe):
         if self.start is not None and self.optimizer.decoder_first:
             raise ValueError(
                 f"start={self.start}: its decoder is no fresh one that optimizer.decoder_first could train; leave it out"
+            )
+        if self.model.name == "unet" and self.optimizer.encoder_lr_factor != 1:
+            raise ValueError(
+                f"optimizer.encoder_lr_factor={self.optimizer.encoder_lr_factor:g}: the plain U-Net has no encoder that could have "
+                "a rate of its own; leave it out"
             )
         return self
 

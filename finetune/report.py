@@ -1,6 +1,6 @@
 """The report of a fine-tuning run: how good, on how many, where it fails, and what came from the encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.evaluation.evaluate import evaluation_sections
@@ -40,11 +40,17 @@ def write_report(
     given = recipe.model.weights
     fresh = "Trained from scratch." if given is None else "The encoder began with given MobileNetV3 weights, the rest fresh."
     origin = fresh if receipt is None else f"{'Encoder' if recipe.start is None else 'Start'}: {receipt.line()}."
-    text = [f"{counts}. {recipe.steps} steps.", origin, *_taught(recipe, model.config), *_chosen_on_val(model.config)]
+    metrics = read_metrics(recipe.out)
+    text = [
+        f"{counts}. {recipe.steps} steps.",
+        _checkpoint(recipe, metrics),
+        origin,
+        *_taught(recipe, model.config),
+        *_chosen_on_val(model.config),
+    ]
     sections = [Section(lead=[lead], notes=data.notes(), text=text)]
     if summary is not None:
         sections += evaluation_sections(recipe.out / "evaluation", model, measured, summary, recipe.precision)
-    metrics = read_metrics(recipe.out)
     sections.append(
         Section(
             "Learning",
@@ -58,6 +64,15 @@ def write_report(
     sections += [gradients] if gradients is not None else []
     sections += [policy_section(summary)] if summary is not None else []
     write_page(recipe.out / "report.html", "Fine-tuning", sections)
+
+
+def _checkpoint(recipe: FinetuneRecipe, metrics: Mapping[str, tuple[list[float], list[float]]]) -> str:
+    """Which step's network this is."""
+    if recipe.checkpoint == "last":
+        return "The model is the last checkpoint; val did not choose it."
+    steps, dice = metrics["val_dice"]
+    best = max(range(len(steps)), key=lambda look: (dice[look], look))
+    return f"The model is the checkpoint of step {steps[best]:.0f}, the best on val of {len(steps)} looks."
 
 
 def _taught(recipe: FinetuneRecipe, config: ModelConfig) -> list[str]:

@@ -27,6 +27,7 @@ from finetune.training.batch_statistics import batch_norms, moving, recompute_st
 from finetune.training.patches import UNLABELLED, Batches
 from finetune.training.schedule import encoder_stands_still, rates
 from finetune.training.supervision import Supervised, supervised_loss
+from resunet.blocks import crop_to
 from resunet.data.cases import IGNORE
 from resunet.data.images import channel_count
 from resunet.layout import channels_last, place
@@ -237,7 +238,7 @@ def _terms(
         return loss_of(recipe, made, labels, accelerator)
     logits, maps = made if recipe.distillation.attention_weight else (made, None)
     terms = loss_of(recipe, logits, labels.masked_fill(labels == UNLABELLED, IGNORE), accelerator)
-    finest = logits if isinstance(logits, Tensor) else logits[0]
+    finest = crop_to(logits if isinstance(logits, Tensor) else logits[0], images.shape[2:])
     learned = teacher.terms(images, finest, maps, labels != IGNORE, accelerator)
     return terms | learned | {"loss": terms["loss"] + learned["distillation"]}
 

@@ -39,7 +39,7 @@ def backward_in_chunks(
 ) -> tuple[dict[str, Tensor], Outputs]:
     """`backward_whole` of views alone, in the memory of `chunk` of them; ranks must have equally many."""
     views = inputs.views
-    assert views is not None and inputs.places is None and inputs.planted is None
+    assert inputs.places is None
     parts = views.split(chunk)
     alone = accelerator.unwrap_model(network)  # ranks need not meet in the first pass
     states, embeddings, projections = [], [], []
@@ -58,13 +58,13 @@ def backward_in_chunks(
         with nullcontext() if last else accelerator.no_sync(network), _replaying(states[i], views.device):
             with accelerator.autocast():
                 again = Outputs(*network(part)).projection
-            assert again is not None
             again.backward(gradient)
     return {name: value.detach() for name, value in terms.items()}, _detached(outputs)
 
 
 def _detached(outputs: Outputs) -> Outputs:
-    return Outputs(*(None if one is None else one.detach() for one in outputs))
+    places = outputs.places
+    return Outputs(outputs.embedding.detach(), outputs.projection.detach(), None if places is None else places.detach())
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from pretrain.loader import ContrastiveSets
 from pretrain.recipe import PretrainRecipe
-from pretrain.step import planted_of_set, views_of_set
+from pretrain.step import views_of_set
 
 SHOWN = 8  # scans
-_OUTLINE = (0.90, 0.62, 0.0)  # orange of Okabe and Ito
 
 Picture = NDArray[np.float32]
 
@@ -24,21 +23,15 @@ Picture = NDArray[np.float32]
 class Example:
     """A scan's window and its views: (y, x) greys or (y, x, 3) colours in [0, 1]; of volumes three planes in the middle.
 
-    views: as `columns` names them. scan: which of the archive's. size: of the window, in array order. position: of a slice in its
+    scan: which of the archive's. size: of the window, in array order. position: of a slice in its
     volume, else NaN.
     """
 
     window: Picture
-    views: tuple[Picture, ...]
+    views: tuple[Picture, Picture]
     scan: int
     size: tuple[int, ...]
     position: float
-
-
-def columns(recipe: PretrainRecipe) -> tuple[str, ...]:
-    """What the views of an example are."""
-    contrasted = ("first view", "second view") if recipe.contrasts else ()
-    return contrasted if recipe.synthetic is None else (*contrasted, "with objects", "outlined")
 
 
 def examples(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Accelerator) -> Iterator[Example]:
@@ -47,19 +40,13 @@ def examples(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Acceler
     A scan and its views share one scale, from the darkest to the brightest of the window, so that a change of intensity is seen.
     """
     read = sets.read(0)
-    views: list[Tensor] = []
-    if recipe.contrasts:
-        views += views_of_set(recipe, read, 0, accelerator).float().cpu().chunk(2)
-    planted = None if recipe.synthetic is None else planted_of_set(recipe, read, 0, accelerator)
+    views = views_of_set(recipe, read, 0, accelerator).float().cpu().chunk(2)
     for i in range(min(SHOWN, len(read.sizes))):
         size = tuple(read.sizes[i].tolist())
         window = read.windows[i][(slice(None), *map(slice, size))]
         limits = _limits(window)
-        shown = [_shown(one[i], limits) for one in views]
-        if planted is not None:
-            with_objects = _shown(planted.images[i].float().cpu(), limits)
-            shown += [with_objects, _outlined(with_objects, planted.labels[i].cpu())]
-        yield Example(_shown(window, limits), tuple(shown), int(read.scan[i]), size, float(read.position[i]))
+        first, second = (_shown(one[i], limits) for one in views)
+        yield Example(_shown(window, limits), (first, second), int(read.scan[i]), size, float(read.position[i]))
 
 
 def example_views(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Accelerator) -> list[Picture]:
@@ -67,21 +54,8 @@ def example_views(recipe: PretrainRecipe, sets: ContrastiveSets, accelerator: Ac
     rows = []
     for one in examples(recipe, sets, accelerator):
         row = [resized(one.window, one.views[0].shape[:2]), *one.views]
-        if any(picture.ndim == 3 for picture in row):
-            row = [_coloured(picture) for picture in row]
         rows.append(np.concatenate(row, axis=1))
     return rows
-
-
-def _outlined(picture: Picture, labels: Tensor) -> Picture:
-    """The border of the objects, outside of them so that small ones stay seen."""
-    objects = _flat(labels.float(), around=0.0)[None]
-    border = (F.max_pool2d(objects, 3, 1, 1) - objects)[0, :, :, None]
-    return np.where(border.numpy() > 0, np.array(_OUTLINE, np.float32), _coloured(picture))
-
-
-def _coloured(picture: Picture) -> Picture:
-    return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
 
 
 def resized(picture: Picture, size: tuple[int, ...]) -> Picture:

@@ -37,7 +37,7 @@ from resunet.training import (
     training_state,
 )
 
-_TOLD = ("loss", "projection_std", "embedding_std", "synthetic_dice")  # beside the progress
+_TOLD = ("loss", "projection_std", "embedding_std")  # beside the progress
 
 
 def pretrain(recipe: PretrainRecipe) -> Path:

@@ -11,12 +11,10 @@ from torch.optim import AdamW, Optimizer
 
 from pretrain.dense import DenseBranch
 from pretrain.recipe import DenseSettings, HeadSettings, PretrainRecipe
-from resunet.blocks import convolution
 from resunet.data.images import channel_count
 from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
-from resunet.encoder import initialise, initialise_head
+from resunet.encoder import initialise
 from resunet.layout import place
-from resunet.light_decoder import LightDecoder
 from resunet.light_weights import load_weights
 from resunet.mobile import MobileEncoder
 from resunet.model import build_model
@@ -28,78 +26,55 @@ class Inputs(NamedTuple):
     """What a step gives the network.
 
     views: (2N, C, *sides), the first views and then the second. places: (2N, count, dimensions) in them, of dense contrast.
-    planted: (N, C, *sides), views with synthetic objects.
     """
 
-    views: Tensor | None = None
+    views: Tensor
     places: Tensor | None = None
-    planted: Tensor | None = None
 
 
 class Outputs(NamedTuple):
-    """What it makes of them: embedding (2N, channels[-1]), projection (2N, output), places (2N, count, its output), and logits of
-    the planted views, (N, 1, *size of the finest level)."""
+    """What it makes of them: embedding (2N, channels[-1]), projection (2N, output) and places (2N, count, its output)."""
 
-    embedding: Tensor | None = None
-    projection: Tensor | None = None
+    embedding: Tensor
+    projection: Tensor
     places: Tensor | None = None
-    logits: Tensor | None = None
 
 
 class PretrainingNetwork(nn.Module):
-    """Encoder and projection head, and what the objectives of a recipe need beside them: see `Inputs` and `Outputs`.
+    """Encoder and projection head, and with dense contrast what of a decoder it trains: see `Inputs` and `Outputs`.
 
     Args:
-        head: of the contrast of scans; None: there is none.
-        segments: synthetic objects, at the decoder's finest level.
         decoder_channels: of a light decoder; see `resunet.decoders`.
     """
 
     def __init__(
         self,
         encoder: AnyEncoder,
-        head: HeadSettings | None,
+        head: HeadSettings,
         dense: DenseSettings | None = None,
-        segments: bool = False,
         squeeze_excite: bool = False,
         decoder_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head: nn.Module | None = None
-        if head is not None:
-            self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output, batch_norm=head.batch_norm)
+        self.head = SimCLRProjectionHead(encoder.channels[-1], head.hidden, head.output, batch_norm=head.batch_norm)
         # what is optional comes last, so that encoder and head begin as they would without it
         self.decoder: AnyDecoder | None = None
         self.dense: DenseBranch | None = None
-        self.segment: nn.Module | None = None
-        if dense is None and not segments:
-            return
-        finest = 0 if dense is None or segments else dense.level
-        self.decoder = decoder_of(encoder, squeeze_excite, finest, decoder_channels)
-        initialise(self.decoder)
         if dense is not None:
+            self.decoder = decoder_of(encoder, squeeze_excite, dense.level, decoder_channels)
+            initialise(self.decoder)
             self.dense = DenseBranch(encoder, self.decoder, dense)
-        if segments:
-            widths = self.decoder.widths if isinstance(self.decoder, LightDecoder) else encoder.channels
-            self.segment = convolution(encoder.spatial_dims, widths[finest], 1, 1, bias=True)
-            initialise_head(self.segment)
 
-    def forward(self, views: Tensor | None = None, places: Tensor | None = None, planted: Tensor | None = None) -> Outputs:
-        found = Outputs()
-        if views is not None:
-            assert self.head is not None
-            features = self.encoder(views)
-            embedding = features[-1].mean(dim=tuple(range(2, views.ndim)))
-            found = found._replace(embedding=embedding, projection=self.head(embedding))
-            if self.dense is not None:
-                assert self.decoder is not None and places is not None
-                level = self.decoder(features, self.dense.level)
-                found = found._replace(places=self.dense(level, views.shape[2:], places))
-        if planted is not None:
-            assert self.decoder is not None and self.segment is not None
-            found = found._replace(logits=self.segment(self.decoder(self.encoder(planted))))
-        return found
+    def forward(self, views: Tensor, places: Tensor | None = None) -> Outputs:
+        features = self.encoder(views)
+        embedding = features[-1].mean(dim=tuple(range(2, views.ndim)))
+        found = Outputs(embedding, self.head(embedding))
+        if self.dense is None:
+            return found
+        assert self.decoder is not None and places is not None
+        level = self.decoder(features, self.dense.level)
+        return found._replace(places=self.dense(level, views.shape[2:], places))
 
 
 def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> PretrainingNetwork:
@@ -109,9 +84,8 @@ def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> Pretraini
     light = isinstance(encoder, MobileEncoder)
     network = PretrainingNetwork(
         encoder,
-        recipe.head if recipe.contrasts else None,
+        recipe.head,
         recipe.dense,
-        recipe.synthetic is not None,
         recipe.model.squeeze_excite,
         recipe.model.channels if light else None,
     )
@@ -121,10 +95,9 @@ def build_network(recipe: PretrainRecipe, accelerator: Accelerator) -> Pretraini
         if accelerator.device.type == "cuda":
             network = synchronised(network)
         elif accelerator.is_main_process and recipe.batch_statistics:
-            exact = "are model.norm=group head.batch_norm=false" if recipe.contrasts else "is model.norm=group"
             say(
-                "batch norm on CPUs has each rank's own statistics, so that the result depends on the number of ranks; exact "
-                f"{exact}"
+                "batch norm on CPUs has each rank's own statistics, so that the result depends on the number of ranks; exact are "
+                "model.norm=group head.batch_norm=false"
             )
     return place(network, accelerator.device)
 

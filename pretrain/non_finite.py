@@ -24,19 +24,15 @@ _ADVICE = "Start anew with a lower optimizer.lr, a longer warmup, or precision=b
 _SKIP = "or take those scans out; or let on_non_finite=skip leave such steps out, with resume=true from the last checkpoint"
 
 
-def suspects(scan: Tensor, seen: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> Tensor:
+def suspects(scan: Tensor, views: Tensor, outputs: Tensor) -> Tensor:
     """(N, 3) int64: of every scan of a rank's share, which it is, whether its views and whether what they gave are at fault.
 
     Args:
-        scan: (N,). seen, found: (N, …) or, the first views and then the second, (2N, …); None: there is no such.
+        scan: (N,). views, outputs: (2N, …), the first views and then the second.
     """
 
-    def bad(values: Sequence[Tensor | None]) -> Tensor:
-        faults = [~one.flatten(1).isfinite().all(dim=1) for one in values if one is not None]
-        return torch.cat(faults).reshape(-1, len(scan)).any(dim=0)
-
-    views, outputs = bad(seen), bad(found)
-    return torch.stack([scan.to(views.device), views.long(), outputs.long()], dim=1)
+    seen, found = ((~one.flatten(1).isfinite().all(dim=1)).reshape(2, -1).any(dim=0) for one in (views, outputs))
+    return torch.stack([scan.to(seen.device), seen.long(), found.long()], dim=1)
 
 
 def to_blame(rows: Tensor) -> tuple[str, list[int]]:

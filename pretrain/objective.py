@@ -1,4 +1,4 @@
-"""The losses of a recipe: SimCLR's contrast of scans, here; `pretrain.dense`'s, of places; `pretrain.synthetic`'s, of objects.
+"""The losses of a recipe: SimCLR's contrast of scans, here; `pretrain.dense`'s, of places.
 
 SimCLR: two views of a scan attract, all others in the set repel (Chen et al. 2020, arXiv 2002.05709, section 2). Projection head
 and losses are lightly's, but for the one that knows groups and positions. Embedding: global average pool of the encoder's last
@@ -7,7 +7,6 @@ level; both views go through the encoder in one forward pass, so that they share
 
 from collections.abc import Mapping
 
-import torch
 from lightly.loss import DCLLoss, NTXentLoss
 from lightly.utils.debug import std_of_l2_normalized
 from torch import Tensor, nn
@@ -16,8 +15,6 @@ from pretrain.dense import contrast_places
 from pretrain.losses import Items, ScanAwareNTXent, of_all_ranks
 from pretrain.network import Outputs
 from pretrain.recipe import ObjectiveSettings, PretrainRecipe
-from pretrain.synthetic import synthetic_terms
-from resunet.losses import Total, one_rank
 
 
 def nt_xent(temperature: float) -> NTXentLoss:
@@ -89,38 +86,20 @@ def contrast(embedding: Tensor, projection: Tensor, criterion: nn.Module, items:
 
 
 def score(
-    outputs: Outputs,
-    recipe: PretrainRecipe,
-    criterion: nn.Module,
-    items: Items | None,
-    matched: Tensor | None = None,
-    labels: Tensor | None = None,
-    total: Total = one_rank,
+    outputs: Outputs, recipe: PretrainRecipe, criterion: nn.Module, items: Items | None, matched: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The losses of a set, of `contrast`, `contrast_places` and `synthetic_terms` as the recipe has them, and what they tell.
+    """The losses of a set, of `contrast` and `contrast_places` as the recipe has them, and what they tell.
 
     Args:
-        items, matched, labels: what they take beside the network's outputs.
-        total: the sum over the ranks.
+        items, matched: what they take beside the network's outputs.
 
     Returns:
-        loss: the sum by the recipe's weights. Where there are several, that of `contrast` is global_loss.
+        loss: the sum by the recipe's weights. Where there are two, that of `contrast` is global_loss.
     """
-    terms: dict[str, Tensor] = {}
-    weighted = []
-    if outputs.projection is not None:
-        assert outputs.embedding is not None
-        terms = contrast(outputs.embedding, outputs.projection, criterion, items)
-        if not recipe.trains_decoder:
-            return terms
-        terms["global_loss"] = terms.pop("loss")
-        weighted.append(recipe.objective.weight * terms["global_loss"])
-    if recipe.dense is not None:
-        assert outputs.places is not None and matched is not None
-        terms |= contrast_places(outputs.places, matched, recipe.dense)
-        weighted.append(recipe.dense.weight * terms["dense_loss"])
-    if recipe.synthetic is not None:
-        assert outputs.logits is not None and labels is not None
-        terms |= synthetic_terms(outputs.logits, labels, recipe.synthetic.forgiven, total)
-        weighted.append(recipe.synthetic.weight * terms["synthetic_loss"])
-    return {"loss": torch.stack(weighted).sum()} | terms
+    terms = contrast(outputs.embedding, outputs.projection, criterion, items)
+    if recipe.dense is None:
+        return terms
+    assert outputs.places is not None and matched is not None
+    terms["global_loss"] = terms.pop("loss")
+    terms |= contrast_places(outputs.places, matched, recipe.dense)
+    return {"loss": recipe.objective.weight * terms["global_loss"] + recipe.dense.weight * terms["dense_loss"]} | terms

@@ -35,7 +35,7 @@ class EncoderSettings(LightSettings):
     name: Literal["resunet", "mobile_resunet"] = Field("resunet", description="the segmenter whose encoder it is")
     channels: Widths | None = Field(
         EncoderArchitecture().channels,
-        description="of mobile_resunet those of the decoder that dense and synthetic train, four, finest first; null: as wide as "
+        description="of mobile_resunet those of the decoder that dense trains, four, finest first; null: as wide as "
         "the encoder's, 32 at least",
     )
     units: int = Field(2, ge=1)
@@ -43,7 +43,7 @@ class EncoderSettings(LightSettings):
         2, description="2: images, and volumes slice by slice; 3: volumes as they are, images and single slices are left out"
     )
     norm: NormKind = "batch"
-    squeeze_excite: bool = Field(False, description="on the skips of the decoder that dense and synthetic train")
+    squeeze_excite: bool = Field(False, description="on the skips of the decoder that dense trains")
 
     @model_validator(mode="before")
     @classmethod
@@ -149,7 +149,7 @@ class HeadSettings(Frozen):
 class ObjectiveSettings(Frozen):
     """What is contrasted with what; see `pretrain.objective` and `pretrain.losses`."""
 
-    weight: float = Field(1.0, ge=0, description="of this loss beside those of dense and synthetic; 0: those alone")
+    weight: float = Field(1.0, ge=0, description="of this loss beside that of dense; 0: that alone")
     loss: Literal["nt_xent", "decoupled"] = Field(
         "nt_xent", description="decoupled: positives are not in the denominator (lightly's DCL)"
     )
@@ -205,38 +205,6 @@ class DenseSettings(Frozen):
     output: int = Field(64, ge=1)
 
 
-class SyntheticSettings(Frozen):
-    """Objects planted into views, to be segmented by the whole network; see `pretrain.synthetic`."""
-
-    weight: float = Field(1.0, gt=0, description="of this loss beside those of objective and dense")
-    objects: int = Field(2, ge=1, description="planted into a view, at most")
-    probability: Probability = Field(0.6, description="of each of them")
-    radius: Range = Field((2.0, 22.0), description="pixels of the view; of an elongated object that of a round one as large")
-    elongation: float = Field(3.0, ge=1, description="length over width, at most; high for scratches")
-    roughness: float = Field(0.25, ge=0, le=1, description="of outlines, in radii")
-    softness: Range = Field(
-        (0.4, 2.5), description="pixels: the scale of the sigmoid by which an object fades into what is around it"
-    )
-    contrast: Range = Field((0.3, 2.0), description="against what is around it, in standard deviations of the view's content")
-    brighter: Probability = Field(0.7, description="than what is around them; the others are darker")
-    ring: Probability = Field(0.4, description="of objects that are bright, or dark, near their border only")
-    foreign: Probability = Field(0.2, description="of objects with the texture of another place of the scan")
-    forgiven: float = Field(
-        0.03,
-        ge=0,
-        lt=1,
-        description="share of a view's pixels, where the network is most sure of an object and none is planted or near, that is "
-        "left out of the loss: real objects, which nobody marked, are there",
-    )
-
-    @field_validator("radius", "softness", "contrast")
-    @classmethod
-    def _ordered(cls, value: Range) -> Range:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError(f"{list(value)}: two numbers above 0, the first not above the second")
-        return value
-
-
 class OptimizerSettings(Frozen):
     name: Literal["adamw", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="at the end of the warm-up; see lr_scaling")
@@ -263,9 +231,6 @@ class PretrainRecipe(Recipe):
     objective: ObjectiveSettings = ObjectiveSettings()
     dense: DenseSettings | None = Field(
         None, description="contrast of places beside that of scans; a decoder is trained, saved and transferred too. null: none"
-    )
-    synthetic: SyntheticSettings | None = Field(
-        None, description="segmentation of planted objects; the whole decoder is trained, saved and transferred too. null: none"
     )
     optimizer: OptimizerSettings = OptimizerSettings()
     probe: ProbeSettings | None = Field(None, description="labelled scans by which checkpoints are judged; null: none")
@@ -323,18 +288,15 @@ class PretrainRecipe(Recipe):
     def _decoder_is_trained_by_something(self) -> "PretrainRecipe":
         if self.trains_decoder:
             if self.cache_chunk is not None:
-                name = "dense" if self.dense is not None else "synthetic"
                 raise ValueError(
-                    f"cache_chunk={self.cache_chunk}: {name} has no chunks, its loss needs all views at once. Set one "
-                    "of them to null"
+                    f"cache_chunk={self.cache_chunk}: dense has no chunks, its loss needs all views at once. Set one to null"
                 )
             return self
         if self.objective.weight != 1:
             raise ValueError(
-                f"objective.weight={self.objective.weight}: is of a loss beside those of dense and synthetic; set one, or "
-                "leave it out"
+                f"objective.weight={self.objective.weight}: is of a loss beside that of dense; set dense, or leave it out"
             )
-        of_decoder = "of the decoder that dense and synthetic train; set one, or leave it out"
+        of_decoder = "of the decoder that dense trains; set dense, or leave it out"
         if self.model.squeeze_excite:
             raise ValueError(f"model.squeeze_excite=true: is {of_decoder}")
         if self.model.name == LIGHT and self.model.channels is not None:
@@ -351,8 +313,6 @@ class PretrainRecipe(Recipe):
             )
         if dense is not None and dense.pairs < self.batch:
             raise ValueError(f"dense.pairs={dense.pairs} must be at least batch={self.batch}: one place of every scan")
-        if self.synthetic is not None and not coarsest:
-            raise ValueError("synthetic: a decoder of one level (model.channels) is none; give it more")
         return self
 
     @model_validator(mode="after")
@@ -370,16 +330,11 @@ class PretrainRecipe(Recipe):
     @property
     def batch_statistics(self) -> bool:
         """Some layer has the statistics of a batch."""
-        return self.model.norm == "batch" or (self.contrasts and self.head.batch_norm)
-
-    @property
-    def contrasts(self) -> bool:
-        """Two views of every scan are made and compared."""
-        return self.objective.weight > 0 or self.dense is not None
+        return self.model.norm == "batch" or self.head.batch_norm
 
     @property
     def trains_decoder(self) -> bool:
-        return self.dense is not None or self.synthetic is not None
+        return self.dense is not None
 
     @property
     def peak_lr(self) -> float:

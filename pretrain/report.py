@@ -8,13 +8,11 @@ from numpy.typing import NDArray
 
 from pretrain.archive import Archive
 from pretrain.dense_section import dense_section
-from pretrain.example_views import columns
 from pretrain.non_finite import FILE as SKIPPED
 from pretrain.non_finite import skipped_steps
 from pretrain.probe.probe import Probe
 from pretrain.probe.section import probe_section
 from pretrain.recipe import PretrainRecipe
-from pretrain.synthetic_section import synthetic_section
 from resunet.gradients import gradients_section
 from resunet.report import Section, curves, image, read_metrics, write_page
 
@@ -36,13 +34,12 @@ def write_report(
             ],
             notes=archive.notes + archive.allowed + _skipped(recipe),
         ),
-        *(_training(recipe, metrics) if recipe.contrasts and "loss" in metrics else []),
+        *(_training(recipe, metrics) if recipe.objective.weight and "loss" in metrics else []),
         *(
             [dense_section(recipe.dense, recipe.model.decoder_stride(recipe.dense.level), metrics)]
             if recipe.dense is not None and "loss" in metrics
             else []
         ),
-        *([synthetic_section(metrics)] if recipe.synthetic is not None and "loss" in metrics else []),
         *probe_section(recipe, probe, metrics),
         *([gradients] if gradients is not None else []),
         Section(
@@ -59,15 +56,13 @@ def write_report(
 
 
 def _objectives(recipe: PretrainRecipe) -> str:
-    names = ["SimCLR"] if recipe.objective.weight else []
-    names += ["dense contrast"] if recipe.dense is not None else []
-    names += ["segmentation of synthetic objects"] if recipe.synthetic is not None else []
-    told = f"{', '.join(names[:-1])} and {names[-1]}" if names[:-1] else names[0]
-    return told[0].upper() + told[1:]
+    if recipe.dense is None:
+        return "SimCLR"
+    return "SimCLR and dense contrast" if recipe.objective.weight else "Dense contrast"
 
 
 def _how_to_look(recipe: PretrainRecipe) -> str:
-    shown = ", ".join(("the scan", *columns(recipe)))
+    shown = "the scan, first view, second view"
     if recipe.model.spatial_dims == 2:
         return f"Each row: {shown}."
     return (

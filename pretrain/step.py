@@ -20,11 +20,10 @@ from pretrain.non_finite import suspects
 from pretrain.objective import score
 from pretrain.places import PLACES_STREAM, Matches, matching_places
 from pretrain.recipe import PretrainRecipe
-from pretrain.synthetic import PLANTS_STREAM, Planted, planted_views
 from pretrain.views import VIEWS_STREAM, Views, make_views
 from resunet.layout import channels_last
 from resunet.ranks import on_every_rank
-from resunet.training import step_generator, sum_over_ranks
+from resunet.training import step_generator
 
 
 def add_gradients(
@@ -47,7 +46,7 @@ def add_gradients(
         terms, outputs = backward(
             network, inputs, score=scored, weight=1 / recipe.accumulate, accelerator=accelerator, synchronise=last
         )
-        rows.append(suspects(windows.scan, (inputs.views, inputs.planted), (outputs.projection, outputs.logits)))
+        rows.append(suspects(windows.scan, inputs.views, outputs.projection))
         for name, value in terms.items():
             metrics[name] = metrics.get(name, 0.0) + float(value) / recipe.accumulate
     return metrics, torch.cat(rows)
@@ -63,20 +62,13 @@ def objectives_of_set(
 ) -> tuple[Inputs, Score]:
     """What the network is given of this rank's share of the `index`-th set, and the losses of what it makes of it."""
     windows = windows._replace(windows=windows.windows.to(accelerator.device, non_blocking=True))  # once, for all views
-    inputs = Inputs()
-    matched = labels = None
-    if recipe.contrasts:
-        views, where = placed_views_of_set(recipe, windows, index, accelerator)
-        inputs = inputs._replace(views=views)
-        if recipe.dense is not None:
-            matches = matches_of_set(recipe, recipe.dense.points, windows, where, index, accelerator)
-            inputs, matched = inputs._replace(places=matches.places), matches.found
-    if recipe.synthetic is not None:
-        planted = planted_of_set(recipe, windows, index, accelerator)
-        inputs, labels = inputs._replace(planted=planted.images), planted.labels
+    views, where = placed_views_of_set(recipe, windows, index, accelerator)
+    inputs, matched = Inputs(views), None
+    if recipe.dense is not None:
+        matches = matches_of_set(recipe, recipe.dense.points, windows, where, index, accelerator)
+        inputs, matched = Inputs(views, matches.places), matches.found
     items = _items(archive, windows, accelerator.device)
-    total = partial(sum_over_ranks, accelerator=accelerator)
-    return inputs, partial(score, recipe=recipe, criterion=criterion, items=items, matched=matched, labels=labels, total=total)
+    return inputs, partial(score, recipe=recipe, criterion=criterion, items=items, matched=matched)
 
 
 def views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Tensor:
@@ -91,15 +83,6 @@ def placed_views_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: 
     generator, first, total = draws.generator, draws.places.start, draws.total
     views = make_views(scans, windows.sizes, windows.anchors, recipe.views, generator, first, total, spacing=windows.spacing)
     return views._replace(values=channels_last(views.values))
-
-
-def planted_of_set(recipe: PretrainRecipe, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Planted:
-    """A view with synthetic objects of every scan in this rank's share of the `index`-th set."""
-    assert recipe.synthetic is not None
-    draws = _draws(recipe, PLANTS_STREAM, windows, index, accelerator)
-    scans = windows.windows.to(accelerator.device, non_blocking=True)
-    planted = planted_views(scans, windows.sizes, windows.anchors, windows.spacing, recipe.views, recipe.synthetic, draws)
-    return planted._replace(images=channels_last(planted.images))
 
 
 def matches_of_set(

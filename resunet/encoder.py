@@ -129,7 +129,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def initialise_head(head: nn.Module) -> None:
-    """Small weights, so that training starts from logits near 0 (Lin et al. 2017, arXiv 1708.02002, section 4.1)."""
+    """Small weights (Lin et al. 2017, arXiv 1708.02002, section 4.1) and, unlike there, no bias: logits start near 0."""
     head = head[0] if isinstance(head, nn.Sequential) else head
     assert isinstance(head, nn.Conv2d | nn.Conv3d) and head.bias is not None
     nn.init.normal_(head.weight, std=0.01)

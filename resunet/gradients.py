@@ -164,14 +164,14 @@ def _map(records: Sequence[dict[str, Any]], kind: str) -> Figure:
     names = list(records[0][kind])
     shown = [records[place] for place in sorted({round(i * (len(records) - 1) / _COLUMNS) for i in range(_COLUMNS + 1)})]
     norms = np.array([[max(record[kind][name], _LEAST) for record in shown] for name in names])
-    figure = Figure(figsize=(5.6, 0.9 + 0.11 * len(names)), layout="constrained")
+    figure = Figure(figsize=(5.6, 0.9 + 0.17 * len(names)), layout="constrained")
     axes = figure.subplots()
     decades = max(1.0, float(np.abs(np.log10(norms / LOWEST_NORM)).max()))
     image = axes.imshow(np.log10(norms), cmap="RdBu", aspect="auto", interpolation="nearest")
     image.set_clim(math.log10(LOWEST_NORM) - decades, math.log10(LOWEST_NORM) + decades)
     ticks = sorted({0, len(shown) // 2, len(shown) - 1})
     axes.set_xticks(ticks, [f"{shown[tick]['step']:,}" for tick in ticks])
-    axes.set_yticks(range(len(names)), names, fontsize=5)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(f"step; blue is above {LOWEST_NORM}, red below")
     figure.colorbar(image, ax=axes, label="log10 of the gradient's norm", shrink=0.5)
     return figure

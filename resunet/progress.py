@@ -1,12 +1,16 @@
 """What a person at the terminal sees of long work. Imports no torch."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from tqdm import tqdm
 
+from resunet.plain import duration
+
 T = TypeVar("T")
+_SILENCE = 600  # seconds
 
 
 def say(message: str) -> None:
@@ -22,7 +26,7 @@ def progress(
     quiet: bool = False,
     figures: Mapping[str, float] | None = None,
 ) -> Iterator[T]:
-    """A progress bar on a terminal; in a log, a plain line at each tenth of the work.
+    """A progress bar on a terminal; in a log a plain line at each tenth of the work, and after ten minutes without one.
 
     `figures` are shown beside it as they are at the time; the caller goes on changing them.
     """
@@ -40,7 +44,12 @@ def progress(
                 bar.update()
     else:
         tenth = max(1, total // 10)
+        began = told = time.monotonic()
         for done, item in enumerate(items, start + 1):
             yield item
-            if done % tenth == 0 or done == total:
-                say(f"{label} {done}/{total} {shown()}".rstrip())
+            now = time.monotonic()
+            if done % tenth == 0 or done == total or now - told > _SILENCE:
+                rest = (now - began) / (done - start) * (total - done)
+                left = f", about {duration(rest)} left" if rest > _SILENCE else ""
+                say(f"{label} {done}/{total} {shown()}".rstrip() + left)
+                told = now

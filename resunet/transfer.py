@@ -285,8 +285,8 @@ def _decoder_part(folder: Path, config: ModelConfig, parts: Parts | None) -> Dec
     """The trained decoder that is to be transferred."""
     if parts == "both" and config.decoder is None:
         raise InputError(
-            f"transfer=both: {folder} holds an encoder alone. A decoder is trained by resunet pretrain with dense or synthetic "
-            "(synthetic.weight=1, for example); leave the key out to take what there is."
+            f"transfer=both: {folder} holds an encoder alone. A decoder is trained by resunet pretrain with dense "
+            "(dense.weight=1, for example); leave the key out to take what there is."
         )
     return None if parts == "encoder" else config.decoder
 

@@ -109,8 +109,8 @@ def _steps(record: Record) -> Section:
     if start["size"] is not None:
         told.append(f"The smallest objects: of {start['size']} voxels, the first range that enough groups have.")
     told.append(
-        "Val chose the checkpoint of the run and of every step, and which steps stay: it flatters what was accepted, the more the "
-        "fewer its groups and the more steps were tried. Test says what that is worth."
+        "Val chose which steps stay and, unless the run has checkpoint=last, the checkpoint of the run and of every step: it "
+        "flatters what was accepted, the more the fewer its groups and the more steps were tried. Test says what that is worth."
     )
     for step, _ in tried:
         if not step["accepted"]:

@@ -20,8 +20,9 @@ from resunet.progress import progress
 
 SPLIT = "out-of-fold"
 OPTIMISTIC = (
-    "Out-of-fold figures are of networks that were not trained on the case, but their checkpoints were chosen by it: they are "
-    "optimistic. Networks of different folds share training cases, which the intervals over groups do not know of."
+    "Out-of-fold figures are of networks that were not trained on the case. What val chose was chosen by it, though: the "
+    "checkpoint, unless the recipe says checkpoint=last, post-processing and a threshold; so far they are optimistic. Networks of "
+    "different folds share training cases, which the intervals over groups do not know of."
 )
 OF_SINGLE_NETWORKS = (
     "The threshold was chosen on probabilities of single networks, out of fold; their mean has lower peaks, so that the ensemble "

@@ -71,8 +71,8 @@ class Point:
 
     @cached_property
     def chosen(self) -> Cell:
-        """The cell with the best Dice on val, of equals the one with the fewest steps; all must be done."""
-        return max(self.cells, key=lambda cell: (cell.record["best_val_dice"], -cell.steps))
+        """The cell with the best Dice on val, of equals (val has no target) the one with the most steps; all must be done."""
+        return max(self.cells, key=lambda cell: (cell.record["best_val_dice"], cell.steps))
 
     @property
     def done(self) -> bool:

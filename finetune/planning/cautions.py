@@ -78,7 +78,7 @@ def warnings_of(recipe: FinetuneRecipe, has_groups: bool, parts: Sequence[PartFa
 def _absent_classes(parts: Sequence[PartFacts], names: Sequence[str]) -> list[str]:
     consequence = {
         "train": "it cannot be learned",
-        "val": "no checkpoint is chosen by it",
+        "val": "val says nothing of it",
         "test": "it cannot be judged",
     }
     return [

@@ -24,6 +24,7 @@ from resunet.errors import InputError
 from resunet.losses import dice_loss
 from resunet.model import Segmenter
 from resunet.progress import progress
+from resunet.transfer import Receipt
 
 RATES = (1e-6, 1.0)  # of the sweep
 SWEEP_STEPS = 100
@@ -60,6 +61,7 @@ def find_rate(
     steps: int,
     quiet: bool = False,
     teacher: Teacher | None = None,
+    receipt: Receipt | None = None,
 ) -> Sweep:
     """The learning-rate range test of Smith 2017 (arXiv 1506.01186, section 3.3), with rates that grow exponentially.
 
@@ -68,7 +70,7 @@ def find_rate(
     """
     network = copy.deepcopy(model)
     trained = supervise(recipe, network)
-    wrapped, optimizer = accelerator.prepare(attending(recipe, trained), make_optimizer(recipe, trained))
+    wrapped, optimizer = accelerator.prepare(attending(recipe, trained), make_optimizer(recipe, trained, receipt))
     training_mode(recipe, network)
     rates, losses = [], []
     for step in progress(range(steps), steps, "find learning rate", quiet=quiet):
@@ -124,6 +126,7 @@ def overfit(
     transferred: bool,
     steps: int,
     quiet: bool = False,
+    receipt: Receipt | None = None,
 ) -> Overfit:
     """Train on one fixed batch, every patch with a class in it, without augmentation, at the recipe's rate held constant.
 
@@ -138,7 +141,7 @@ def overfit(
     classes = tuple(int(value) for value in batch.patches.labels.unique() if value not in (0, IGNORE))
     still = recipe.model_copy(update={"augment": _STILL, "accumulate": 1})
     trained = supervise(still, model)
-    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(still, trained))
+    wrapped, optimizer = accelerator.prepare(trained, make_optimizer(still, trained, receipt))
     enough = overfit_limit(recipe)
     losses: list[float] = []
     figures: dict[str, float] = {}

@@ -19,6 +19,7 @@ from resunet.layout import place
 from resunet.model import Segmenter
 from resunet.report import Section, curves, write_page
 from resunet.training import start_ranks
+from resunet.transfer import Receipt
 
 Mode = Literal["plan", "find-lr", "overfit"]
 _APART = 0.2  # of Dice, between the two modes of norms
@@ -51,9 +52,11 @@ def before_training(recipe: FinetuneRecipe, mode: Mode, write: Path | None) -> s
 def _find_rate(recipe: FinetuneRecipe, write: Path | None) -> str:
     if write is not None and (write.suffix != ".html" or write.exists()):
         raise InputError(f"--write {write}: --find-lr writes a page with its curve. Name a new .html file.")
-    recipe, data, model, accelerator = _prepare(recipe)
+    recipe, data, model, receipt, accelerator = _prepare(recipe)
     sampler, teacher = sampler_of(recipe, data), load_teacher(recipe, accelerator.device)
-    sweep = find_rate(recipe, model, sampler, accelerator, begins_trained(recipe), SWEEP_STEPS, teacher=teacher)
+    sweep = find_rate(
+        recipe, model, sampler, accelerator, begins_trained(recipe), SWEEP_STEPS, teacher=teacher, receipt=receipt
+    )
     text = _told(sweep, recipe.optimizer.lr)
     if write is None:
         return "\n".join(text)
@@ -81,8 +84,8 @@ def _told(sweep: Sweep, now: float) -> list[str]:
 
 
 def _overfit(recipe: FinetuneRecipe) -> str:
-    recipe, data, model, accelerator = _prepare(recipe)
-    done = overfit(recipe, model, data.train, accelerator, begins_trained(recipe), OVERFIT_STEPS)
+    recipe, data, model, receipt, accelerator = _prepare(recipe)
+    done = overfit(recipe, model, data.train, accelerator, begins_trained(recipe), OVERFIT_STEPS, receipt=receipt)
     figures = (
         f"loss {done.first_loss:.3g} → {done.last_loss:.3g} in {done.steps} steps at lr {recipe.optimizer.lr:g} on one batch of "
         f"{recipe.batch} patches; Dice of the batch {done.dice_training:.3f} in training mode, {done.dice_evaluation:.3f} in "
@@ -114,13 +117,13 @@ def _what_to_check(recipe: FinetuneRecipe) -> str:
     )
 
 
-def _prepare(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, LabelledData, Segmenter, Accelerator]:
+def _prepare(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, LabelledData, Segmenter, Receipt | None, Accelerator]:
     """One process, the recipe's own start, no test cases."""
     recipe = resolve(recipe).model_copy(update={"processes": 1, "evaluate_test": False})
     accelerator = start_ranks(recipe, recipe.batch, "patches")
-    model, _ = build(recipe)
+    model, receipt = build(recipe)
     data = read_labelled(recipe, quiet=not is_main_rank())
-    return recipe, data, place(model, accelerator.device), accelerator
+    return recipe, data, place(model, accelerator.device), receipt, accelerator
 
 
 def _log(rates: tuple[float, ...]) -> list[float]:

@@ -126,10 +126,9 @@ def _time(recipe: PretrainRecipe, archive: Archive, cost: Cost, fastest: Precisi
 def _ranks(recipe: PretrainRecipe) -> list[str]:
     if recipe.processes == 1 or not recipe.batch_statistics:
         return []
-    exact = "are model.norm=group head.batch_norm=false" if recipe.contrasts else "is model.norm=group"
     return [
         f"batch norm over {recipe.processes} ranks is synchronised on GPUs only: on CPUs each has the statistics of its own "
-        f"{recipe.batch // recipe.processes} scans. Exact {exact}."
+        f"{recipe.batch // recipe.processes} scans. Exact are model.norm=group head.batch_norm=false."
     ]
 
 

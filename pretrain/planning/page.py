@@ -93,7 +93,7 @@ def _cost(plan: Plan) -> list[str]:
         f"of it waiting for scans), {a_step / cost.step:,.0f} scans a second",
         f"{duration(plan.seconds)} for {recipe.steps:,} steps, {duration(plan.read_seconds)} of it reading the archive",
         f"{recipe.steps * a_step / scans.num_items:.3g} epochs: so often each of {scans.num_items:,} {scans.items} is shown"
-        + (", twice" if recipe.contrasts else ""),
+        ", twice",
         memory,
         f"{encoder / 1e6:.2f} M parameters of the encoder, {rest / 1e6:.2f} M of "
         + ("the decoder and the heads" if recipe.trains_decoder else "the head"),

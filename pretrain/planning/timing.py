@@ -30,7 +30,7 @@ class Cost:
     waited: seconds of it in which the network had nothing to do but wait for scans.
     read: seconds that one process takes to read a rank's share of a set.
     memory, worker_memory: bytes at their peaks; of a process that reads, what it shares with the rank included.
-    parameters: of the encoder, and of all else: heads, and with dense or synthetic a decoder.
+    parameters: of the encoder, and of all else: heads, and with dense a decoder.
     checkpoint: bytes.
     busy: see `resunet.measuring.load`.
     own_group: how many others of a rank's share are of a scan's own group, on average.

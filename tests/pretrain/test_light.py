@@ -40,7 +40,7 @@ def test_the_settings_describe_the_encoder():
     [
         ({"model": LIGHT | {"spatial_dims": 3}, "views": {"size": 8}}, "MobileNetV3 is of two dimensions"),
         ({"model": LIGHT | {"norm": "group"}}, "norm='group' is none of MobileNetV3's choices"),
-        ({"model": LIGHT | {"channels": [8, 8, 8, 8]}}, "are of the decoder that dense and synthetic train; set one"),
+        ({"model": LIGHT | {"channels": [8, 8, 8, 8]}}, "are of the decoder that dense trains; set dense"),
         ({"model": {"name": "resunet", "channels": None}}, "channels=null: only name='mobile_resunet' has"),
         ({"model": LIGHT, "dense": DENSE | {"level": 4}}, "dense.level=4: the decoder of 5 levels .* has 0 to 3"),
         ({"model": {"backbone": TINY}}, "only name='mobile_resunet' has it"),

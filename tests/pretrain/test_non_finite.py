@@ -120,7 +120,7 @@ def test_a_scaler_is_ready_for_the_step_after(tmp_path, monkeypatch):
         optimizer.zero_grad()
         accelerator.backward(layer(torch.full((1, 3), torch.inf)).sum())
         assert not np.isfinite(gradient_norm(layer, optimizer, accelerator))
-        rows = suspects(torch.tensor([0]), [torch.zeros(2, 1, 2, 2)], [torch.full((2, 3), torch.nan)])
+        rows = suspects(torch.tensor([0]), torch.zeros(2, 1, 2, 2), torch.full((2, 3), torch.nan))
         leaving.leave_out(step + 1, "the loss is not finite (nan)", rows, accelerator)
     assert [line["step"] for line in map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())] == [1, 2, 3]
 
@@ -141,10 +141,10 @@ def test_a_resumed_run_left_out_the_same_steps(huge, tmp_path, sigterm_after):
 def test_blame():
     views, projection = torch.zeros(6, 1, 2, 2), torch.zeros(6, 4)
     scan = torch.tensor([5, 9, 5])
-    rows = suspects(scan, [views, None], [projection])
+    rows = suspects(scan, views, projection)
     assert to_blame(rows) == ("the scans of the step", [5, 9])
     projection[4, 1] = torch.nan  # the second view of the second
-    assert to_blame(suspects(scan, [views, None], [projection])) == ("scans whose outputs are not finite", [9])
-    assert to_blame(suspects(scan, [views], [projection + torch.inf, None])) == ("the scans of the step", [5, 9])
+    assert to_blame(suspects(scan, views, projection)) == ("scans whose outputs are not finite", [9])
+    assert to_blame(suspects(scan, views, projection + torch.inf)) == ("the scans of the step", [5, 9])
     views[0, 0, 1, 1] = torch.inf
-    assert to_blame(suspects(scan, [views, None], [projection])) == ("scans whose views are not finite", [5])
+    assert to_blame(suspects(scan, views, projection)) == ("scans whose views are not finite", [5])

@@ -77,24 +77,15 @@ FAULTS = {
     ),
     "dense: weight alone": (
         {"objective": {"weight": 0}},
-        r"objective\.weight=0\.0: is of a loss beside those of dense and synthetic",
+        r"objective\.weight=0\.0: is of a loss beside that of dense",
     ),
     "dense: squeeze and excite": ({"model": {"squeeze_excite": True}}, r"model\.squeeze_excite=true: is of the decoder"),
     "dense: no weight": ({"dense": {"weight": 0}}, r"dense\.weight=0: .*greater than 0"),
     "dense: no points": ({"dense": {"points": 0}}, r"dense\.points=0: "),
-    "synthetic: radius": ({"synthetic": {"radius": [3, 2]}}, r"synthetic\.radius.*first not above the second"),
-    "synthetic: no size": ({"synthetic": {"radius": [0, 2]}}, r"two numbers above 0"),
-    "synthetic: one level": ({"synthetic": {}, "model": {"channels": [8]}}, r"synthetic: a decoder of one level"),
-    "synthetic: chunks": (
-        {"synthetic": {}, "cache_chunk": 8, "model": {"norm": "group"}, "head": {"batch_norm": False}},
-        r"cache_chunk=8: synthetic has no chunks",
-    ),
-    "synthetic: weight": ({"synthetic": {"weight": 0}}, r"synthetic\.weight=0: .*greater than 0"),
-    "synthetic: no contrast": (
-        {"synthetic": {}, "objective": {"weight": 0, "same_group": "ignore"}},
+    "dense: no contrast of scans": (
+        {"dense": {}, "objective": {"weight": 0, "same_group": "ignore"}},
         r"objective\.weight=0: without the contrast of scans objective\.same_group would do nothing",
     ),
-    "synthetic: short": ({"synthetic": {"elongation": 0.5}}, r"synthetic\.elongation=0\.5"),
     "no source": ({"data": {}}, r"data\.source: is required"),
 }
 

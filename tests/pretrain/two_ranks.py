@@ -12,18 +12,15 @@ from accelerate import Accelerator
 
 from pretrain.backward import backward_in_chunks, backward_whole
 from pretrain.dense import contrast_places
-from pretrain.draws import Draws
 from pretrain.loop import pretrain
 from pretrain.losses import Items
 from pretrain.network import Inputs, PretrainingNetwork
 from pretrain.non_finite import NonFinite, suspects
 from pretrain.objective import build_loss, loss_state, score
 from pretrain.recipe import DenseSettings, HeadSettings, ObjectiveSettings, PretrainRecipe
-from pretrain.synthetic import plant
 from resunet.config import validate
 from resunet.data.cases import Case
 from resunet.encoder import ResidualEncoder
-from resunet.training import sum_over_ranks
 
 BATCH = 8
 AWARE = {"same_group": "ignore", "position_threshold": 0.2}
@@ -93,39 +90,6 @@ def dense_gradients(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     return terms | {key: parameter.grad for key, parameter in network.named_parameters() if parameter.grad is not None}
 
 
-def synthetic_gradients(accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """The same of all objectives together: views of scans that are made here, with objects of which ranks have unequally many."""
-    recipe = recipe_of({"dense": {"points": 6, "pairs": 32, "hidden": 8, "output": 5}, "synthetic": {"radius": [1.5, 3]}})
-    torch.manual_seed(0)
-    head = HeadSettings(hidden=8, output=5, batch_norm=False)
-    network = PretrainingNetwork(ResidualEncoder(1, (4, 8, 8), units=1, norm="group"), head, recipe.dense, segments=True)
-    wrapped = accelerator.prepare(network)
-    share = BATCH // accelerator.num_processes
-    first = accelerator.process_index * share
-    mine = slice(first, first + share)
-    draw = torch.Generator().manual_seed(11)
-    scans = torch.randn(BATCH, 1, 14, 14, generator=draw)
-    draws = Draws(torch.Generator().manual_seed(12), range(first, first + share), BATCH)
-    assert recipe.synthetic is not None
-    images, labels = plant(scans[mine, :, :12, :12], recipe.synthetic, draws)
-    places = (torch.rand(2, BATCH, 6, 2, generator=draw) * 2 - 1)[:, mine].flatten(0, 1)
-    scored = partial(
-        score,
-        recipe=recipe,
-        criterion=build_loss(recipe.objective, 0.2, head.output),
-        items=None,
-        matched=torch.ones(share, 6, dtype=torch.bool),
-        labels=labels,
-        total=partial(sum_over_ranks, accelerator=accelerator),
-    )
-    inputs = Inputs(torch.cat([images, images.flip(2)]), places, images)
-    terms, _ = backward_whole(wrapped, inputs, scored, 1.0, accelerator, synchronise=True)
-    terms = {key: accelerator.reduce(value, reduction="mean") for key, value in terms.items()}
-    counted = accelerator.reduce(labels.sum(), reduction="sum").float()
-    gradients = {key: parameter.grad for key, parameter in network.named_parameters() if parameter.grad is not None}
-    return terms | gradients | {"objects": counted}
-
-
 def dense_share(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Where one rank has fewer places all use as few: of eight scans the last two have one place each, or none."""
     share = BATCH // accelerator.num_processes
@@ -148,17 +112,16 @@ def left_out(folder: Path, accelerator: Accelerator) -> None:
     projection = torch.zeros(2 * share, 3)
     if accelerator.process_index == accelerator.num_processes - 1:
         projection[-1, 1] = torch.inf
-    rows = suspects(scan, [torch.zeros(2 * share, 1, 2, 2)], [projection])
+    rows = suspects(scan, torch.zeros(2 * share, 1, 2, 2), projection)
     NonFinite(folder, True, cases, accelerator.is_main_process).leave_out(1, "the loss is not finite (nan)", rows, accelerator)
 
 
 def run(folder: Path) -> None:
     """results-RANK.pt, skipped.jsonl and the runs of the recipes in FOLDER."""
-    for name in ("recipe", "volumes", "dense", "synthetic"):  # first: they start the ranks as the command does
+    for name in ("recipe", "volumes", "dense"):  # first: they start the ranks as the command does
         pretrain(PretrainRecipe.model_validate_json((folder / f"{name}.json").read_text(encoding="utf-8")))
     accelerator = Accelerator(cpu=True)
     results = {name: gradients(name, accelerator) for name in CASES} | {"dense": dense_gradients(accelerator)}
-    results["synthetic"] = synthetic_gradients(accelerator)
     results["dense, unequal"] = dense_share(accelerator)
     torch.save(results, folder / f"results-{accelerator.process_index}.pt")
     left_out(folder, accelerator)

@@ -123,7 +123,7 @@ def test_an_encoder_without_decoder_is_as_before_unless_both_are_asked_for(folde
     (folder / DECODER).unlink()
     receipt = transfer_encoder(folder, ResUNet(channels=WIDTHS))
     assert receipt.encoder_share_loaded == 1 and receipt.decoder_feature_error is None
-    with pytest.raises(InputError, match=r"transfer=both: .* holds an encoder alone(?s:.*)synthetic\.weight=1"):
+    with pytest.raises(InputError, match=r"transfer=both: .* holds an encoder alone(?s:.*)dense\.weight=1"):
         transfer_encoder(folder, ResUNet(channels=WIDTHS), parts="both")
 
 
