@@ -271,6 +271,16 @@ class PretrainRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _instance_norm_has_positions(self) -> "PretrainRecipe":
+        sides, stride = self.views.sides(self.model.spatial_dims), 2 ** (len(self.model.widths) - 1)
+        if self.model.norm == "instance" and self.model.name != LIGHT and max(sides) <= stride:
+            raise ValueError(
+                f"views.size={self.views.size}: is one position at the encoder's last level, of which model.norm=instance has no "
+                f"statistics; give it more than {stride}, or set model.norm=group"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole_sets(self) -> "PretrainRecipe":
         bank = self.objective.memory_bank
         if bank is not None and bank % self.batch:

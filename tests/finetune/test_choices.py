@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from finetune.choices import choose_on_val
+from finetune.choices import choose_on_val, tell_of_blind_val
 from finetune.evaluation.calibration import decide_by
 from finetune.evaluation.evaluate import EvaluateRequest, case_probabilities, evaluate
 from finetune.inference.postprocess import choose_postprocessing, predicted_objects
@@ -16,6 +17,7 @@ from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune
 from resunet.checkpoint import read_config
 from resunet.cli import main
+from resunet.data.cases import IGNORE
 from resunet.errors import InputError
 from resunet.model import load_model
 from resunet.runtime import ObjectRule, remove_objects
@@ -94,6 +96,16 @@ def test_nothing_is_chosen_that_is_not_asked_for(runs, recipe):
     data = read_labelled(made, quiet=True)
     choices = choose_on_val(load_model(runs[0]), data, made, Accelerator(cpu=True), quiet=True)
     assert choices.postprocessing is not None and choices.operating_point is None
+
+
+def test_a_val_that_can_tell_nothing_is_told(runs, recipe, capsys):
+    data = read_labelled(resolve(recipe()), quiet=True)
+    tell_of_blind_val(data.val)
+    assert capsys.readouterr().err == ""
+    empty = [replace(case, labels=np.zeros_like(case.labels)) for case in data.val]
+    empty[0].labels[:2] = IGNORE
+    tell_of_blind_val(empty)
+    assert f"val: none of its {len(empty)} cases has a pixel of any class" in capsys.readouterr().err
 
 
 def test_a_budget_needs_val_cases_without_target_before_anything_is_trained(recipe):

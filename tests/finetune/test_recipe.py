@@ -43,6 +43,10 @@ FAULTS = {
     "gamma": ({"loss": {"gamma": -1}}, r"loss\.gamma=-1: "),
     "decoder_first": ({"optimizer": {"decoder_first": 1}}, r"optimizer\.decoder_first=1: .*less than 1"),
     "encoder_lr_factor": ({"optimizer": {"encoder_lr_factor": 0}}, r"optimizer\.encoder_lr_factor=0: .*greater than 0"),
+    "a rate of no encoder": (
+        {"model": {"name": "unet"}, "optimizer": {"encoder_lr_factor": 0.3}},
+        r"encoder_lr_factor=0\.3: the plain U-Net has no encoder",
+    ),
     "sawtooth without a first tooth": (
         {"optimizer": {"sawtooth": True}},
         r"sawtooth=true: needs decoder_first above 0",
@@ -52,7 +56,7 @@ FAULTS = {
     "frozen without an encoder": ({"model": {"statistics": "frozen"}}, r"model\.statistics='frozen': keeps an encoder's"),
     "statistics": ({"model": {"statistics": "moving"}}, r"model\.statistics='moving': .*'running', 'frozen' or 'precise'"),
     "clip": ({"optimizer": {"clip": 0}}, r"optimizer\.clip=0: "),
-    "allow": ({"allow": ["everything"]}, r"allow\.0='everything': .*'leak' or 'input_channels'"),
+    "allow": ({"allow": ["everything"]}, r"allow\.0='everything': .*'leak', 'ranks' or 'input_channels'"),
     "validate_every": ({"validate_every": 0}, r"validate_every=0: "),
     "regions of one class": (data(regions={"all": ["lesion"]}), r"regions of one class are that class"),
     "empty region": (

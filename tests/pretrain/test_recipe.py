@@ -82,6 +82,11 @@ FAULTS = {
     "dense: squeeze and excite": ({"model": {"squeeze_excite": True}}, r"model\.squeeze_excite=true: is of the decoder"),
     "dense: no weight": ({"dense": {"weight": 0}}, r"dense\.weight=0: .*greater than 0"),
     "dense: no points": ({"dense": {"points": 0}}, r"dense\.points=0: "),
+    "instance norm": (
+        {"model": {"norm": "instance", "channels": [4, 4, 8, 8]}, "views": {"size": 8}},
+        r"views\.size=8: is one position .* more than 8, or set model\.norm=group",
+    ),
+    "seed": ({"seed": -1}, r"seed=-1: .*greater than or equal to 0"),
     "dense: no contrast of scans": (
         {"dense": {}, "objective": {"weight": 0, "same_group": "ignore"}},
         r"objective\.weight=0: without the contrast of scans objective\.same_group would do nothing",

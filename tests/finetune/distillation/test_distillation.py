@@ -169,6 +169,13 @@ def test_a_resumed_student_is_the_uninterrupted_one(taught, changes):
         assert (stopped.out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_a_light_students_finest_logits_are_those_of_an_odd_patch(taught):
+    """They are one longer, with deep supervision not yet cut."""
+    light = {"name": "mobile_resunet", "backbone": "mobilenetv3_small_050", "channels": None, "units": 2}
+    out = finetune(taught(steps=1, patch=[33, 37], model=light, loss={"deep_supervision": True}))
+    assert read_metrics(out)["distillation"][1][0] > 0
+
+
 def test_another_teacher_cannot_resume(taught, tmp_path, runs):
     shutil.copytree(runs[0], tmp_path / "teacher")
     ours = taught(teacher=str(tmp_path / "teacher"), steps=2, evaluate_test=False)
