@@ -165,7 +165,8 @@ class ObjectiveSettings(Frozen):
         None,
         gt=0,
         le=1,
-        description="slices of other groups whose places in their volumes (0 to 1) differ by less are positives",
+        description="slices of other groups, along the same axis, whose places in their volumes (0 to 1) differ by less are "
+        "positives; of what body part or sequence a volume is nobody asks: for archives of one kind of scan",
     )
 
     @model_validator(mode="after")
