@@ -41,6 +41,12 @@ def tell_of_blind_val(val: Sequence[LoadedCase]) -> None:
         )
 
 
+def tell_of_nothing_unlabelled(recipe: FinetuneRecipe, data: LabelledData) -> None:
+    """Say it, if the recipe learns from unlabelled scans and there are none."""
+    if recipe.unlabelled_share and not data.unlabelled:
+        say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
+
+
 def choose_on_val(
     model: nn.Module, data: LabelledData, recipe: FinetuneRecipe, accelerator: Accelerator, quiet: bool
 ) -> Choices:

@@ -20,6 +20,7 @@ def recipe_of(run: Path) -> FinetuneRecipe:
         raise InputError(f"{run}: is no finished fine-tuning run. Give the folder that resunet finetune wrote, with run.json.")
     values: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
     values |= dict(out=str(run), encoder=None, transfer=None, start=None, teacher=None, processes=1, evaluate_test=False)
+    values |= dict(consistency=None)
     values.pop("distillation", None)
     values["optimizer"] |= dict(decoder_first=0.0, sawtooth=False, encoder_lr_factor=1.0)
     model = values["model"]

@@ -39,7 +39,7 @@ class LabelledData:
     """Cases in memory.
 
     archive: what else has been seen: the encoder's and the teacher's archives, and the unlabelled scans; None: nothing.
-    others: labels behind the encoder and the teacher. unlabelled: scans that the teacher is asked about, without masks.
+    others: labels behind the encoder and the teacher. unlabelled: scans of the pool that are learned from, without masks.
     remarks: what a reader has to know of labels that others used.
     """
 
@@ -60,7 +60,7 @@ class LabelledData:
     def about(self) -> tuple[str, ...]:
         """What a reader has to know of the source, of labels that others used, and of scans without."""
         groups = len({one.case.group_hmac for one in self.unlabelled})
-        mixed = [f"{len(self.unlabelled)} unlabelled scans of {groups} groups are learned from the teacher."] if groups else []
+        mixed = [f"{len(self.unlabelled)} unlabelled scans of {groups} groups are learned from, too."] if groups else []
         return (*self.source.notes(), *self.remarks, *mixed)
 
     def labels(self) -> tuple[LabelledGroups, ...]:
@@ -191,7 +191,7 @@ def read_labelled(recipe: FinetuneRecipe, quiet: bool) -> LabelledData:
 
 
 def sampler_of(recipe: FinetuneRecipe, data: LabelledData) -> Batches:
-    """Where a run's batches come from: the labelled cases, and with a teacher the unlabelled ones.
+    """Where a run's batches come from: the labelled cases, and the unlabelled ones that a teacher or the average is asked about.
 
     Raises:
         InputError: as `PatchSampler`.
@@ -199,7 +199,7 @@ def sampler_of(recipe: FinetuneRecipe, data: LabelledData) -> Batches:
     labelled = PatchSampler(data.train, recipe.patch, recipe.foreground)
     if not data.unlabelled:
         return labelled
-    return MixedSampler(labelled, data.unlabelled, recipe.patch, recipe.distillation.unlabelled, recipe.batch)
+    return MixedSampler(labelled, data.unlabelled, recipe.patch, recipe.unlabelled_share, recipe.batch)
 
 
 def read_folds(recipe: FinetuneRecipe, quiet: bool) -> FoldedData:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from finetune.choices import Choices, choose_on_val, refuse_impossible, tell_of_blind_val
+from finetune.choices import Choices, choose_on_val, refuse_impossible, tell_of_blind_val, tell_of_nothing_unlabelled
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
 from finetune.evaluation.evaluate import Measured, measure_cases, predicting, write_evaluation
@@ -20,7 +20,16 @@ from finetune.labelled import LabelledData, read_labelled, resolve, sampler_of
 from finetune.mirrored import mirror_evaluation, mirror_segmenter
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
-from finetune.step import apply_gradients, begins_trained, build, forward_backward, prepare, refresh_statistics, start_step
+from finetune.step import (
+    apply_gradients,
+    asked,
+    begins_trained,
+    build,
+    forward_backward,
+    prepare,
+    refresh_statistics,
+    start_step,
+)
 from finetune.training.batch_statistics import share_statistics
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import LoadedCase, source_digest
@@ -64,9 +73,10 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     refuse_impossible(recipe, data)
     if main:
         tell_of_blind_val(data.val)
+        tell_of_nothing_unlabelled(recipe, data)
     learner = prepare(recipe, model, receipt, accelerator)
     judged, average, optimizer, beside = learner.judged, learner.average, learner.optimizer, learner.beside()
-    sampler = sampler_of(recipe, data)
+    sampler, asks = sampler_of(recipe, data), asked(recipe, learner, teacher)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
 
     inputs = _inputs(recipe, data, receipt, teacher) | weights_input(recipe.model)
@@ -87,7 +97,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
             lr = start_step(recipe, model, optimizer, step, transferred=begins_trained(recipe))
             optimizer.zero_grad(set_to_none=True)
-            metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, teacher)
+            metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, asks)
             metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)
             figures["loss"] = metrics["loss"]
             done = step + 1
@@ -152,7 +162,9 @@ def _inputs(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None,
         inputs |= {f"encoder/{name}": digest for name, digest in receipt.encoder_sha256.items()}
         inputs |= {f"start/{name}": digest for name, digest in receipt.start_sha256.items()}
     if teacher is not None:
-        inputs |= {f"teacher/{WEIGHTS}": teacher.sha256, "unlabelled": source_digest(data.unlabelled)}
+        inputs[f"teacher/{WEIGHTS}"] = teacher.sha256
+    if teacher is not None or recipe.consistency is not None:
+        inputs["unlabelled"] = source_digest(data.unlabelled)
     if recipe.data.draw_encoder is not None:
         inputs[f"draw_encoder/{WEIGHTS}"] = sha256(model_folder(recipe.data.draw_encoder) / WEIGHTS)
     return inputs

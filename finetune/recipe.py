@@ -14,13 +14,12 @@ from resunet.architecture import (
     Widths,
 )
 from resunet.blocks import NormKind
-from resunet.config import Classes, DataSettings, Frozen, Normalisation, Recipe
+from resunet.config import Classes, DataSettings, Frozen, Normalisation, Probability, Range, Recipe
+from resunet.intensity import IntensitySettings
 from resunet.light_settings import LIGHT, LightSettings
 from resunet.regions import Regions, members_of, refuse_wrong_regions
 
-Range = tuple[float, float]
 Patch = Annotated[tuple[int, ...], Field(min_length=2, max_length=3)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 _DEFAULT_CHANNELS = ResUNetArchitecture().channels
 
@@ -231,6 +230,20 @@ class DistillationSettings(Frozen):
         return self
 
 
+class ConsistencySettings(IntensitySettings):
+    """What is learned from unlabelled scans, beside the labels; see `finetune.training.consistency`. The intensities are those of
+    what the network sees, in standard deviations of the scan."""
+
+    weight: float = Field(1.0, gt=0, description="of the divergence from the moving average's probabilities")
+    ramp: Probability = Field(0.3, description="share of steps over which the weight rises from nearly 0")
+    unlabelled: float = Field(
+        0.5, gt=0, lt=1, description="share of a batch that is cut from scans of the pool that this draw did not label"
+    )
+    intensity_scale: Range = (0.5, 1.5)
+    intensity_shift: Range = (-0.5, 0.5)
+    noise_sigma: Range = (0.0, 0.3)
+
+
 class OptimizerSettings(Frozen):
     """AdamW."""
 
@@ -277,6 +290,10 @@ class FinetuneRecipe(Recipe):
         None, description="a run or model directory of a fine-tuned segmenter or ensemble to learn from, too; null: labels only"
     )
     distillation: DistillationSettings = DistillationSettings()
+    consistency: ConsistencySettings | None = Field(
+        None,
+        description="unlabelled scans of the pool are learned from the moving average, whose decay is ema; null: labels only",
+    )
     start: Path | None = Field(
         None,
         description="a finished fine-tuning run or its model to go on from, head included, pruned ones too: on more cases, "
@@ -412,6 +429,30 @@ class FinetuneRecipe(Recipe):
                 f"distillation.unlabelled={share:g}: of a batch of {self.batch} that is no patch; raise it or batch, or set it to 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _an_average_to_learn_from(self) -> "FinetuneRecipe":
+        if self.consistency is None:
+            return self
+        if self.ema is None:
+            raise ValueError(
+                "consistency: is with the moving average of the weights, and ema is null; set ema=0.99, for example"
+            )
+        if self.teacher is not None:
+            raise ValueError(f"teacher={self.teacher}: and consistency are two teachers of the same scans; leave one out")
+        if not min(round(self.consistency.unlabelled * self.batch), self.batch - 1):
+            raise ValueError(
+                f"consistency.unlabelled={self.consistency.unlabelled:g}: of a batch of {self.batch} that is no patch; raise "
+                "it or batch"
+            )
+        return self
+
+    @property
+    def unlabelled_share(self) -> float:
+        """Of a batch, cut from scans that the draw did not label; 0: none are read."""
+        if self.consistency is not None:
+            return self.consistency.unlabelled
+        return self.distillation.unlabelled if self.teacher is not None else 0.0
 
     @model_validator(mode="after")
     def _frozen_statistics_come_from_somewhere(self) -> "FinetuneRecipe":

@@ -77,6 +77,11 @@ def _checkpoint(recipe: FinetuneRecipe, metrics: Mapping[str, tuple[list[float],
 
 def _taught(recipe: FinetuneRecipe, config: ModelConfig) -> list[str]:
     """Who else taught it, and how."""
+    if (steady := recipe.consistency) is not None:
+        return [
+            f"Unlabelled scans were {steady.unlabelled:.0%} of a batch, learned from the moving average of the weights (decay "
+            f"{recipe.ema:g}), weight {steady.weight:g}."
+        ]
     if (digest := config.provenance.teacher_sha256) is None:
         return []
     how = recipe.distillation

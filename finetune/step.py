@@ -24,6 +24,7 @@ from finetune.start import load_start
 from finetune.training.augment import augment
 from finetune.training.averaging import averaged
 from finetune.training.batch_statistics import batch_norms, moving, recompute_statistics, refuse_without_batch_norm
+from finetune.training.consistency import MeanTeacher
 from finetune.training.patches import UNLABELLED, Batches
 from finetune.training.schedule import encoder_stands_still, rates
 from finetune.training.supervision import Supervised, supervised_loss
@@ -160,6 +161,14 @@ def start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, s
     return lr
 
 
+def asked(recipe: FinetuneRecipe, learner: Learner, teacher: Teacher | None) -> Teacher | MeanTeacher | None:
+    """Who is asked about unlabelled scans: the learner's own average, if the recipe says so, or the teacher."""
+    if recipe.consistency is None:
+        return teacher
+    assert learner.average is not None
+    return MeanTeacher(learner.judged, recipe.consistency, recipe.seed, recipe.steps)
+
+
 def training_mode(recipe: FinetuneRecipe, model: Segmenter) -> None:
     """Training mode, but for the batch statistics of an encoder that the recipe keeps frozen."""
     model.train()
@@ -175,7 +184,7 @@ def forward_backward(
     sampler: Batches,
     step: int,
     accelerator: Accelerator,
-    teacher: Teacher | None = None,
+    teacher: Teacher | MeanTeacher | None = None,
 ) -> dict[str, float]:
     """The gradients of one optimiser step, accumulated; its losses and the rms elastic displacement in pixels.
 
@@ -183,11 +192,15 @@ def forward_backward(
     """
     metrics: dict[str, float] = {}
     for part in range(recipe.accumulate):
-        images, labels, moved = _batch(recipe, sampler, step * recipe.accumulate + part, accelerator, _TRAINING)
+        index = step * recipe.accumulate + part
+        images, labels, moved = _batch(recipe, sampler, index, accelerator, _TRAINING)
+        seen = (
+            teacher.harder(images, labels, index, _first(recipe, accelerator)) if isinstance(teacher, MeanTeacher) else images
+        )
         with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
-                made = wrapped(images)
-            terms = _terms(recipe, made, images, labels, accelerator, teacher)
+                made = wrapped(seen)
+            terms = _terms(recipe, made, images, labels, step, accelerator, teacher)
             accelerator.backward(terms["loss"] / recipe.accumulate)
         values = {name: float(term.detach()) for name, term in terms.items()} | {"elastic_rms": moved}
         for name, value in values.items():
@@ -231,14 +244,24 @@ def loss_of(
 
 
 def _terms(
-    recipe: FinetuneRecipe, made: Any, images: Tensor, labels: Tensor, accelerator: Accelerator, teacher: Teacher | None
+    recipe: FinetuneRecipe,
+    made: Any,
+    images: Tensor,
+    labels: Tensor,
+    step: int,
+    accelerator: Accelerator,
+    teacher: Teacher | MeanTeacher | None,
 ) -> dict[str, Tensor]:
     """`loss_of` a batch, and what is learned from the teacher. made: what the network, as `attending` gives it, made of it."""
-    if teacher is None:
-        return loss_of(recipe, made, labels, accelerator)
-    logits, maps = made if recipe.distillation.attention_weight else (made, None)
+    attentive = isinstance(teacher, Teacher) and recipe.distillation.attention_weight
+    logits, maps = made if attentive else (made, None)
     terms = loss_of(recipe, logits, labels.masked_fill(labels == UNLABELLED, IGNORE), accelerator)
+    if teacher is None:
+        return terms
     finest = crop_to(logits if isinstance(logits, Tensor) else logits[0], images.shape[2:])
+    if isinstance(teacher, MeanTeacher):
+        learned = teacher.terms(images, finest, labels, step, accelerator)
+        return terms | learned | {"loss": terms["loss"] + learned["consistency"]}
     learned = teacher.terms(images, finest, maps, labels != IGNORE, accelerator)
     return terms | learned | {"loss": terms["loss"] + learned["distillation"]}
 
@@ -268,12 +291,18 @@ def _batch(
 
     Every patch has random streams of its own, named by its place in the whole batch: the batch is the same on any number of ranks.
     """
-    device, share = accelerator.device, recipe.batch // accelerator.num_processes
+    device, share, first = accelerator.device, recipe.batch // accelerator.num_processes, _first(recipe, accelerator)
     made = []
-    for patch in range(accelerator.process_index * share, (accelerator.process_index + 1) * share):
+    for patch in range(first, first + share):
         images, labels, spacing = sampler.batch(1, (recipe.seed, streams[0], index, patch))
         generator = step_generator(device, recipe.seed, streams[1], index, patch)
         made.append(augment(images.to(device), labels.to(device), recipe.augment, generator, spacing.to(device)))
     moved = [squares**2 for *_, squares in made if squares]
     rms = math.sqrt(sum(moved) / len(moved)) if moved else 0.0
     return channels_last(torch.cat([images for images, *_ in made])), torch.cat([labels for _, labels, _ in made]), rms
+
+
+def _first(recipe: FinetuneRecipe, accelerator: Accelerator) -> int:
+    """The place of this rank's first patch in the whole batch."""
+    place: int = accelerator.process_index * (recipe.batch // accelerator.num_processes)
+    return place

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.draws import Draws
 from pretrain.recipe import ViewSettings
+from resunet.draws import Draws
 from resunet.turn import turn
 
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.crop import AffineMap
-from pretrain.draws import Draws
+from resunet.draws import Draws
 
 PLACES_STREAM = 6  # names the random stream of the places in step_generator
 _TRIES = 16  # candidates a place: scans whose views share a sixteenth of the first give about as many as are asked for

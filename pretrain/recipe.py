@@ -9,14 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from pretrain.probe.settings import ProbeSettings
 from resunet.architecture import MOBILE_BACKBONE, EncoderArchitecture, MobileEncoderArchitecture, Widths
 from resunet.blocks import NormKind
-from resunet.config import DataSettings, Frozen, Normalisation, PercentileZScore, Recipe
+from resunet.config import DataSettings, Frozen, Normalisation, PercentileZScore, Probability, Range, Recipe
+from resunet.intensity import IntensitySettings
 from resunet.light_settings import LIGHT, LightSettings
 from resunet.mobile import channels_of
 
-Range = tuple[float, float]
 Side = Annotated[int, Field(ge=8)]
 Sides = Side | Annotated[tuple[Side, ...], Field(min_length=2, max_length=3)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 _OF_VOLUMES = {"size": 64, "window": 128}  # what these keys of the views are in 3D where the recipe does not say
 
@@ -80,7 +79,7 @@ class EncoderSettings(LightSettings):
         )
 
 
-class ViewSettings(Frozen):
+class ViewSettings(IntensitySettings):
     """The views of a scan; see `pretrain.views`. Intensities are in standard deviations of the scan."""
 
     size: Sides = Field(96, description="pixels of a view: a number for all sides, or (y, x), of volumes (z, y, x); in 3D 64")
@@ -100,16 +99,8 @@ class ViewSettings(Frozen):
     rotation: float = Field(
         15.0, ge=0, le=180, description="degrees, either way; of volumes about every axis in mm, of thick slices within them"
     )
-    intensity: Probability = Field(0.8, description="of scale, shift and gamma")
-    intensity_scale: Range = (0.7, 1.3)
-    intensity_shift: Range = (-0.3, 0.3)
-    gamma: Range = (0.7, 1.5)
-    blur: Probability = 0.3
-    blur_sigma: Range = Field((0.3, 1.5), description="pixels of the view")
-    noise: Probability = 0.5
-    noise_sigma: Range = (0.0, 0.15)
 
-    @field_validator("scale", "ratio", "intensity_scale", "intensity_shift", "gamma", "blur_sigma", "noise_sigma")
+    @field_validator("scale", "ratio")
     @classmethod
     def _ordered(cls, value: Range) -> Range:
         if value[0] > value[1]:
@@ -118,7 +109,7 @@ class ViewSettings(Frozen):
 
     @model_validator(mode="after")
     def _positive(self) -> "ViewSettings":
-        for name in ("scale", "ratio", "gamma", "blur_sigma"):
+        for name in ("scale", "ratio"):
             if getattr(self, name)[0] <= 0:
                 raise ValueError(f"{name}={list(getattr(self, name))} must be above 0")
         if self.scale[1] > 1:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from pretrain.archive import Archive
 from pretrain.backward import Score, backward_in_chunks, backward_whole
 from pretrain.crop import AffineMap
-from pretrain.draws import Draws
 from pretrain.loader import ContrastiveSet
 from pretrain.losses import Items
 from pretrain.network import Inputs
@@ -21,6 +20,7 @@ from pretrain.objective import score
 from pretrain.places import PLACES_STREAM, Matches, matching_places
 from pretrain.recipe import PretrainRecipe
 from pretrain.views import VIEWS_STREAM, Views, make_views
+from resunet.draws import Draws
 from resunet.layout import channels_last
 from resunet.ranks import on_every_rank
 from resunet.training import step_generator

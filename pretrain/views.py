@@ -1,6 +1,6 @@
 """The two views of a scan: batched float tensors on the device, one or many channels, never through 8 bits.
 
-A view is one interpolation of an image or a volume (`pretrain.crop`), then a change of intensities (`pretrain.intensity`). Every
+A view is one interpolation of an image or a volume (`pretrain.crop`), then a change of intensities (`resunet.intensity`). Every
 random number comes from the generator that is handed in, and is the same for a scan of a set whether one rank makes all views of
 the set or many do.
 """
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.crop import AffineMap, crop, crop_grid
-from pretrain.draws import Draws
-from pretrain.intensity import change_intensity
 from pretrain.recipe import ViewSettings
+from resunet.draws import Draws
+from resunet.intensity import change_intensity
 
 VIEWS_STREAM = 1  # names the random stream of the views in step_generator
 

@@ -94,6 +94,8 @@ def _distinct(classes: dict[int, str]) -> dict[int, str]:
     return classes
 
 
+Range = tuple[float, float]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Classes = Annotated[dict[int, str], AfterValidator(_distinct)]  # raw mask value → name, background first
 NewFolder = Annotated[Path, AfterValidator(_not_empty)]
 

@@ -26,6 +26,7 @@ from resunet.report import COLOURS, Section, svg
 FIRST_STEPS = 50
 LOWEST_NORM = 0.01
 FILE = "gradients.json"
+_FEWEST = 10  # steps that say anything about a unit
 _LISTED = 4  # of the units in the warning
 _LEAST = 1e-8  # a log axis has no 0
 _COLUMNS = 60
@@ -102,7 +103,7 @@ class GradientRecord:
             write_text(self._path, json.dumps({"lowest": LOWEST_NORM, "records": self._records}) + "\n")
             if self._mirror is not None:
                 self._mirror.log(step, {f"gradients/{name}": norm for name, norm in scaled["units"].items()})
-        if step >= self._early and not self._told:
+        if step >= self._early >= _FEWEST and not self._told:
             self._told = True
             self._warn()
 

@@ -16,12 +16,12 @@ from resunet.progress import progress
 def unlabelled_cases(recipe: FinetuneRecipe, source: Source, train: Sequence[Case], val: Sequence[Case]) -> list[Case]:
     """The pool's cases but those to train on, and those of groups to choose by; of a manifest those without a mask, too.
 
-    None where there is no teacher to ask, or the recipe asks about labelled ones only.
+    None where the recipe learns from labelled ones only.
 
     Args:
         source: with its parts, before the draw.
     """
-    if recipe.teacher is None or not recipe.distillation.unlabelled:
+    if not recipe.unlabelled_share:
         return []
     if isinstance(source.cases, ManifestCases):  # opened with masks, it is its labelled scans only
         settings = recipe.data

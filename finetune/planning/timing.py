@@ -10,7 +10,16 @@ from finetune.distillation.teacher import load_teacher
 from finetune.labelled import LabelledData, sampler_of
 from finetune.loop import validate
 from finetune.recipe import FinetuneRecipe
-from finetune.step import apply_gradients, begins_trained, build, forward_backward, prepare, refresh_statistics, start_step
+from finetune.step import (
+    apply_gradients,
+    asked,
+    begins_trained,
+    build,
+    forward_backward,
+    prepare,
+    refresh_statistics,
+    start_step,
+)
 from resunet.measuring import ENOUGH_SECONDS, load, peak_memory, timed
 
 _STEPS = 5
@@ -50,12 +59,13 @@ def measure_cost(recipe: FinetuneRecipe, data: LabelledData, accelerator: Accele
     model, receipt = build(recipe)
     teacher = load_teacher(recipe, device)
     learner = prepare(recipe, model, receipt, accelerator)
+    asks = asked(recipe, learner, teacher)
     sampler = sampler_of(recipe, data)
 
     def take(step: int) -> None:
         start_step(recipe, model, learner.optimizer, min(step, recipe.steps - 1), transferred=begins_trained(recipe))
         learner.optimizer.zero_grad(set_to_none=True)
-        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, teacher)
+        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, asks)
         apply_gradients(recipe, learner.trained, learner.optimizer, metrics["loss"], step, accelerator)
 
     take(0)

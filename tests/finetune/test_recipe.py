@@ -43,6 +43,13 @@ FAULTS = {
     "gamma": ({"loss": {"gamma": -1}}, r"loss\.gamma=-1: "),
     "decoder_first": ({"optimizer": {"decoder_first": 1}}, r"optimizer\.decoder_first=1: .*less than 1"),
     "encoder_lr_factor": ({"optimizer": {"encoder_lr_factor": 0}}, r"optimizer\.encoder_lr_factor=0: .*greater than 0"),
+    "consistency without an average": ({"consistency": {}}, r"consistency: is with the moving average.*set ema=0\.99"),
+    "consistency and a teacher": ({"consistency": {}, "ema": 0.9, "teacher": "run"}, r"teacher=run: and consistency are two"),
+    "consistency of no patch": (
+        {"consistency": {"unlabelled": 0.05}, "ema": 0.9},
+        r"consistency\.unlabelled=0\.05: of a batch of \d+ that is no patch",
+    ),
+    "consistency upside down": ({"consistency": {"gamma": [2, 1]}}, r"consistency\.gamma=.*must not be above the second"),
     "a rate of no encoder": (
         {"model": {"name": "unet"}, "optimizer": {"encoder_lr_factor": 0.3}},
         r"encoder_lr_factor=0\.3: the plain U-Net has no encoder",

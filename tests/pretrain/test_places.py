@@ -5,10 +5,10 @@ import torch
 
 from pretrain.crop import AffineMap
 from pretrain.dense import read_level
-from pretrain.draws import Draws
 from pretrain.places import Matches, matching_places
 from pretrain.recipe import ViewSettings
 from pretrain.views import Views, make_views
+from resunet.draws import Draws
 from resunet.encoder import ResidualEncoder
 
 # size of the scans, their spacing in mm, sides of the views: no crop has more voxels than a view, so that nothing is averaged

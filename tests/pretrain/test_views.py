@@ -6,10 +6,10 @@ import scipy.ndimage
 import torch
 
 from pretrain.crop import Grid, _mirror, crop, crop_grid
-from pretrain.draws import Draws
-from pretrain.intensity import _blur, _gamma
 from pretrain.recipe import ViewSettings
 from pretrain.views import make_views, stack_scans
+from resunet.draws import Draws
+from resunet.intensity import _blur, _gamma
 from resunet.runtime import normalise, percentile_intensity
 
 # one view pixel is one scan pixel where the scan is of `size`

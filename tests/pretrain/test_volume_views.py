@@ -8,10 +8,10 @@ import scipy.ndimage
 import torch
 
 from pretrain.crop import Grid, crop, crop_grid
-from pretrain.draws import Draws
-from pretrain.intensity import _blur, _gamma
 from pretrain.recipe import ViewSettings
 from pretrain.views import make_views, stack_scans
+from resunet.draws import Draws
+from resunet.intensity import _blur, _gamma
 
 STILL = {"scale": (1, 1), "ratio": (1, 1), "flip": 0, "rotation": 0, "intensity": 0, "blur": 0, "noise": 0}
 CUBES, LONG, THICK = (1.0, 1.0, 1.0), (2.5, 1.0, 0.9), (1.0, 4.0, 1.0)

@@ -98,7 +98,7 @@ def test_a_student_and_its_records(taught, runs, source):
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     assert f"Distilled from a teacher, weights {digest[:12]}…: soft targets of weight 1, temperature 2." in page
     assert "4 labelled groups; the teacher was trained on or chosen by 8, 4 of them beside these: 8 had to be labelled." in page
-    assert "unlabelled scans of 3 groups are learned from the teacher" in page
+    assert "unlabelled scans of 3 groups are learned from, too" in page
 
 
 def test_what_is_learned_is_the_teachers_answer_to_the_same_patches(taught):
@@ -315,7 +315,7 @@ def test_recipes_that_are_refused(recipe, changes, message):
 def test_the_plan_counts_what_a_teacher_takes(taught, tmp_path):
     ours = taught(steps=20, batch=4)
     plan = before_training(ours, "plan", tmp_path / "planned.yaml")
-    assert "unlabelled scans of 3 groups are learned from the teacher" in " ".join(plan.split())
+    assert "unlabelled scans of 3 groups are learned from, too" in " ".join(plan.split())
     assert "teacher:" in (tmp_path / "planned.yaml").read_text(encoding="utf-8") and not ours.out.exists()
 
 

@@ -70,7 +70,7 @@ def test_the_pool_that_was_not_drawn_is_read_without_its_masks(recipe, runs, sou
     train, unlabelled = ({one.case.group_name for one in part} for part in (data.train, data.unlabelled))
     assert len(train) == 2 and train | unlabelled == {f"patient{i}" for i in range(5)} and not train & unlabelled
     assert all(one.labels is None for one in data.unlabelled) and len(data.val) == 2
-    assert f"{len(data.unlabelled)} unlabelled scans of 3 groups are learned from the teacher." in data.notes()
+    assert f"{len(data.unlabelled)} unlabelled scans of 3 groups are learned from, too." in data.notes()
     for one in data.unlabelled:
         (source / "masks" / f"{one.case.stem}.png").write_bytes(b"nobody's")
     again = read_labelled(ours, quiet=True)

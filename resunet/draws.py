@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.recipe import Range
+from resunet.config import Range
 
 
 @dataclass(frozen=True)

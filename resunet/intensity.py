@@ -1,18 +1,48 @@
-"""Changes of a view's intensities: scale, shift and gamma, blur, noise; in 2D and in 3D from one definition."""
+"""Changes of a view's or patch's intensities: scale, shift and gamma, blur, noise; in 2D and in 3D from one definition."""
 
 import math
+from typing import Self
 
 import torch
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.draws import Draws
-from pretrain.recipe import Range, ViewSettings
+from resunet.config import Frozen, Probability, Range
+from resunet.draws import Draws
 
+_RANGES = ("intensity_scale", "intensity_shift", "gamma", "blur_sigma", "noise_sigma")
 _BLUR_RADIUS = 4  # pixels: covers 2.5 standard deviations of the widest default blur
 
 
-def change_intensity(view: Tensor, settings: ViewSettings, draws: Draws) -> Tensor:
+class IntensitySettings(Frozen):
+    """In standard deviations of the scan."""
+
+    intensity: Probability = Field(0.8, description="of scale, shift and gamma")
+    intensity_scale: Range = (0.7, 1.3)
+    intensity_shift: Range = (-0.3, 0.3)
+    gamma: Range = (0.7, 1.5)
+    blur: Probability = 0.3
+    blur_sigma: Range = Field((0.3, 1.5), description="pixels")
+    noise: Probability = 0.5
+    noise_sigma: Range = (0.0, 0.15)
+
+    @field_validator(*_RANGES)
+    @classmethod
+    def _intensities_ordered(cls, value: Range) -> Range:
+        if value[0] > value[1]:
+            raise ValueError(f"the first of {list(value)} must not be above the second")
+        return value
+
+    @model_validator(mode="after")
+    def _intensities_positive(self) -> Self:
+        for name in ("gamma", "blur_sigma"):
+            if getattr(self, name)[0] <= 0:
+                raise ValueError(f"{name}={list(getattr(self, name))} must be above 0")
+        return self
+
+
+def change_intensity(view: Tensor, settings: IntensitySettings, draws: Draws) -> Tensor:
     """(N, C, *size) → the same; each scan's own change, of all its channels alike."""
     each = (-1, *[1] * (view.ndim - 1))
 
