@@ -89,7 +89,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         first, best, score, clock = 0, -1.0, -1.0, StepClock()
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, model, optimizer, accelerator, beside)
-            best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state["seconds"])
+            best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state)
         refuse_other_steps(first, run.folder, accelerator)
         run.rewind(first)
         gradients = GradientRecord(run.folder, recipe, recipe.optimizer.clip, first, main, run.mirror)
@@ -120,13 +120,13 @@ def finetune(recipe: FinetuneRecipe) -> Path:
                 writing(partial(run.log, done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr}))
             if validating or stopping or done % recipe.checkpoint_every == 0:
                 state = training_state(done, model, optimizer, accelerator, beside)
-                state |= {"best": best, "val_dice": score, "seconds": clock.seconds()}
+                state |= {"best": best, "val_dice": score} | clock.state()
                 writing(partial(run.save_checkpoint, done, state, best=improved))
             if stopping and done < recipe.steps:
                 stop.stop(run, done)
 
         stop.release()
-        seconds = clock.seconds()
+        spent = clock.record()
         accelerator.wait_for_everyone()  # the best checkpoint is on disk
         chosen = run.load_checkpoint(recipe.checkpoint)
         assert chosen is not None
@@ -146,8 +146,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
                 best_step=chosen["step"],
                 # of the best checkpoint the same; earlier ones had that alone
                 best_val_dice=chosen.get("val_dice", chosen["best"]),
-                seconds=round(seconds, 1),
-                seconds_per_step=clock.seconds_per_step(),
+                **spent,
             )
 
         writing(save)

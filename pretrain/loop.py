@@ -72,7 +72,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         if (state := run.load_checkpoint("last")) is not None:
             first = restore_training(state, network, optimizer, accelerator)
             restore_loss(criterion, state["loss"])
-            clock = StepClock(state["seconds"])
+            clock = StepClock(state)
             probe.restore(state)
         refuse_other_steps(first, run.folder, accelerator)
         run.rewind(first if state is not None else -1)  # the probe's line of step 0 is of a checkpoint only
@@ -115,16 +115,13 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                 saving = done % recipe.checkpoint_every == 0 and not non_finite.in_a_row
                 if saving or done == recipe.steps or stopping or choosing:
                     state = training_state(done, network, optimizer, accelerator)
-                    state |= {
-                        "loss": loss_state(criterion),
-                        "skipped_in_a_row": non_finite.in_a_row,
-                        "seconds": clock.seconds(),
-                    }
+                    state |= {"loss": loss_state(criterion), "skipped_in_a_row": non_finite.in_a_row} | clock.state()
                     writing(partial(run.save_checkpoint, done, state | probe.state(), best=choosing and probe.improved))
                 if stopping and done < recipe.steps:
                     stop.stop(run, done)
 
         stop.release()
+        spent = clock.record()
 
         def save() -> None:
             if probe.chooses and (best := run.load_checkpoint("best")) is not None:
@@ -133,7 +130,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             mirror_encoder(run, archive)
             shown = example_views(recipe, sets, accelerator)
             write_report(recipe, archive, shown, archive_map(recipe, archive, network.encoder), probe)
-            run.finish("done", step=recipe.steps, seconds=round(clock.seconds(), 1), seconds_per_step=clock.seconds_per_step())
+            run.finish("done", step=recipe.steps, **spent)
 
         writing(save)
     accelerator.wait_for_everyone()

@@ -4,6 +4,7 @@ The loops themselves stay visible in pretrain/loop.py and finetune/loop.py.
 """
 
 import math
+import os
 import signal
 import time
 import types
@@ -222,16 +223,26 @@ def take_step(optimizer: Optimizer, norm: float, step: int, accelerator: Acceler
 
 
 class StepClock:
-    """Seconds a step, the first of a process left out: it allocates and compiles."""
+    """Seconds of a run so far, and of its steps, the first of a process left out: it allocates and compiles."""
 
-    def __init__(self, seconds_before: float = 0.0) -> None:
-        self._before = seconds_before
-        self._started = time.perf_counter()
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        """state: what `state` gave of the processes before; in a checkpoint of an earlier version cpu_seconds are missing."""
+        state = {"seconds": 0.0, "cpu_seconds": 0.0} if state is None else state
+        self._before, self._cpu_before = state["seconds"], state.get("cpu_seconds")
+        self._started, self._cpu_started = time.perf_counter(), _cpu_seconds()
         self._times: list[float] = []
 
-    def seconds(self) -> float:
-        """Seconds so far, those of the processes before included."""
-        return self._before + time.perf_counter() - self._started
+    def state(self) -> dict[str, float]:
+        """seconds by the clock on the wall, and cpu_seconds of all threads and of the processes that read and have ended: what a
+        run costs where others use the machine, too."""
+        found = {"seconds": self._before + time.perf_counter() - self._started}
+        if self._cpu_before is not None:
+            found["cpu_seconds"] = self._cpu_before + _cpu_seconds() - self._cpu_started
+        return found
+
+    def record(self) -> dict[str, float | None]:
+        """The same for run.json, with seconds_per_step."""
+        return {name: round(value, 1) for name, value in self.state().items()} | {"seconds_per_step": self.seconds_per_step()}
 
     def tick(self) -> None:
         """Once at the end of every step."""
@@ -241,6 +252,11 @@ class StepClock:
         """The median over the steps of this process; None before two have ended."""
         steps = np.diff(self._times)
         return round(float(np.median(steps)), 5) if len(steps) else None
+
+
+def _cpu_seconds() -> float:
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 class StopRequest:

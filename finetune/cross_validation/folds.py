@@ -139,12 +139,13 @@ def _join(recipe: FinetuneRecipe, folds: Sequence[FinetuneRecipe]) -> None:
             write_ensemble(run.folder / "model", ensemble, archive)
             _copy_records(run, folds)
             _write_results(run, recipe, ensemble, data, left_out, tested, [record["best_step"] for record in records])
+        spent = [name for name in ("seconds", "cpu_seconds") if all(name in record for record in records)]
         run.finish(
             "done",
             step=recipe.steps,
             best_step=[record["best_step"] for record in records],
             best_val_dice=[record["best_val_dice"] for record in records],
-            seconds=round(sum(record["seconds"] for record in records), 1),
+            **{name: round(sum(record[name] for record in records), 1) for name in spent},
         )
     accelerator.wait_for_everyone()
 

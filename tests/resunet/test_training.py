@@ -175,6 +175,16 @@ def test_over_ranks():
     assert mean_over_ranks({"a": 1.0, "b": 2.0}, TwoRanks(other=torch.tensor([3.0, 0.0]))) == {"a": 2.0, "b": 1.0}
 
 
+def test_the_clock_goes_on_after_a_resume_and_knows_what_was_computed():
+    clock = StepClock()
+    sum(range(10**6))
+    state = clock.state()
+    assert 0 < state["cpu_seconds"] < 10 and state["seconds"] > 0
+    later = StepClock({"seconds": 100.0, "cpu_seconds": 50.0}).state()
+    assert 100 < later["seconds"] < 110 and 50 <= later["cpu_seconds"] < 60
+    assert StepClock({"seconds": 100.0}).record().keys() == {"seconds", "seconds_per_step"}, "unknown, of an earlier version"
+
+
 def test_the_clock_leaves_the_first_step_out(monkeypatch):
     clock = StepClock()
     assert clock.seconds_per_step() is None

@@ -93,7 +93,7 @@ def test_a_student_and_its_records(taught, runs, source):
     assert set(labels.groups) == pool | {hmacs[f"patient{i}"] for i in range(5, 8)}  # the teacher's, with its val
 
     state = torch.load(out / "checkpoints" / "last" / "state.pt", weights_only=True)
-    assert state.keys() == {"network", "optimizer", "scaler", "step", "best", "val_dice", "seconds"}
+    assert state.keys() == {"network", "optimizer", "scaler", "step", "best", "val_dice", "seconds", "cpu_seconds"}
     assert state["network"].keys() == read_weights(out / "model" / "model.safetensors").keys()
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     assert f"Distilled from a teacher, weights {digest[:12]}…: soft targets of weight 1, temperature 2." in page
