@@ -179,9 +179,9 @@ class AugmentSettings(Frozen):
 
     @field_validator("contrast")
     @classmethod
-    def _ordered(cls, value: Range) -> Range:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError(f"{list(value)}: two numbers above 0, the first not above the second")
+    def _positive(cls, value: Range) -> Range:
+        if value[0] <= 0:
+            raise ValueError(f"{list(value)}: two numbers above 0")
         return value
 
 

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pretrain.probe.settings import ProbeSettings
 from resunet.architecture import MOBILE_BACKBONE, EncoderArchitecture, MobileEncoderArchitecture, Widths
@@ -99,13 +99,6 @@ class ViewSettings(IntensitySettings):
     rotation: float = Field(
         15.0, ge=0, le=180, description="degrees, either way; of volumes about every axis in mm, of thick slices within them"
     )
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, value: Range) -> Range:
-        if value[0] > value[1]:
-            raise ValueError(f"the first of {list(value)} must not be above the second")
-        return value
 
     @model_validator(mode="after")
     def _positive(self) -> "ViewSettings":

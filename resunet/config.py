@@ -86,6 +86,12 @@ def _not_empty(path: Path) -> Path:
     return path
 
 
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"{list(value)}: two numbers, the first not above the second")
+    return value
+
+
 def _distinct(classes: dict[int, str]) -> dict[int, str]:
     if not 2 <= len(classes) <= 254:
         raise ValueError("needs the background and at least one class, for example {0: background, 255: tumour}")
@@ -94,7 +100,7 @@ def _distinct(classes: dict[int, str]) -> dict[int, str]:
     return classes
 
 
-Range = tuple[float, float]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Classes = Annotated[dict[int, str], AfterValidator(_distinct)]  # raw mask value → name, background first
 NewFolder = Annotated[Path, AfterValidator(_not_empty)]

@@ -4,14 +4,13 @@ import math
 from typing import Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from resunet.config import Frozen, Probability, Range
 from resunet.draws import Draws
 
-_RANGES = ("intensity_scale", "intensity_shift", "gamma", "blur_sigma", "noise_sigma")
 _BLUR_RADIUS = 4  # pixels: covers 2.5 standard deviations of the widest default blur
 
 
@@ -26,13 +25,6 @@ class IntensitySettings(Frozen):
     blur_sigma: Range = Field((0.3, 1.5), description="pixels")
     noise: Probability = 0.5
     noise_sigma: Range = (0.0, 0.15)
-
-    @field_validator(*_RANGES)
-    @classmethod
-    def _intensities_ordered(cls, value: Range) -> Range:
-        if value[0] > value[1]:
-            raise ValueError(f"the first of {list(value)} must not be above the second")
-        return value
 
     @model_validator(mode="after")
     def _intensities_positive(self) -> Self:

@@ -8,6 +8,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -300,3 +301,26 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
         monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb_home"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return {"mode": "offline", "project": "some_project"}
+
+
+@pytest.fixture
+def sigterm_after() -> Iterator[Callable[..., None]]:
+    """Sends SIGTERM to this process at the end of its n-th optimiser step, and calls `first` before."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    handles = []
+
+    def at(step: int, first: Callable[[], None] = lambda: None) -> None:
+        done = []
+
+        def hook(optimizer: object, args: object, kwargs: object) -> None:
+            done.append(None)
+            if len(done) == step:
+                first()
+                signal.raise_signal(signal.SIGTERM)
+
+        handles.append(register_optimizer_step_post_hook(hook))
+
+    yield at
+    for handle in handles:
+        handle.remove()

@@ -1,12 +1,10 @@
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate
 from finetune.labelled import resolve
@@ -23,26 +21,6 @@ from resunet.model import ResUNet, UNet, load_model
 from resunet.report import read_metrics
 from resunet.runs import check_out
 from resunet.transfer import Receipt
-
-
-@pytest.fixture
-def sigterm_after():
-    """Sends SIGTERM to this process at the end of its n-th optimiser step."""
-    handles = []
-
-    def at(step: int) -> None:
-        done = []
-
-        def hook(optimizer, args, kwargs):
-            done.append(None)
-            if len(done) == step:
-                signal.raise_signal(signal.SIGTERM)
-
-        handles.append(register_optimizer_step_post_hook(hook))
-
-    yield at
-    for handle in handles:
-        handle.remove()
 
 
 def record_of(folder) -> dict:

@@ -1,11 +1,9 @@
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pretrain.recipe import PretrainRecipe
 from resunet.config import validate
@@ -53,24 +51,3 @@ def recipe(tmp_path: Path, archive: Path) -> Callable[..., PretrainRecipe]:
         return validate(PretrainRecipe, values, "recipe")
 
     return make
-
-
-@pytest.fixture
-def sigterm_after() -> Iterator[Callable[..., None]]:
-    """Sends SIGTERM to this process at the end of its n-th optimiser step, and calls `first` before."""
-    handles = []
-
-    def at(step: int, first: Callable[[], None] = lambda: None) -> None:
-        done = []
-
-        def hook(optimizer: object, args: object, kwargs: object) -> None:
-            done.append(None)
-            if len(done) == step:
-                first()
-                signal.raise_signal(signal.SIGTERM)
-
-        handles.append(register_optimizer_step_post_hook(hook))
-
-    yield at
-    for handle in handles:
-        handle.remove()

@@ -19,7 +19,10 @@ FAULTS = {
     "view size": ({"views": {"size": 7}}, r"views\.size=7: .*greater than or equal to 8"),
     "flip": ({"views": {"flip": 1.2}}, r"views\.flip=1\.2: .*less than or equal to 1"),
     "rotation": ({"views": {"rotation": 181}}, r"views\.rotation=181: "),
-    "range upside down": ({"views": {"gamma": [2, 1]}}, r"views\.gamma=\[2, 1\]: the first of .* must not be above the second"),
+    "range upside down": (
+        {"views": {"gamma": [2, 1]}},
+        r"views\.gamma=\[2, 1\]: .*two numbers, the first not above the second",
+    ),
     "zero scale": ({"views": {"scale": [0, 1]}}, r"scale=\[0\.0, 1\.0\] must be above 0"),
     "scale above one": ({"views": {"scale": [0.5, 1.5]}}, r"a crop covers at most the whole scan \(1\)"),
     "zero blur": ({"views": {"blur_sigma": [0, 1]}}, r"blur_sigma=\[0\.0, 1\.0\] must be above 0"),

@@ -3,7 +3,6 @@
 import html
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from finetune.distillation.losses import soft_target_loss
 from finetune.distillation.teacher import load_teacher
@@ -144,20 +142,12 @@ def test_a_student_of_itself_has_nothing_to_learn(taught, runs):
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_a_resumed_student_is_the_uninterrupted_one(taught, changes):
+def test_a_resumed_student_is_the_uninterrupted_one(taught, changes, sigterm_after):
     whole = finetune(taught(name="whole", steps=4, validate_every=2, **changes))
     stopped = taught(name="stopped", steps=4, validate_every=2, **changes)
-    done = []
-
-    def hook(optimizer, args, kwargs):
-        done.append(None)
-        if len(done) == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    handle = register_optimizer_step_post_hook(hook)
+    sigterm_after(3)
     with pytest.raises(Stopped, match="after step 3"):
         finetune(stopped)
-    handle.remove()
     finetune(stopped.model_copy(update={"resume": True}))
     for name in (
         "metrics.jsonl",

@@ -1,13 +1,11 @@
 import html
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from finetune.loop import finetune
 from finetune.recipe import ConsistencySettings
@@ -100,22 +98,14 @@ def test_a_run_and_its_records(recipe):
     assert len(labels.groups) == 4, "but only two, and as many of val, were labelled"
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(recipe):
+def test_a_resumed_run_is_the_uninterrupted_one(recipe, sigterm_after):
     same = dict(data=FEW, steps=4, validate_every=2, batch=4, ema=0.5, consistency={}, loss={"deep_supervision": True})
     same["model"] = {"channels": [4, 4, 6, 8]}
     whole, stopped = (recipe(name=name, **same) for name in ("whole", "stopped"))
     finetune(whole)
-    done = []
-
-    def hook(optimizer, args, kwargs):
-        done.append(None)
-        if len(done) == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    handle = register_optimizer_step_post_hook(hook)
+    sigterm_after(3)
     with pytest.raises(Stopped, match="after step 3"):
         finetune(stopped)
-    handle.remove()
     finetune(stopped.model_copy(update={"resume": True}))
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (stopped.out / name).read_bytes() == (whole.out / name).read_bytes(), name
