@@ -169,6 +169,18 @@ class ElasticSettings(Frozen):
     alpha: float = Field(30.0, ge=0, description="pixels, factor on the smoothed field; as strong in 3D as in 2D")
 
 
+class PatchIntensities(IntensitySettings):
+    """As the views of pretraining have them, each with a probability of its own; by default none."""
+
+    intensity: Probability = Field(0.0, description="of scale, shift and gamma")
+    blur: Probability = 0.0
+    noise: Probability = 0.0
+
+    @property
+    def any(self) -> bool:
+        return max(self.intensity, self.blur, self.noise) > 0
+
+
 class AugmentSettings(Frozen):
     """What every training patch goes through, image and mask alike; see `finetune.training.augment`."""
 
@@ -177,7 +189,14 @@ class AugmentSettings(Frozen):
     contrast: Range = Field((0.8, 1.2), description="factor on the deviation from the patch's mean")
     flip: Probability = Field(0.5, description="of the last axis: left–right, in sagittal slices anterior–posterior")
 
-    @field_validator("contrast")
+    zoom: Range = Field((0.7, 1.4), description="magnification, where there is one; of thick slices within them")
+    zoom_probability: Probability = 0.0
+    shift: float = Field(
+        0.0, ge=0, le=0.5, description="share of a side by which a patch is moved, at most: where it is all of a scan"
+    )
+    intensity: PatchIntensities = PatchIntensities()
+
+    @field_validator("contrast", "zoom")
     @classmethod
     def _positive(cls, value: Range) -> Range:
         if value[0] <= 0:

@@ -1,6 +1,6 @@
 """Augmentation of a training batch on the device: image and mask through one grid, then contrast on the image.
 
-Rotation, elastic deformation and flip make one displacement, so that the image is interpolated once. Every random
+Rotation, elastic deformation, flip, zoom and shift make one displacement, so that the image is interpolated once. Every random
 number comes from the generator that is handed in.
 
 Patches of volumes are turned in mm. Where slices are thick, they are turned and deformed within themselves, alike in each
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.recipe import AugmentSettings
+from resunet.draws import Draws
+from resunet.intensity import change_intensity
 from resunet.turn import thick_axis, turn
 
 
@@ -36,12 +38,34 @@ def augment(
         grid, rms = _volume_grids(images, settings, generator, spacing)
     else:
         grid, rms = _image_grids(images, settings, generator)
+    grid = _zoomed_and_shifted(grid, settings, generator, spacing)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
     over = tuple(range(2, images.ndim))
     mean = images.mean(dim=over, keepdim=True)
     factor = _uniform(*settings.contrast, len(images), generator).view(-1, *[1] * (images.ndim - 1))
-    return (images - mean) * factor + mean, moved[:, 0].to(labels.dtype), rms
+    images = (images - mean) * factor + mean
+    if settings.intensity.any:
+        images = change_intensity(images, settings.intensity, Draws(generator, range(len(images)), len(images)))
+    return images, moved[:, 0].to(labels.dtype), rms
+
+
+def _zoomed_and_shifted(grid: Tensor, settings: AugmentSettings, generator: torch.Generator, spacing: Tensor | None) -> Tensor:
+    """(N, *size, dimensions), x first, as grid_sample reads it: about the centre a side is 2 long."""
+    count, dims = len(grid), grid.shape[-1]
+    each = (count, *[1] * dims, dims)
+    if settings.zoom_probability:
+        low, high = (math.log(factor) for factor in settings.zoom)
+        zoom = torch.exp(_uniform(low, high, count, generator))
+        zoom = torch.where(_uniform(0, 1, count, generator) < settings.zoom_probability, zoom, torch.ones_like(zoom))
+        factor = zoom[:, None].repeat(1, dims)
+        for patch, mm in enumerate(spacing.tolist() if dims == 3 and spacing is not None else ()):
+            if (thick := thick_axis(mm)) is not None:
+                factor[patch, 2 - thick] = 1
+        grid = grid / factor.view(each)
+    if settings.shift:
+        grid = grid + 2 * _uniform(-settings.shift, settings.shift, (count, dims), generator).view(each)
+    return grid
 
 
 def _image_grids(images: Tensor, settings: AugmentSettings, generator: torch.Generator) -> tuple[Tensor, float]:

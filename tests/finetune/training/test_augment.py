@@ -187,6 +187,44 @@ def test_images_are_augmented_as_ever():
     assert labels.sum(dim=(1, 2)).tolist() == [405, 313, 324] and rms == pytest.approx(1.627783, abs=2e-6)
 
 
+def test_zoom_magnifies_about_the_centre():
+    y, x = torch.meshgrid(torch.arange(41.0) - 20, torch.arange(61.0) - 30, indexing="ij")
+    labels = (y**2 + x**2 < 100).to(torch.uint8).repeat(120, 1, 1)
+    images = labels[:, None].float()
+    moved, moved_labels, _ = augment(images, labels, settings(zoom_probability=0.5, zoom=(0.8, 1.5)), generator())
+    ratios = (moved_labels.sum(dim=(1, 2)) / labels.sum(dim=(1, 2))).sqrt()
+    still = ((moved - images).abs() < 1e-4).flatten(1).all(dim=1)
+    assert (
+        10 < still.sum() < 30 and ratios.min() == pytest.approx(0.8, abs=0.04) and ratios.max() == pytest.approx(1.5, abs=0.06)
+    )
+    for one, ratio in zip(moved_labels.float(), ratios, strict=True):
+        assert abs((one * y).sum() / one.sum()) < 0.3 and abs((one * x).sum() / one.sum()) < 0.3
+        assert (one * x.abs()).amax() == pytest.approx(10 * ratio, abs=1.2), "in pixels, not in sides"
+        assert (one * y.abs()).amax() == pytest.approx(10 * ratio, abs=1.2)
+
+
+def test_a_shift_is_a_share_of_the_side():
+    labels = discs(1, 48).repeat(60, 1, 1)
+    moved, moved_labels, _ = augment(labels[:, None].float(), labels, settings(shift=0.1), generator())
+    at = torch.arange(48.0)
+    for axis in (1, 2):
+        before, after = (
+            (one.float().sum(dim=3 - axis) * at).sum(dim=1) / one.float().sum(dim=(1, 2)) for one in (labels, moved_labels)
+        )
+        apart = after - before
+        assert apart.abs().max() < 0.1 * 48 + 0.6 and apart.min() < -3 and apart.max() > 3 and abs(apart.mean()) < 1
+    assert ((moved[:, 0] > 0.5) == (moved_labels == 1)).float().mean() > 0.995
+
+
+def test_intensities_are_those_of_the_views():
+    images, labels = smooth_images(6, 24, 24), discs(6, 24)
+    given = settings(intensity={"noise": 1, "noise_sigma": (0.2, 0.2)})
+    moved, moved_labels, _ = augment(images, labels, given, generator())
+    assert (moved - images).std().item() == pytest.approx(0.2, rel=0.05) and torch.equal(moved_labels, labels)
+    alone = augment(images, labels, settings(), generator())[0]
+    torch.testing.assert_close(alone, images, atol=2e-5, rtol=0)
+
+
 CUBES, FLAT = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0)
 
 
@@ -245,6 +283,15 @@ def test_thick_slices_are_moved_within_themselves_alike(axis):
     cubes, _, _ = moved_volume(images, CUBES, 1, rotation=30, elastic={"probability": 1, "sigma": 4, "alpha": 30}, flip=0)
     between = cubes[0, 0].movedim(axis, 0)
     assert (between[1:] - between[:-1] - 1).abs().max() > 0.2
+
+
+def test_thick_slices_are_zoomed_within_themselves():
+    at = torch.stack(torch.meshgrid(*[torch.arange(25.0) - 12] * 3, indexing="ij"))
+    ball = (at.square().sum(dim=0) < 40).float()[None, None]
+    for spacing, axes in ((CUBES, (True, True, True)), (FLAT, (False, True, True))):
+        moved = moved_volume(ball, spacing, 0, zoom_probability=1, zoom=(1.4, 1.4))[0][0, 0] > 0.5
+        longest = [float((at[axis].abs() * moved).max()) for axis in range(3)]
+        assert longest == pytest.approx([8.4 if zoomed else 6 for zoomed in axes], abs=1.1)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0, 10.0])
