@@ -197,10 +197,10 @@ def test_zoom_magnifies_about_the_centre():
     assert (
         40 < still.sum() < 80 and ratios.min() == pytest.approx(0.8, abs=0.04) and ratios.max() == pytest.approx(1.5, abs=0.06)
     )
-    for one, ratio in zip(moved_labels.float(), ratios, strict=True):
+    for one, ratio in zip(moved_labels.float(), ratios.tolist(), strict=True):
         assert abs((one * y).sum() / one.sum()) < 0.3 and abs((one * x).sum() / one.sum()) < 0.3
-        assert (one * x.abs()).amax() == pytest.approx(10 * ratio, abs=1.2), "in pixels, not in sides"
-        assert (one * y.abs()).amax() == pytest.approx(10 * ratio, abs=1.2)
+        assert float((one * x.abs()).amax()) == pytest.approx(9.5 * ratio, abs=1.2), "in pixels, not in sides"
+        assert float((one * y.abs()).amax()) == pytest.approx(9.5 * ratio, abs=1.2)
 
 
 def test_a_shift_is_a_share_of_the_side():
