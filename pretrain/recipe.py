@@ -281,7 +281,7 @@ class PretrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _decoder_is_trained_by_something(self) -> "PretrainRecipe":
-        if self.trains_decoder:
+        if self.dense is not None:
             if self.cache_chunk is not None:
                 raise ValueError(
                     f"cache_chunk={self.cache_chunk}: dense has no chunks, its loss needs all views at once. Set one to null"
@@ -326,10 +326,6 @@ class PretrainRecipe(Recipe):
     def batch_statistics(self) -> bool:
         """Some layer has the statistics of a batch."""
         return self.model.norm == "batch" or self.head.batch_norm
-
-    @property
-    def trains_decoder(self) -> bool:
-        return self.dense is not None
 
     @property
     def peak_lr(self) -> float:

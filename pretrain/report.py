@@ -91,7 +91,7 @@ def _skipped(recipe: PretrainRecipe) -> list[str]:
 
 def _training(recipe: PretrainRecipe, metrics: Mapping[str, tuple[list[float], list[float]]]) -> list[Section]:
     formula, chance = _chance(recipe, metrics)
-    losses = metrics["global_loss" if recipe.trains_decoder else "loss"]
+    losses = metrics["global_loss" if recipe.dense is not None else "loss"]
     final, std = losses[1][-1], metrics["projection_std"][1][-1]
     healthy = 1 / math.sqrt(recipe.head.output)
     spread = {

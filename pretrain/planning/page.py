@@ -96,7 +96,7 @@ def _cost(plan: Plan) -> list[str]:
         ", twice",
         memory,
         f"{encoder / 1e6:.2f} M parameters of the encoder, {rest / 1e6:.2f} M of "
-        + ("the decoder and the heads" if recipe.trains_decoder else "the head"),
+        + ("the decoder and the heads" if recipe.dense is not None else "the head"),
         f"{saved:,.0f} MiB a checkpoint, {saved * (recipe.keep_checkpoints + 1):,.0f} MiB of disk while the latest "
         f"{recipe.keep_checkpoints} are kept and the next is written",
     ]
