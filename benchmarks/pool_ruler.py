@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from finetune.label_curve.cells import Cell, points_of
+from finetune.label_curve.cells import points_of
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.label_curve.verdict import signed
 from finetune.labelled import choose_cases
@@ -54,9 +54,8 @@ class Slices:
 
 
 @torch.no_grad()
-def dice_by_group(cell: Cell, slices: Slices) -> dict[str, float]:
-    """The mean over a group's slices with a target, in bf16 arithmetic; of binary segmentation."""
-    network = ResUNet.from_pretrained(cell.folder / "model").eval()
+def dice_of(network: ResUNet, slices: Slices) -> dict[str, float]:
+    """group → the mean over its slices with a target, in bf16 arithmetic; of binary segmentation, in evaluation mode."""
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.cat([network(channels_last(part))[:, 0] > 0 for part in slices.images.split(_CHUNK)])
     return slices.group_dice(found)
@@ -89,7 +88,8 @@ def main() -> None:
                 continue
             row = f"| {point.labelled}, {point.draw}, {cell.steps} | {point.arm} |"
             for part, slices in parts.items():
-                dice = {group: value for group, value in dice_by_group(cell, slices).items() if group not in labelled}
+                network = ResUNet.from_pretrained(cell.folder / "model").eval()
+                dice = {group: value for group, value in dice_of(network, slices).items() if group not in labelled}
                 key = (point.labelled, point.draw, cell.steps, part)
                 if point.arm == recipe.baseline:
                     baselines[key] = dice
