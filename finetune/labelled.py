@@ -196,7 +196,7 @@ def sampler_of(recipe: FinetuneRecipe, data: LabelledData) -> Batches:
     Raises:
         InputError: as `PatchSampler`.
     """
-    labelled = PatchSampler(data.train, recipe.patch, recipe.foreground)
+    labelled = PatchSampler(data.train, recipe.patch, recipe.foreground, recipe.foreground_by == "object")
     if not data.unlabelled:
         return labelled
     return MixedSampler(labelled, data.unlabelled, recipe.patch, recipe.unlabelled_share, recipe.batch)

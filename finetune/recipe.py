@@ -335,6 +335,9 @@ class FinetuneRecipe(Recipe):
         description="pixels, (y, x); of model.spatial_dims=3 (z, y, x); 128 a side by default, of volumes 64",
     )
     foreground: Probability = Field(0.33, description="share of patches that are centred on a class, each class as often")
+    foreground_by: Literal["pixel", "object"] = Field(
+        "pixel", description="what is drawn to centre a patch on; object: each connected one as often, however small"
+    )
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

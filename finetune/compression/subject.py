@@ -66,7 +66,7 @@ class Subject:
 
     def sampler(self) -> PatchSampler:
         """Of the training cases."""
-        return PatchSampler(self.data.train, self.recipe.patch, self.recipe.foreground)
+        return PatchSampler(self.data.train, self.recipe.patch, self.recipe.foreground, self.recipe.foreground_by == "object")
 
     def importance(self, subject: Prunable, settings: PruneSettings) -> ChannelScores:
         """Of the channels of every group."""

@@ -74,7 +74,8 @@ def quantise(run: Path, settings: QuantiseSettings, out: Path) -> Path:
     network, config = load_finetuned(folder)
     _refuse_unfit(run, network, settings)
     accelerator = start_ranks(recipe.model_copy(update={"steps": settings.steps}), recipe.batch, "patches")
-    sampler = PatchSampler(read_labelled(recipe, quiet=False).train, recipe.patch, recipe.foreground)
+    train = read_labelled(recipe, quiet=False).train
+    sampler = PatchSampler(train, recipe.patch, recipe.foreground, recipe.foreground_by == "object")
     batches = calibration_batches(recipe, settings, sampler)
     with folder_aside(out) as aside:
         make = _by_nncf if settings.by_nncf else _by_torchao

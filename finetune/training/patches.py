@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import cc3d
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -61,6 +62,8 @@ class PatchSampler:
 
     The class is drawn first, each alike, then a slice or volume that holds it, then its pixel: rare classes are seen as often
     as frequent ones. nnU-Net (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z, supplementary note 2) draws the case first.
+    By object, one of all connected objects of the class is drawn, each alike, and then its pixel: of two lesions in a slice, of 5 and
+    of 500 pixels, the small one is the centre as often as the large.
 
     Patches of two sides are cut from slices, of three from volumes, with replacement: a handful of labelled scans has no epochs
     worth the name. Slices without any contrast are left out.
@@ -69,7 +72,7 @@ class PatchSampler:
         InputError: no slice has any; no pixel of any class, so that there is nothing to learn; an image, for patches of three.
     """
 
-    def __init__(self, cases: Sequence[LoadedCase], patch: Sequence[int], foreground: float) -> None:
+    def __init__(self, cases: Sequence[LoadedCase], patch: Sequence[int], foreground: float, by_object: bool = False) -> None:
         self.patch = tuple(patch)
         self.share = foreground
         refuse_images(cases, len(patch))
@@ -77,7 +80,15 @@ class PatchSampler:
         if not self.units:
             raise InputError("The labelled training cases hold no slice with any contrast. Check the images, or label others.")
         classes = sorted({index for one in self.units for index in one.foreground})
-        self.holding = [[(one, one.foreground[index]) for one in self.units if index in one.foreground] for index in classes]
+        self.holding = [
+            [
+                (one, positions)
+                for one in self.units
+                if index in one.foreground
+                for positions in (_objects(one, index) if by_object else [one.foreground[index]])
+            ]
+            for index in classes
+        ]
         if not classes:
             raise InputError(
                 f"None of the {len(cases)} training cases has a pixel of any class: all is background or ignored, and there is "
@@ -139,6 +150,19 @@ def _foreground(labels: NDArray[np.uint8], most: int) -> dict[int, NDArray[np.in
             positions = np.sort(np.random.default_rng(int(index)).choice(positions, most, replace=False))
         found[int(index)] = np.stack(np.unravel_index(positions, labels.shape), axis=1).astype(np.int32)
     return found
+
+
+def _objects(one: Unit, index: int) -> list[NDArray[np.int32]]:
+    """The positions of every connected object of a class, `_MOST` at random of a larger one; the same every time."""
+    labels = _arrays(one)[1]
+    found = cc3d.connected_components(labels == index, connectivity=8 if labels.ndim == 2 else 26)
+    positions = np.flatnonzero(found)
+    objects = found.ravel()[positions]
+    order = np.argsort(objects, kind="stable")
+    each = np.split(positions[order], np.flatnonzero(np.diff(objects[order])) + 1)
+    rng = np.random.default_rng(index)
+    some = (one if len(one) <= _MOST else np.sort(rng.choice(one, _MOST, replace=False)) for one in each)
+    return [np.stack(np.unravel_index(one, labels.shape), axis=1).astype(np.int32) for one in some]
 
 
 def _arrays(one: Unit) -> tuple[NDArray, NDArray[np.uint8]]:

@@ -137,6 +137,33 @@ def test_every_class_is_centred_on_as_often_and_then_every_case(patch):
     assert Counter(one.case.case.id for one in frequent) == {name: 3 if len(patch) == 2 else 1 for name in "bc"}
 
 
+@pytest.mark.parametrize("by_object", [False, True])
+def test_by_object_a_small_lesion_is_centred_on_as_often_as_a_large_one(by_object):
+    labels = np.zeros((64, 64), np.uint8)
+    labels[4:24, 4:24] = labels[60, 60] = labels[61, 61] = 1  # 400 pixels, and two that touch at a corner
+    labels[40, 40] = 2
+    values = np.random.default_rng(0).random((1, 64, 64)).astype(np.float32)
+    sampler = PatchSampler([case("a", values, labels)], (8, 8), 1, by_object)
+    _, patches, _ = sampler.batch(400, (0,))
+    of_first = [patch for patch in patches if (patch == 1).any()]
+    small = sum(
+        1 for patch in of_first if (patch == 1).sum() <= 2 and (patch == 1).sum() > 0 and not (patch == 1)[:4, :4].all()
+    )
+    assert len(of_first) == pytest.approx(200, abs=45), "classes are drawn first, as ever"
+    assert (0.35 < small / len(of_first) < 0.65) if by_object else small / len(of_first) < 0.12
+    assert torch.equal(patches, sampler.batch(400, (0,)).labels)
+
+
+def test_objects_of_a_volume_are_found_in_all_directions():
+    labels = np.zeros((6, 20, 20), np.uint8)
+    labels[0, 0, 0] = labels[1, 1, 1] = 1  # one object, by its corners
+    labels[4, 10:16, 10:16] = 1
+    values = np.random.default_rng(0).random((1, 6, 20, 20)).astype(np.float32)
+    sampler = PatchSampler([case("a", values, labels, (1, 1, 1))], (4, 8, 8), 1, by_object=True)
+    assert sorted(len(positions) for _, positions in sampler.holding[0]) == [2, 36]
+    assert all((labels[tuple(positions.T)] == 1).all() for _, positions in sampler.holding[0])
+
+
 def test_positions_are_limited_and_reach_the_whole_class():
     labels = np.zeros((40, 60, 60), np.uint8)
     labels[5:] = 1
