@@ -62,8 +62,8 @@ class PatchSampler:
 
     The class is drawn first, each alike, then a slice or volume that holds it, then its pixel: rare classes are seen as often
     as frequent ones. nnU-Net (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z, supplementary note 2) draws the case first.
-    By object, one of all connected objects of the class is drawn, each alike, and then its pixel: of two lesions in a slice, of 5 and
-    of 500 pixels, the small one is the centre as often as the large.
+    By object, one of all connected objects of the class is drawn, each alike, and then its pixel: of two lesions in a slice, of
+    5 and of 500 pixels, the small one is the centre as often as the large.
 
     Patches of two sides are cut from slices, of three from volumes, with replacement: a handful of labelled scans has no epochs
     worth the name. Slices without any contrast are left out.
