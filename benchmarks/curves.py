@@ -74,12 +74,12 @@ def table(name: str, recipe: LabelCurveRecipe) -> Iterator[str]:
         cells = [str(paired["labels"]), f"{scratch['mean']:.3f}", f"{other['mean']:.3f}", signed(paired["mean"]) + ends, p]
         yield "| " + " | ".join([*cells, needed(row), chosen]) + " |"
     yield "\n" + "\n".join(verdicts(record))
-    seconds = [cell.record["seconds"] for point in points_of(recipe) for cell in point.cells]
+    seconds = [cell.record["cpu_seconds"] for point in points_of(recipe) for cell in point.cells]
     costs = {arm: (cost["finetuning_hours"], cost["pretraining_hours"]) for arm, cost in record["cost"].items()}
     hours = "; ".join(
         f"{arm} {tuned:.2f} of fine-tuning, {before:.2f} of pretraining" for arm, (tuned, before) in costs.items()
     )
-    yield f"\n{len(seconds)} cells, the longest {max(seconds):.0f} s; hours: {hours}"
+    yield f"\n{len(seconds)} cells, the longest {max(seconds):.0f} CPU-seconds; hours: {hours}"
 
 
 def main() -> None:

@@ -93,7 +93,8 @@ def result(out: Path) -> dict[str, Any]:
     left: dict[str, Any] = {name: path.read_bytes() for name, path in files.items() if name != "config.json"}
     for name in ("last", "best"):
         state = torch.load(out / "checkpoints" / name / "state.pt", weights_only=True)
-        state.pop("seconds")
+        for spent in ("seconds", "cpu_seconds"):
+            state.pop(spent)
         left[f"checkpoints/{name}"] = state
     return left
 

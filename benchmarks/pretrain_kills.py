@@ -1,13 +1,14 @@
 """Pretrainings killed at random steps: resumed, they end as one that nobody disturbed, bit by bit, in one process and in two.
 
-    python -m benchmarks.pretrain_kills [--steps 40] [--kills 20] [--processes 1 2] [--seed 0]
+    python -m benchmarks.pretrain_kills [--steps 40] [--kills 20] [--processes 1 2] [--variants …] [--seed 0]
 
-On simulated patients, in three variants: plain NT-Xent with batch norm, a memory bank, and cached gradients (GradCache) with the
-loss that knows patients and positions. Each round starts a run of its own, waits until it has logged a random step, and some
-milliseconds more, and ends it: SIGKILL to all its processes at once, SIGKILL to one rank, or SIGTERM. It sees that no process
-outlives that, resumes the run, and compares metrics, gradients, model and the tensors of the checkpoint (network, optimiser,
-memory bank) with the undisturbed run's. A last round of each variant is killed again and again, then completed. Prints one line
-a round. The processes are forked from this one, which has imported everything: starting anew takes ten times as long as training.
+On simulated patients, in variants: plain NT-Xent with batch norm, a memory bank, cached gradients (GradCache) with the loss that
+knows patients and positions, a probe that chooses the checkpoint, and dense contrast of volumes. Each round starts a run of its
+own, waits until it has logged a random step, and some milliseconds more, and ends it: SIGKILL to all its processes at once, SIGKILL
+to one rank, or SIGTERM. It sees that no process outlives that, resumes the run, and compares metrics, gradients, model and the
+tensors of the checkpoint (network, optimiser, memory bank) with the undisturbed run's. A last round of each variant is killed again
+and again, then completed. Prints one line a round. The processes are forked from this one, which has imported everything: starting
+anew takes ten times as long as training.
 """
 
 import argparse
@@ -40,6 +41,11 @@ VARIANTS = {
     "memory bank": ["model.norm=group", "objective.memory_bank=32"],
     "cached gradients": [
         *("model.norm=group", "cache_chunk=5", "objective={same_group: ignore, position_threshold: 0.1}"),
+    ],
+    "probe": ["model.norm=group", "probe={classes: {0: background, 1: lesion}, groups: 2, every: 4, choose: best}"],
+    "dense volumes": [
+        *("batch=4", "model={channels: [4, 8, 16], norm: group, spatial_dims: 3}", "views={size: 16, window: 32}"),
+        "dense={points: 8, pairs: 32}",
     ],
 }
 _WAYS = {1: ("SIGKILL", "SIGKILL", "SIGTERM"), 2: ("SIGKILL", "SIGKILL to one rank", "SIGKILL", "SIGTERM")}
@@ -170,7 +176,8 @@ def result(out: Path) -> dict[str, Any]:
     files = [path for path in out.rglob("*") if path.is_file() and path.name not in _OF_ITS_OWN]
     left: dict[str, Any] = {str(path.relative_to(out)): path.read_bytes() for path in files}
     state = torch.load(out / "checkpoints" / "last" / "state.pt", weights_only=True)
-    state.pop("seconds")
+    for name in ("seconds", "cpu_seconds"):
+        state.pop(name)
     left["checkpoints/last"] = state
     return left
 
@@ -180,6 +187,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--kills", type=int, default=20, help="rounds for each number of processes, over the variants")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -191,12 +199,12 @@ def main() -> None:
         root = Path(scratch)
         source = write_phantom(root / "data", PhantomConfig(pool=6, val=2, test=2, spacing_mm=(4, 4, 8)))
         for processes in options.processes:
-            sweeps = {variant: Sweep(root, source, variant, processes, options.steps) for variant in VARIANTS}
+            sweeps = {variant: Sweep(root, source, variant, processes, options.steps) for variant in options.variants}
             print(f"{processes} processes, {options.steps} steps; undisturbed runs are the same twice", flush=True)
-            turns = [(name, 1) for name, _ in zip(list(VARIANTS) * options.kills, range(options.kills), strict=False)]
-            turns += [(name, 4) for name in VARIANTS]
+            turns = [(name, 1) for name, _ in zip(options.variants * options.kills, range(options.kills), strict=False)]
+            turns += [(name, 4) for name in options.variants]
             for number, (name, kills) in enumerate(turns):
-                way = "SIGKILL" if kills > 1 else _WAYS[processes][number // len(VARIANTS) % len(_WAYS[processes])]
+                way = "SIGKILL" if kills > 1 else _WAYS[processes][number // len(options.variants) % len(_WAYS[processes])]
                 passed, said = sweeps[name].round(sweeps[name].root / str(number), kills, way, rng)
                 failed, rounds = failed + (not passed), rounds + 1
                 print(f"  {name}: {said}", flush=True)

@@ -116,12 +116,12 @@ def own_scratch(arm: str, arms: dict[str, Values]) -> str:
 
 def of_pretraining(encoders: dict[str, Path]) -> str:
     """What each pretraining ended with."""
-    lines = ["| pretraining | steps | seconds | loss | projection_std | embedding_std |", "|---|---|---|---|---|---|"]
+    lines = ["| pretraining | steps | CPU-seconds | loss | projection_std | embedding_std |", "|---|---|---|---|---|---|"]
     for name, run in encoders.items():
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
         last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         shown = " | ".join(f"{last[key]:.3f}" for key in ("loss", "projection_std", "embedding_std"))
-        lines.append(f"| {name} | {last['step']} | {record['seconds']:.0f} | {shown} |")
+        lines.append(f"| {name} | {last['step']} | {record.get('cpu_seconds', record['seconds']):.0f} | {shown} |")
     return "\n".join(lines)
 
 
