@@ -12,7 +12,7 @@ from finetune.evaluation.calibration import decide_by, foreground_of
 from finetune.evaluation.evaluate import case_probabilities
 from finetune.inference.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.labelled import LabelledData
-from finetune.recipe import FinetuneRecipe
+from finetune.recipe import FinetuneRecipe, PatchIntensities
 from resunet.data.cases import IGNORE, LoadedCase
 from resunet.decision import OperatingPoint, Postprocessing
 from resunet.progress import progress, say
@@ -32,19 +32,46 @@ def refuse_impossible(recipe: FinetuneRecipe, data: LabelledData) -> None:
         refuse_val_without_clean(data.val, f"false_alarms_per_1000={budget:g}")
 
 
-def tell_of_blind_val(val: Sequence[LoadedCase]) -> None:
-    """Say it, before anything is trained, if val can tell no network from another."""
-    if val and not any(((labels > 0) & (labels != IGNORE)).any() for case in val if (labels := case.labels) is not None):
+def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData) -> None:
+    """Say what is no fault and yet not what one expects, before anything is trained."""
+    if is_blind(data.val):
         say(
-            f"val: none of its {len(val)} cases has a pixel of any class. Dice is not defined there, and tells no checkpoint and "
-            "no number of steps from another. Choose another split (resunet split --stratify), or label more."
+            f"val: none of its {len(data.val)} cases has a pixel of any class. Dice is not defined there, and tells no checkpoint "
+            "and no number of steps from another. Choose another split (resunet split --stratify), or label more."
         )
-
-
-def tell_of_nothing_unlabelled(recipe: FinetuneRecipe, data: LabelledData) -> None:
-    """Say it, if the recipe learns from unlabelled scans and there are none."""
     if recipe.unlabelled_share and not data.unlabelled:
         say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
+    for key, why in idle_keys(recipe):
+        say(f"{key}: does nothing here, {why}.")
+
+
+def is_blind(val: Sequence[LoadedCase]) -> bool:
+    """Whether val can tell no network from another, as nothing is to be found in it."""
+    labels = [case.labels for case in val if case.labels is not None]
+    return bool(labels) and not any(((one > 0) & (one != IGNORE)).any() for one in labels)
+
+
+def idle_keys(recipe: FinetuneRecipe) -> list[tuple[str, str]]:
+    """Keys that were set and have no effect beside the others, and why."""
+    augment, usual = recipe.augment, PatchIntensities()
+    changed = [name for name in type(usual).model_fields if getattr(augment.intensity, name) != getattr(usual, name)]
+    of = {"blur_sigma": "blur", "noise_sigma": "noise"} | dict.fromkeys(
+        ("intensity_scale", "intensity_shift", "gamma"), "intensity"
+    )
+    found = [
+        (f"augment.intensity.{name}", f"as augment.intensity.{of[name]}, its probability, is 0")
+        for name in changed
+        if name in of and not getattr(augment.intensity, of[name])
+    ]
+    if recipe.model.name == "unet" and recipe.optimizer.encoder_lr_factor != 1:
+        found.append(("optimizer.encoder_lr_factor", "as the plain U-Net has no encoder that could have a rate of its own"))
+    if recipe.foreground_by == "object" and not recipe.foreground:
+        found.append(("foreground_by", "as foreground, the share of patches that are centred on a class, is 0"))
+    if augment.zoom != type(augment)().zoom and not augment.zoom_probability:
+        found.append(("augment.zoom", "as augment.zoom_probability is 0"))
+    if recipe.consistency is not None and not recipe.consistency.changes:
+        found.append(("consistency", "or little, as network and average see the same intensities"))
+    return found
 
 
 def choose_on_val(
@@ -54,15 +81,13 @@ def choose_on_val(
     if recipe.postprocess == "none" and recipe.false_alarms_per_1000 is None:
         return Choices()
     names = list(recipe.data.classes.values())
-    # a threshold is one case's peak to the last digit: in the precision that predictions have by default
-    precision = "fp32" if recipe.false_alarms_per_1000 is not None else recipe.precision
     rank, ranks = accelerator.process_index, accelerator.num_processes
     share = range(rank, len(data.val), ranks)
     seen: list[tuple[int, ValCase, float | None]] = []  # with the greatest probability of a case without target
     for i in progress(share, len(share), "choose on val", quiet=quiet):
         case = data.val[i]
         assert case.labels is not None
-        probabilities = case_probabilities(model, case, accelerator.device, precision)
+        probabilities = case_probabilities(model, case, accelerator.device, recipe.precision_of_test)
         peak = float(foreground_of(probabilities)[case.labels == 0].max()) if is_without_target(case.labels) else None
         seen.append((i, predicted_objects(case.case.group, case.labels, decide_by(probabilities), len(names)), peak))
     if ranks > 1:

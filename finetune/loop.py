@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from finetune.choices import Choices, choose_on_val, refuse_impossible, tell_of_blind_val, tell_of_nothing_unlabelled
+from finetune.choices import Choices, choose_on_val, refuse_impossible, tell_beforehand
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
 from finetune.evaluation.evaluate import Measured, measure_cases, predicting, write_evaluation
@@ -39,7 +39,7 @@ from resunet.gradients import GradientRecord
 from resunet.light_weights import weights_input
 from resunet.model import Segmenter
 from resunet.progress import progress
-from resunet.ranks import by_main_rank, on_every_rank, refuse_other_steps
+from resunet.ranks import by_main_rank, on_every_rank, other_folder, refuse_other_steps
 from resunet.runs import Run, check_out, is_done, versions
 from resunet.training import (
     StepClock,
@@ -67,13 +67,16 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         return recipe.out
     accelerator = start_ranks(recipe, recipe.batch, "patches")
     main, device = accelerator.is_main_process, accelerator.device
-    model, receipt = build(recipe)
-    teacher = load_teacher(recipe, device)
-    data = read_labelled(recipe, quiet=not main)
-    refuse_impossible(recipe, data)
+
+    def read() -> tuple[Segmenter, Receipt | None, Teacher | None, LabelledData]:
+        network, loaded = build(recipe)
+        given = load_teacher(recipe, device), read_labelled(recipe, quiet=not main)
+        refuse_impossible(recipe, given[1])
+        return network, loaded, *given
+
+    model, receipt, teacher, data = on_every_rank(read, accelerator)
     if main:
-        tell_of_blind_val(data.val)
-        tell_of_nothing_unlabelled(recipe, data)
+        tell_beforehand(recipe, data)
     learner = prepare(recipe, model, receipt, accelerator)
     judged, average, optimizer, beside = learner.judged, learner.average, learner.optimizer, learner.beside()
     sampler, asks = sampler_of(recipe, data), asked(recipe, learner, teacher)
@@ -91,7 +94,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             first = restore_training(state, model, optimizer, accelerator, beside)
             best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state)
         refuse_other_steps(first, run.folder, accelerator)
-        run.rewind(first)
+        writing(partial(run.rewind, first))
         gradients = GradientRecord(run.folder, recipe, recipe.optimizer.clip, first, main, run.mirror)
         figures: dict[str, float] = {}
         for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
@@ -101,7 +104,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
             metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)
             figures["loss"] = metrics["loss"]
             done = step + 1
-            gradients.take(done, model, metrics.get("gradient_norm", math.inf))
+            if gradients.due(done):
+                writing(partial(gradients.take, done, model, metrics.get("gradient_norm", math.inf)))
             share_statistics(model, accelerator)
             if average is not None and not metrics.get("skipped"):
                 average.update_parameters(model)
@@ -126,17 +130,18 @@ def finetune(recipe: FinetuneRecipe) -> Path:
                 stop.stop(run, done)
 
         stop.release()
-        spent = clock.record()
+        spent = clock.record(accelerator)
         accelerator.wait_for_everyone()  # the best checkpoint is on disk
-        chosen = run.load_checkpoint(recipe.checkpoint)
-        assert chosen is not None
+        chosen = on_every_rank(partial(_checkpoint, run, recipe), accelerator)
         if average is None:
             model.load_state_dict(chosen["network"])
         else:
             average.load_state_dict(chosen["average"])
         judged.config = _model_config(recipe, judged, data, teacher, choose_on_val(judged, data, recipe, accelerator, not main))
         targets, rules = targets_of(recipe.data.classes, recipe.data.regions), judged.config.object_rules()
-        measured = measure_cases(judged, data.test, targets, device, recipe.precision, accelerator, not main, rules=rules)
+        measured = measure_cases(
+            judged, data.test, targets, device, recipe.precision_of_test, accelerator, not main, rules=rules
+        )
 
         def save() -> None:
             _save(run, judged, data, measured, recipe, receipt)
@@ -152,6 +157,17 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         writing(save)
     accelerator.wait_for_everyone()
     return recipe.out
+
+
+def _checkpoint(run: Run, recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The one that becomes the model.
+
+    Raises:
+        InputError: this rank has another disk than the one that saved it.
+    """
+    if (chosen := run.load_checkpoint(recipe.checkpoint)) is None:
+        raise other_folder(run.folder)
+    return chosen
 
 
 def _inputs(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None, teacher: Teacher | None) -> dict[str, str]:
@@ -223,7 +239,7 @@ def _save(
     summary = None
     if measured:
         summary = write_test_evaluation(run.folder, model, measured, data, recipe)
-        predict = predicting(model, model.config, next(model.parameters()).device, recipe.precision)
+        predict = predicting(model, model.config, next(model.parameters()).device, recipe.precision_of_test)
         targets = targets_of(recipe.data.classes, recipe.data.regions)
         mirror_evaluation(run.mirror, summary, measured, targets, model.config, predict)
     mirror_segmenter(run, model.config, "encoder" if recipe.start is None else "segmenter")
@@ -237,5 +253,5 @@ def write_test_evaluation(
     device, point = next(model.parameters()).device, model.config.operating_point
     notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
     return write_evaluation(
-        folder / "evaluation", model, measured, model.config, "test", notes, device, recipe.precision, point
+        folder / "evaluation", model, measured, model.config, "test", notes, device, recipe.precision_of_test, point
     )

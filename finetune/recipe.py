@@ -14,7 +14,7 @@ from resunet.architecture import (
     Widths,
 )
 from resunet.blocks import NormKind
-from resunet.config import Classes, DataSettings, Frozen, Normalisation, Probability, Range, Recipe
+from resunet.config import Classes, DataSettings, Frozen, Normalisation, Precision, Probability, Range, Recipe
 from resunet.intensity import IntensitySettings
 from resunet.light_settings import LIGHT, LightSettings
 from resunet.regions import Regions, members_of, refuse_wrong_regions
@@ -175,10 +175,6 @@ class PatchIntensities(IntensitySettings):
     intensity: Probability = Field(0.0, description="of scale, shift and gamma")
     blur: Probability = 0.0
     noise: Probability = 0.0
-
-    @property
-    def any(self) -> bool:
-        return max(self.intensity, self.blur, self.noise) > 0
 
 
 class AugmentSettings(Frozen):
@@ -428,11 +424,6 @@ class FinetuneRecipe(Recipe):
             raise ValueError(
                 f"start={self.start}: its decoder is no fresh one that optimizer.decoder_first could train; leave it out"
             )
-        if self.model.name == "unet" and self.optimizer.encoder_lr_factor != 1:
-            raise ValueError(
-                f"optimizer.encoder_lr_factor={self.optimizer.encoder_lr_factor:g}: the plain U-Net has no encoder that could have "
-                "a rate of its own; leave it out"
-            )
         return self
 
     @model_validator(mode="after")
@@ -468,6 +459,12 @@ class FinetuneRecipe(Recipe):
                 "it or batch"
             )
         return self
+
+    @property
+    def precision_of_test(self) -> Precision:
+        """In which val and test are judged at the end: a threshold is one case's peak to the last digit, so that it is chosen and
+        applied in the precision that predictions have by default."""
+        return "fp32" if self.false_alarms_per_1000 is not None else self.precision
 
     @property
     def unlabelled_share(self) -> float:

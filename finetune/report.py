@@ -50,7 +50,7 @@ def write_report(
     ]
     sections = [Section(lead=[lead], notes=data.notes(), text=text)]
     if summary is not None:
-        sections += evaluation_sections(recipe.out / "evaluation", model, measured, summary, recipe.precision)
+        sections += evaluation_sections(recipe.out / "evaluation", model, measured, summary, recipe.precision_of_test)
     sections.append(
         Section(
             "Learning",

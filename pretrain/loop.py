@@ -75,12 +75,13 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             clock = StepClock(state)
             probe.restore(state)
         refuse_other_steps(first, run.folder, accelerator)
-        run.rewind(first if state is not None else -1)  # the probe's line of step 0 is of a checkpoint only
-        probe.record(run)
+        writing(partial(run.rewind, first if state is not None else -1))  # the probe's line of step 0 is of a checkpoint only
+        writing(partial(probe.record, run))
         if first == 0 and probe.due(0):
             looked = probe.look(network.encoder, 0)
             writing(lambda: run.log(0, looked))
-        non_finite.rewind(first, state["skipped_in_a_row"] if state is not None else 0)
+        non_finite.in_a_row = state["skipped_in_a_row"] if state is not None else 0
+        writing(partial(non_finite.rewind, first))
         gradients = GradientRecord(run.folder, recipe, math.inf, first, main, run.mirror)
         figures: dict[str, float] = {}
         indices = range(first * recipe.accumulate, recipe.steps * recipe.accumulate)
@@ -99,7 +100,8 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                     metrics = {"skipped": 1.0}
                 else:
                     non_finite.passed()
-                    gradients.take(step + 1, network, norm)
+                    if gradients.due(step + 1):
+                        writing(partial(gradients.take, step + 1, network, norm))
                     figures |= {name: metrics[name] for name in _TOLD if name in metrics}
                     metrics |= take_step(optimizer, norm, step + 1, accelerator)
                 clock.tick()
@@ -121,7 +123,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
                     stop.stop(run, done)
 
         stop.release()
-        spent = clock.record()
+        spent = clock.record(accelerator)
 
         def save() -> None:
             if probe.chooses and (best := run.load_checkpoint("best")) is not None:

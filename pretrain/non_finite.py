@@ -50,11 +50,10 @@ class NonFinite:
     def __init__(self, folder: Path, skip: bool, cases: Sequence[Case], writes: bool) -> None:
         self._path, self._skip, self._cases, self._writes = folder / FILE, skip, cases, writes
         self._buffers: list[tuple[Tensor, Tensor]] = []
-        self.in_a_row = 0
+        self.in_a_row = 0  # of the latest steps, so many were left out
 
-    def rewind(self, first: int, in_a_row: int) -> None:
-        """Go on after `first` steps, the latest `in_a_row` of which were left out; later ones are done again."""
-        self.in_a_row = in_a_row
+    def rewind(self, first: int) -> None:
+        """Go on after `first` steps; later ones are done again."""
         if self._writes and self._path.exists():
             lines = [line for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             write_text(self._path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first))

@@ -87,7 +87,7 @@ class GradientRecord:
             ]
 
     def take(self, step: int, model: nn.Module, total: float) -> None:
-        """At steps that are recorded: the gradients that stand in the model after clipping.
+        """At a step that is `due`: the gradients that stand in the model after clipping.
 
         Args:
             step: how many are done with this one.
@@ -95,7 +95,7 @@ class GradientRecord:
         """
         if not self._writes:
             return
-        if self._due(step) and math.isfinite(total):
+        if math.isfinite(total):
             factor = max(1.0, total / self._clip)
             norms = gradient_norms(model)
             scaled = {kind: {name: _round(norm * factor) for name, norm in its.items()} for kind, its in norms.items()}
@@ -107,9 +107,10 @@ class GradientRecord:
             self._told = True
             self._warn()
 
-    def _due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether this one is recorded; on every rank the same."""
         every = self._recipe.log_every if step <= self._early else self._recipe.checkpoint_every
-        return step == 1 or step % every == 0 or step == self._recipe.steps
+        return step % every == 0 or step in (1, self._early, self._recipe.steps)
 
     def _warn(self) -> None:
         quiet = quiet_units(self._records)
@@ -132,13 +133,15 @@ def gradients_section(folder: Path) -> Section | None:
     if not records[0]["units"]:
         return Section("Gradients", pictures=pictures)
     early = [record for record in records if record["step"] <= FIRST_STEPS]
-    quiet = quiet_units(early)
-    verdict = (
-        f"Below {LOWEST_NORM} in all of the first steps: {', '.join(quiet)}."
-        if quiet
-        else f"Every unit was above {LOWEST_NORM} in some of the first {early[-1]['step']} steps."
-    )
-    return Section("Gradients", text=[verdict], pictures=[svg(_drawn(records), "Gradient norm by residual unit"), *pictures])
+    text = []
+    if early:  # none: they were left out, or not recorded yet
+        quiet = quiet_units(early)
+        text = [
+            f"Below {LOWEST_NORM} in all of the first steps: {', '.join(quiet)}."
+            if quiet
+            else f"Every unit was above {LOWEST_NORM} in some of the first {early[-1]['step']} steps."
+        ]
+    return Section("Gradients", text=text, pictures=[svg(_drawn(records), "Gradient norm by residual unit"), *pictures])
 
 
 def _drawn(records: Sequence[dict[str, Any]]) -> Figure:

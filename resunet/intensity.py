@@ -22,9 +22,14 @@ class IntensitySettings(Frozen):
     intensity_shift: Range = (-0.3, 0.3)
     gamma: Range = (0.7, 1.5)
     blur: Probability = 0.3
-    blur_sigma: Range = Field((0.3, 1.5), description="pixels")
+    blur_sigma: Range = Field((0.3, 1.5), description="pixels; of volumes voxels, across thick slices too")
     noise: Probability = 0.5
     noise_sigma: Range = (0.0, 0.15)
+
+    @property
+    def changes(self) -> bool:
+        """Whether any scan is changed."""
+        return max(self.intensity, self.blur, self.noise) > 0
 
     @model_validator(mode="after")
     def _intensities_positive(self) -> Self:

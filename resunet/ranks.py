@@ -61,10 +61,14 @@ def refuse_other_steps(first: int, folder: Path, accelerator: Accelerator) -> No
         return
     steps = gather_object([first])
     if len(set(steps)) > 1:
-        raise InputError(
-            f"out={folder}: is not the same folder for all ranks: they continue after steps {', '.join(map(str, steps))}. Put it "
-            "on a disk that all machines share, under one path."
-        )
+        raise other_folder(folder, f": they continue after steps {', '.join(map(str, steps))}")
+
+
+def other_folder(folder: Path, seen: str = "") -> InputError:
+    """What to say where ranks do not see one run directory."""
+    return InputError(
+        f"out={folder}: is not the same folder for all ranks{seen}. Put it on a disk that all machines share, under one path."
+    )
 
 
 def in_shares(work: Callable[[range], Iterator[T]], count: int, label: str, accelerator: Accelerator) -> list[T]:

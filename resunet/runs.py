@@ -190,7 +190,7 @@ class Run:
             "machine": machine(),
             "git_commit": git_commit(),
             "inputs": dict(inputs),
-            "processes": [*(known := self._record.get("processes", [])), *({recipe.processes} - set(known[-1:]))],
+            "processes": self._ranks(recipe),
             "started": self._record.get("started", _now()),
         }
         self.set_status("running")
@@ -201,6 +201,12 @@ class Run:
             if self._mirror is not None:
                 self._record["wandb_id"] = self._mirror.id
         self.set_status("running")
+
+    def _ranks(self, recipe: Recipe) -> list[int]:
+        """How many there were, of a run that was resumed with another number one after another."""
+        began = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["processes"]
+        known: list[int] = self._record.get("processes", [began])
+        return known if known[-1] == recipe.processes else [*known, recipe.processes]
 
     def _refuse_other_inputs(self, inputs: Mapping[str, str]) -> None:
         before = self._record.get("inputs", dict(inputs))

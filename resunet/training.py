@@ -240,9 +240,13 @@ class StepClock:
             found["cpu_seconds"] = self._cpu_before + _cpu_seconds() - self._cpu_started
         return found
 
-    def record(self) -> dict[str, float | None]:
-        """The same for run.json, with seconds_per_step."""
-        return {name: round(value, 1) for name, value in self.state().items()} | {"seconds_per_step": self.seconds_per_step()}
+    def record(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """The same for run.json, cpu_seconds of all ranks, with seconds_per_step. All ranks call it."""
+        found = self.state()
+        if "cpu_seconds" in found and accelerator.num_processes > 1:
+            spent = torch.tensor(found["cpu_seconds"], device=accelerator.device)
+            found["cpu_seconds"] = float(accelerator.reduce(spent, reduction="sum"))
+        return {name: round(value, 1) for name, value in found.items()} | {"seconds_per_step": self.seconds_per_step()}
 
     def tick(self) -> None:
         """Once at the end of every step."""

@@ -134,7 +134,9 @@ def _join(recipe: FinetuneRecipe, folds: Sequence[FinetuneRecipe]) -> None:
         left_out = predict_left_out(ensemble, data, recipe, accelerator)
         ensemble.config = _config(ensemble, recipe, data, choose_out_of_fold(ensemble, data, left_out, recipe, accelerator))
         targets, rules = targets_of(recipe.data.classes, recipe.data.regions), ensemble.config.object_rules()
-        tested = measure_cases(ensemble, data.test, targets, device, recipe.precision, accelerator, not main, rules=rules)
+        tested = measure_cases(
+            ensemble, data.test, targets, device, recipe.precision_of_test, accelerator, not main, rules=rules
+        )
         if main:
             write_ensemble(run.folder / "model", ensemble, archive)
             _copy_records(run, folds)
@@ -198,7 +200,7 @@ def _write_results(
     best_steps: Sequence[int],
 ) -> None:
     """cross_validation/, evaluation/ and report.html. left_out: the val cases of each fold."""
-    config, precision = ensemble.config, recipe.precision
+    config, precision = ensemble.config, recipe.precision_of_test
     targets = targets_of(recipe.data.classes, recipe.data.regions)
     device = next(ensemble.parameters()).device
     every = in_order(data, left_out)

@@ -43,7 +43,7 @@ def predict_left_out(
     """The val cases of each fold, as its own network predicts them; nothing is post-processed."""
     quiet, targets = not accelerator.is_main_process, targets_of(recipe.data.classes, recipe.data.regions)
     return [
-        measure_cases(member, data.val(fold), targets, accelerator.device, recipe.precision, accelerator, quiet)
+        measure_cases(member, data.val(fold), targets, accelerator.device, recipe.precision_of_test, accelerator, quiet)
         for fold, member in enumerate(ensemble.members)
     ]
 
@@ -97,7 +97,7 @@ def _objects(ensemble: Ensemble, data: FoldedData, recipe: FinetuneRecipe, accel
     for i in progress(share, len(share), "choose out of fold", quiet=not accelerator.is_main_process):
         case = data.cases[i]
         assert case.labels is not None
-        predicted = decide_by(case_probabilities(member_of[i], case, accelerator.device, recipe.precision))
+        predicted = decide_by(case_probabilities(member_of[i], case, accelerator.device, recipe.precision_of_test))
         seen.append((i, predicted_objects(case.case.group, case.labels, predicted, len(recipe.data.classes))))
     if ranks > 1:
         seen = gather_object(seen)

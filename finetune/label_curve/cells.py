@@ -38,6 +38,11 @@ class Cell:
         return is_done(self.folder)
 
     @property
+    def is_judged(self) -> bool:
+        """Test was read for it."""
+        return (self.folder / "evaluation" / "summary.json").is_file()
+
+    @property
     def record(self) -> dict[str, Any]:
         """run.json of a finished cell."""
         record: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
@@ -71,13 +76,14 @@ class Point:
 
     @cached_property
     def chosen(self) -> Cell:
-        """The cell with the best Dice on val, of equals (val has no target) the one with the most steps; all must be done."""
-        return max(self.cells, key=lambda cell: (cell.record["best_val_dice"], cell.steps))
+        """The cell with the best Dice on val; all must be done. Of equals, where val has no target, the one that test was read for,
+        else the one with the most steps."""
+        return max(self.cells, key=lambda cell: (cell.record["best_val_dice"], cell.is_judged, cell.steps))
 
     @property
     def done(self) -> bool:
         """Its cells are, and the chosen one was evaluated on test."""
-        return all(cell.done for cell in self.cells) and (self.chosen.folder / "evaluation" / "summary.json").is_file()
+        return all(cell.done for cell in self.cells) and self.chosen.is_judged
 
 
 def points_of(recipe: LabelCurveRecipe) -> list[Point]:

@@ -95,5 +95,5 @@ def _hours(record: Mapping[str, Any], processes: int = 1) -> float:
     """Hours of one device: every process has a GPU, or its threads. On CPUs what was computed, not what was waited for."""
     machine = record["machine"]
     if not machine["gpus"] and "cpu_seconds" in record:
-        return float(record["cpu_seconds"]) / 3600 * processes
+        return float(record["cpu_seconds"]) / 3600
     return float(record["seconds"]) / 3600 * processes * (1 if machine["gpus"] else machine["threads"])

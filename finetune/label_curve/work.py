@@ -111,7 +111,7 @@ def evaluate_on_test(run: Path) -> None:
     network, config = load_finetuned(model_folder(run))
     network = place(network, device)
     targets, rules = targets_of(recipe.data.classes, recipe.data.regions), config.object_rules()
-    measured = measure_cases(network, data.test, targets, device, recipe.precision, rules=rules)
+    measured = measure_cases(network, data.test, targets, device, recipe.precision_of_test, rules=rules)
     digest = source_digest(data.test)
     note_input(run, "test", digest)
     summary = write_test_evaluation(run, network, measured, data, recipe)
@@ -120,7 +120,9 @@ def evaluate_on_test(run: Path) -> None:
     values = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": {"test": digest}}
     mirror = start_mirror(recipe.wandb, "evaluate", run_id, run, values)
     if mirror is not None:
-        mirror_evaluation(mirror, summary, measured, targets, config, predicting(network, config, device, recipe.precision))
+        mirror_evaluation(
+            mirror, summary, measured, targets, config, predicting(network, config, device, recipe.precision_of_test)
+        )
         mirror.finish(succeeded=True)
 
 

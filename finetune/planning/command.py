@@ -118,8 +118,8 @@ def _what_to_check(recipe: FinetuneRecipe) -> str:
 
 
 def _prepare(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, LabelledData, Segmenter, Receipt | None, Accelerator]:
-    """One process, the recipe's own start, no test cases."""
-    recipe = resolve(recipe).model_copy(update={"processes": 1, "evaluate_test": False})
+    """One process, the recipe's own start, labelled patches and no test cases."""
+    recipe = resolve(recipe).model_copy(update={"processes": 1, "evaluate_test": False, "consistency": None})
     accelerator = start_ranks(recipe, recipe.batch, "patches")
     model, receipt = build(recipe)
     data = read_labelled(recipe, quiet=not is_main_rank())

@@ -45,7 +45,7 @@ def augment(
     mean = images.mean(dim=over, keepdim=True)
     factor = _uniform(*settings.contrast, len(images), generator).view(-1, *[1] * (images.ndim - 1))
     images = (images - mean) * factor + mean
-    if settings.intensity.any:
+    if settings.intensity.changes:
         images = change_intensity(images, settings.intensity, Draws(generator, range(len(images)), len(images)))
     return images, moved[:, 0].to(labels.dtype), rms
 
@@ -54,17 +54,17 @@ def _zoomed_and_shifted(grid: Tensor, settings: AugmentSettings, generator: torc
     """(N, *size, dimensions), x first, as grid_sample reads it: about the centre a side is 2 long."""
     count, dims = len(grid), grid.shape[-1]
     each = (count, *[1] * dims, dims)
+    within = torch.ones(count, dims, device=grid.device)  # 0 across thick slices
+    for patch, mm in enumerate(spacing.tolist() if dims == 3 and spacing is not None else ()):
+        if (thick := thick_axis(mm)) is not None:
+            within[patch, 2 - thick] = 0
     if settings.zoom_probability:
         low, high = (math.log(factor) for factor in settings.zoom)
         zoom = torch.exp(_uniform(low, high, count, generator))
         zoom = torch.where(_uniform(0, 1, count, generator) < settings.zoom_probability, zoom, torch.ones_like(zoom))
-        factor = zoom[:, None].repeat(1, dims)
-        for patch, mm in enumerate(spacing.tolist() if dims == 3 and spacing is not None else ()):
-            if (thick := thick_axis(mm)) is not None:
-                factor[patch, 2 - thick] = 1
-        grid = grid / factor.view(each)
+        grid = grid / (zoom[:, None] ** within).view(each)
     if settings.shift:
-        grid = grid + 2 * _uniform(-settings.shift, settings.shift, (count, dims), generator).view(each)
+        grid = grid + 2 * (_uniform(-settings.shift, settings.shift, (count, dims), generator) * within).view(each)
     return grid
 
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from finetune.choices import choose_on_val, tell_of_blind_val
+from finetune.choices import choose_on_val, idle_keys, tell_beforehand
 from finetune.evaluation.calibration import decide_by
 from finetune.evaluation.evaluate import EvaluateRequest, case_probabilities, evaluate
 from finetune.inference.postprocess import choose_postprocessing, predicted_objects
@@ -99,13 +99,32 @@ def test_nothing_is_chosen_that_is_not_asked_for(runs, recipe):
 
 
 def test_a_val_that_can_tell_nothing_is_told(runs, recipe, capsys):
-    data = read_labelled(resolve(recipe()), quiet=True)
-    tell_of_blind_val(data.val)
+    ours = resolve(recipe())
+    data = read_labelled(ours, quiet=True)
+    capsys.readouterr()
+    tell_beforehand(ours, data)
     assert capsys.readouterr().err == ""
     empty = [replace(case, labels=np.zeros_like(case.labels)) for case in data.val]
     empty[0].labels[:2] = IGNORE
-    tell_of_blind_val(empty)
+    tell_beforehand(ours, replace(data, val=empty))
     assert f"val: none of its {len(empty)} cases has a pixel of any class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        (
+            {"model": {"name": "unet", "channels": [4, 8], "units": 2}, "optimizer": {"encoder_lr_factor": 0.3}},
+            "optimizer.encoder_lr_factor",
+        ),
+        ({"foreground_by": "object", "foreground": 0}, "foreground_by"),
+        ({"augment": {"zoom": [0.5, 1]}}, "augment.zoom"),
+        ({"augment": {"intensity": {"gamma": [0.5, 1], "blur": 1}}}, "augment.intensity.gamma"),
+        ({"consistency": {"intensity": 0, "blur": 0, "noise": 0}, "ema": 0.9}, "consistency"),
+    ],
+)
+def test_keys_that_do_nothing_are_told(recipe, changes, key):
+    assert [idle for idle, _ in idle_keys(recipe(**changes))] == [key]
 
 
 def test_a_budget_needs_val_cases_without_target_before_anything_is_trained(recipe):

@@ -50,10 +50,6 @@ FAULTS = {
         r"consistency\.unlabelled=0\.05: of a batch of \d+ that is no patch",
     ),
     "consistency upside down": ({"consistency": {"gamma": [2, 1]}}, r"consistency\.gamma=.*the first not above the second"),
-    "a rate of no encoder": (
-        {"model": {"name": "unet"}, "optimizer": {"encoder_lr_factor": 0.3}},
-        r"encoder_lr_factor=0\.3: the plain U-Net has no encoder",
-    ),
     "sawtooth without a first tooth": (
         {"optimizer": {"sawtooth": True}},
         r"sawtooth=true: needs decoder_first above 0",

@@ -285,13 +285,16 @@ def test_thick_slices_are_moved_within_themselves_alike(axis):
     assert (between[1:] - between[:-1] - 1).abs().max() > 0.2
 
 
-def test_thick_slices_are_zoomed_within_themselves():
+def test_thick_slices_are_zoomed_and_shifted_within_themselves():
     at = torch.stack(torch.meshgrid(*[torch.arange(25.0) - 12] * 3, indexing="ij"))
     ball = (at.square().sum(dim=0) < 40).float()[None, None]
     for spacing, axes in ((CUBES, (True, True, True)), (FLAT, (False, True, True))):
         moved = moved_volume(ball, spacing, 0, zoom_probability=1, zoom=(1.4, 1.4))[0][0, 0] > 0.5
         longest = [float((at[axis].abs() * moved).max()) for axis in range(3)]
         assert longest == pytest.approx([8.4 if zoomed else 6 for zoomed in axes], abs=1.1)
+        moved = moved_volume(ball, spacing, 1, shift=0.2)[0][0, 0] > 0.5
+        middles = [float((at[axis] * moved).sum() / moved.sum()) for axis in range(3)]
+        assert [abs(middle) > 0.4 for middle in middles] == list(axes)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0, 10.0])
