@@ -84,6 +84,7 @@ class Sweep:
         code = 1
         try:
             os.setpgid(0, 0)
+            torch.set_num_threads(1)  # here first: threads that race for torch's pool after a fork find none
             os.dup2(os.open(said_by(out, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
             if self.processes > 1:  # what torchrun sets
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.processes)}
