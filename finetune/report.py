@@ -16,7 +16,7 @@ from resunet.transfer import Receipt
 
 __all__ = ["figures_table", "write_report"]
 
-_LOSSES = ("loss", "focal", "dice", "distillation")
+_LOSSES = ("loss", "focal", "dice", "distillation", "consistency")
 
 
 def write_report(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from resunet.blocks import ResidualUnit
@@ -154,6 +155,7 @@ def _drawn(records: Sequence[dict[str, Any]]) -> Figure:
         axes.plot(norms, range(len(units)), "o", color=colour, label=f"step {record['step']}")
     axes.axvline(LOWEST_NORM, color="#999999", linestyle="--", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # within a decade their labels would overlap
     axes.set_yticks(range(len(units)), units, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("norm of the gradient")

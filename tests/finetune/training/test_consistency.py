@@ -91,7 +91,9 @@ def test_a_run_and_its_records(recipe):
     assert metrics["loss"][1] == pytest.approx(parts) and min(metrics["consistency"][1]) > 0
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     assert "Unlabelled scans were 50% of a batch, learned from the moving average of the weights (decay 0.5), weight 1." in page
-    assert "unlabelled scans of 3 groups are learned from, too." in page
+    assert "unlabelled scans of 3 groups are learned from, too." in page and page.count(">consistency<") == 1, (
+        "in the plot of losses"
+    )
     assert "unlabelled" in json.loads((out / "run.json").read_text(encoding="utf-8"))["inputs"]
     assert len(set(read_archive(out / "model").table.column("group").to_pylist())) == 5, "the unlabelled ones were seen"
     (labels,) = read_config(out / "model").provenance.labels
