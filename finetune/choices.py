@@ -12,7 +12,8 @@ from finetune.evaluation.calibration import decide_by, foreground_of
 from finetune.evaluation.evaluate import case_probabilities
 from finetune.inference.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.labelled import LabelledData
-from finetune.recipe import FinetuneRecipe, PatchIntensities
+from finetune.recipe import FinetuneRecipe
+from finetune.settings import PatchIntensities
 from resunet.data.cases import IGNORE, LoadedCase
 from resunet.decision import OperatingPoint, Postprocessing
 from resunet.progress import progress, say

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from finetune.recipe import LabelledSettings
+from finetune.settings import LabelledSettings
 from resunet.checkpoint import WEIGHTS, model_folder
 from resunet.data.cases import Case
 from resunet.data.source import Source

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.recipe import FinetuneRecipe, NetworkSettings
+from finetune.recipe import FinetuneRecipe
+from finetune.settings import NetworkSettings
 from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, model_folder, read_config
 from resunet.config import validate
 from resunet.data.evidence import Evidence

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from finetune.distillation.losses import Attentive, attention_loss, soft_target_loss
 from finetune.inference.window import footprint
-from finetune.recipe import DistillationSettings, FinetuneRecipe
+from finetune.recipe import FinetuneRecipe
+from finetune.settings import DistillationSettings
 from resunet.checkpoint import WEIGHTS, LabelledGroups, model_folder, read_config
 from resunet.config import Normalisation
 from resunet.data.evidence import Evidence

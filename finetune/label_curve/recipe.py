@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from finetune.recipe import FinetuneRecipe, LabelledSettings
+from finetune.recipe import FinetuneRecipe
+from finetune.settings import LabelledSettings
 from resunet.config import Frozen, NewFolder, load_recipe, validate
 from resunet.errors import InputError
 

@@ -16,7 +16,8 @@ from scipy.ndimage import gaussian_filter1d
 from torch.optim import Optimizer
 
 from finetune.distillation.teacher import Teacher
-from finetune.recipe import AugmentSettings, ElasticSettings, FinetuneRecipe
+from finetune.recipe import FinetuneRecipe
+from finetune.settings import AugmentSettings, ElasticSettings
 from finetune.step import attending, forward_backward, make_optimizer, refresh_statistics, supervise, training_mode
 from finetune.training.patches import Batches, Patches, PatchSampler
 from resunet.data.cases import IGNORE, LoadedCase

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.recipe import AugmentSettings
+from finetune.settings import AugmentSettings
 from resunet.draws import Draws
 from resunet.intensity import change_intensity
 from resunet.turn import thick_axis, turn

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from finetune.distillation.losses import soft_target_loss
-from finetune.recipe import ConsistencySettings
+from finetune.settings import ConsistencySettings
 from finetune.training.patches import UNLABELLED
 from resunet.draws import Draws
 from resunet.intensity import change_intensity

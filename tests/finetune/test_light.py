@@ -13,7 +13,7 @@ from finetune.explanation.gradcam import default_layer, grad_cam, layers_of, ran
 from finetune.inference.window import footprint
 from finetune.labelled import resolve
 from finetune.loop import finetune
-from finetune.recipe import NetworkSettings
+from finetune.settings import NetworkSettings
 from finetune.step import build
 from finetune.training.supervision import Supervised, coarser, supervised_loss
 from resunet.checkpoint import ModelConfig, read_config

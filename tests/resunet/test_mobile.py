@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune.recipe import NetworkSettings
+from finetune.settings import NetworkSettings
 from pretrain.network import PretrainingNetwork, synchronised
 from pretrain.recipe import HeadSettings
 from resunet import FeatureExtractor, MobileEncoder, MobileResUNet, load_model

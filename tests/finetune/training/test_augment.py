@@ -5,7 +5,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from finetune.recipe import AugmentSettings
+from finetune.settings import AugmentSettings
 from finetune.training.augment import augment, elastic_displacement, volume_displacement
 from resunet.data.cases import IGNORE
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from finetune.loop import finetune
-from finetune.recipe import ConsistencySettings
+from finetune.settings import ConsistencySettings
 from finetune.training.consistency import MeanTeacher, unlabelled_patches
 from finetune.training.patches import UNLABELLED
 from resunet.checkpoint import read_config
