@@ -96,6 +96,8 @@ def arms_of(options: argparse.Namespace, encoders: dict[str, Path]) -> dict[str,
 def curve_of(options: argparse.Namespace, source: Path, encoders: dict[str, Path]) -> LabelCurveRecipe:
     """One label curve of all arms."""
     finetune = {"batch": options.finetune_batch, "checkpoint": options.checkpoint, "wandb": {"mode": "disabled"}}
+    if options.checkpoint == "last":
+        finetune["validate_every"] = max(options.finetune_steps)  # once, at the end
     values = {
         "out": options.out / "curve",
         "resume": True,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -35,15 +36,39 @@ def refuse_impossible(recipe: FinetuneRecipe, data: LabelledData) -> None:
 
 def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData) -> None:
     """Say what is no fault and yet not what one expects, before anything is trained."""
+    say(_labelled(recipe, data))
+    for name in _never_seen(recipe, data.train):
+        say(f"{name!r} is in none of the training cases: it cannot be learned. {recipe.data.remedy}.")
     if is_blind(data.val):
         say(
             f"val: none of its {len(data.val)} cases has a pixel of any class. Dice is not defined there, and tells no checkpoint "
-            "and no number of steps from another. Choose another split (resunet split --stratify), or label more."
+            f"and no number of steps from another. {recipe.data.remedy}."
         )
+    if is_blind(data.test):
+        say(f"test: none of its {len(data.test)} cases has a pixel of any class: it judges false alarms only.")
     if recipe.unlabelled_share and not data.unlabelled:
         say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
     for key, why in idle_keys(recipe):
         say(f"{key}: does nothing here, {why}.")
+
+
+def _labelled(recipe: FinetuneRecipe, data: LabelledData) -> str:
+    """How many labels are used: a draw of few is not taken for all."""
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    counts = {name: (len({one.case.group_hmac for one in its}), len(its)) for name, its in parts.items()}
+    pool = len({case.group_hmac for case in data.source.part("pool")})
+    drawn = f"of the pool's {pool} " + (
+        f"(data.labelled={recipe.data.labelled:g}) " if recipe.data.labelled is not None else ""
+    )
+    told = {"train": drawn, "val": "", "test": ""}
+    return "labels: " + "; ".join(
+        f"{name} {groups} groups {told[name]}({cases} cases)" for name, (groups, cases) in counts.items()
+    )
+
+
+def _never_seen(recipe: FinetuneRecipe, train: Sequence[LoadedCase]) -> list[str]:
+    seen = set().union(*(np.unique(case.labels).tolist() for case in train if case.labels is not None))
+    return [name for index, name in enumerate(recipe.data.classes.values()) if index and index not in seen]
 
 
 def is_blind(val: Sequence[LoadedCase]) -> bool:

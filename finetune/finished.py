@@ -7,7 +7,7 @@ from typing import Any
 from finetune.recipe import FinetuneRecipe
 from resunet.config import validate
 from resunet.errors import InputError
-from resunet.runs import is_done
+from resunet.runs import is_done, stage_of
 
 
 def recipe_of(run: Path) -> FinetuneRecipe:
@@ -16,7 +16,7 @@ def recipe_of(run: Path) -> FinetuneRecipe:
     Raises:
         InputError: no finished fine-tuning run.
     """
-    if not (run / "config.json").is_file() or not is_done(run):
+    if not (run / "config.json").is_file() or not is_done(run) or stage_of(run) != "finetune":
         raise InputError(f"{run}: is no finished fine-tuning run. Give the folder that resunet finetune wrote, with run.json.")
     values: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
     values |= dict(out=str(run), encoder=None, transfer=None, start=None, teacher=None, processes=1, evaluate_test=False)

@@ -1,9 +1,9 @@
 """The sections of the fine-tuning recipe: what is labelled, the network, augmentation, losses, teachers, the optimiser."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from resunet.architecture import (
     MOBILE_BACKBONE,
@@ -22,6 +22,10 @@ from resunet.regions import Regions, members_of, refuse_wrong_regions
 _DEFAULT_CHANNELS = ResUNetArchitecture().channels
 
 
+def _all_is_null(value: Any) -> Any:
+    return None if value == "all" else value
+
+
 class LabelledSettings(DataSettings):
     """What is labelled, how, and how much of it is used."""
 
@@ -32,8 +36,8 @@ class LabelledSettings(DataSettings):
         "instead of the classes; masks and predictions stay maps of the classes. null: of the classes",
     )
     ignore: tuple[int, ...] = Field((), description="raw mask values that nobody labelled: left out of every count")
-    labelled: float | None = Field(
-        None, gt=0, description="share of the pool's groups below 1, or a number of groups; null: all"
+    labelled: Annotated[float | None, BeforeValidator(_all_is_null)] = Field(
+        None, gt=0, description="share of the pool's groups below 1, or a number of groups (1: one group); all or null: all"
     )
     draw: int = Field(0, ge=0, description="which of the nested random draws of groups")
     draw_by: Literal["random", "kcenter", "typicality"] = Field(
@@ -89,6 +93,13 @@ class LabelledSettings(DataSettings):
         if both:
             raise ValueError(f"ignore={list(self.ignore)}: {both} are classes too; a value is one or the other")
         return self
+
+    @property
+    def remedy(self) -> str:
+        """What to do where a class has too few labelled cases."""
+        if self.labelled is not None:
+            return f"data.labelled={self.labelled:g} takes some of the pool's groups: raise it (all: all), or set data.stratify"
+        return "Choose another split (resunet split --stratify), or label more"
 
     def region_members(self) -> tuple[tuple[int, ...], ...] | None:
         """The class indices of every region; None without regions."""

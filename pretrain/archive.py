@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
-from pretrain.recipe import PretrainRecipe
+from pretrain.recipe import ArchiveSettings, PretrainRecipe
+from resunet.config import Called
 from resunet.data.cases import Case
 from resunet.data.evidence import Evidence, comparable_groups
 from resunet.data.leakage import NO_GROUP_EVIDENCE, find_leaks, refuse_leaks
@@ -44,6 +45,7 @@ class Archive:
     digest: str
     notes: list[str]
     allowed: list[str]
+    held_out_digest: str | None  # of data.held_out
 
     @property
     def num_groups(self) -> int:
@@ -62,6 +64,7 @@ def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:
     source = open_source(recipe.data, masks=recipe.data.stratify and recipe.data.source.suffix != ".parquet")
     if source.labelled:  # leave out what fine-tuning will hold out
         source = assign_parts(source, recipe.data.split_seed, recipe.data.stratify)
+    other = _open_held_out(recipe.data)  # before much is read
     cases = source.part("pool") if len(source.part("pool", "val", "test")) else source.cases
     store = on_every_rank(partial(_open_store, recipe.data.store), accelerator)
     prepared = _prepare(recipe, cases, store, accelerator)
@@ -73,21 +76,30 @@ def read_archive(recipe: PretrainRecipe, accelerator: Accelerator) -> Archive:
         evidence, left_out = _of_volumes(evidence, cases, prepared, accelerator.is_main_process)
         notes += left_out
     allowed: list[str] = []
-    for held_out, its in _held_out(recipe, source, accelerator):
+    held_out_digest = None
+    for its_source in [source] if other is None else [source, other]:
+        held_out = its_source.part("val", "test") if its_source is source else its_source.part("val", "test", None)
+        its = _held_out_evidence(recipe, its_source, held_out, accelerator)
+        held_out_digest = _digest(its) if its_source is other else None
         leaks = find_leaks(evidence, its) if accelerator.is_main_process else []
         refuse = partial(refuse_leaks, leaks, held_out, "held-out", "the pretraining archive", "leak" in recipe.allow)
         allowed += on_every_rank(refuse, accelerator)
         if not comparable_groups(evidence, its):
             allowed.append(NO_GROUP_EVIDENCE)
-    files = sorted(evidence.table.column("file_sha256").to_pylist())
     return Archive(
         scans=Scans(cases, prepared, recipe.data.channels, recipe.normalisation, store, recipe.model.spatial_dims),
         groups=groups,
         evidence=replace(evidence, thumbnail=None),
-        digest=sha256("".join(files).encode()).hexdigest(),
+        digest=_digest(evidence),
         notes=notes,
         allowed=allowed,
+        held_out_digest=held_out_digest,
     )
+
+
+def _digest(evidence: Evidence) -> str:
+    """Of files, in whatever order they are read."""
+    return sha256("".join(sorted(evidence.table.column("file_sha256").to_pylist())).encode()).hexdigest()
 
 
 def _open_store(folder: Path | None) -> Store:
@@ -160,19 +172,20 @@ def _of_volumes(
     return Evidence(evidence.table.take(pa.array(rows)), evidence.salt_fingerprint, lambda i: thumbnail(int(rows[i]))), [note]
 
 
-def _held_out(recipe: PretrainRecipe, source: Source, accelerator: Accelerator) -> Iterator[tuple[Sequence[Case], Evidence]]:
-    """val and test of the archive's own source, and of data.held_out, of which without a split all is."""
-    held_out = [(source, source.part("val", "test"))]
-    if recipe.data.held_out is not None:
-        settings = recipe.data.model_copy(update={"source": Path(recipe.data.held_out), "splits": None})
-        other = open_source(settings, masks=False)
-        held_out.append((other, other.part("val", "test", None)))
-    for its, cases in held_out:
-        looked: list[Looked] = []
-        if not isinstance(cases, ManifestCases):
-            look = partial(_look, cases, recipe.data.channels)
-            looked = in_shares(look, len(cases), "read held-out images", accelerator)
-        yield cases, _evidence(its, cases, looked)
+def _open_held_out(settings: ArchiveSettings) -> Source | None:
+    """data.held_out: without a split all of it must not be in the archive."""
+    if settings.held_out is None:
+        return None
+    data = settings.model_copy(update={"source": Path(settings.held_out), "splits": None})
+    return open_source(data, masks=False, called=Called(source="data.held_out="))
+
+
+def _held_out_evidence(recipe: PretrainRecipe, source: Source, cases: Sequence[Case], accelerator: Accelerator) -> Evidence:
+    looked: list[Looked] = []
+    if not isinstance(cases, ManifestCases):
+        look = partial(_look, cases, recipe.data.channels)
+        looked = in_shares(look, len(cases), "read held-out images", accelerator)
+    return _evidence(source, cases, looked)
 
 
 def _look(cases: Sequence[Case], channels: str | int, chosen: Sequence[int]) -> Iterator[Looked]:

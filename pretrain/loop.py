@@ -63,6 +63,8 @@ def pretrain(recipe: PretrainRecipe) -> Path:
 
     probe = Probe(recipe, archive, accelerator)
     inputs = {"data": archive.digest} | probe.inputs() | weights_input(recipe.model)
+    if archive.held_out_digest is not None:
+        inputs["data.held_out"] = archive.held_out_digest
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
     run = on_every_rank(lambda: Run(recipe, "pretrain", inputs, writes=main), accelerator)
     writing = partial(by_main_rank, folder=run.folder, accelerator=accelerator)

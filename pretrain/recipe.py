@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pretrain.probe.settings import ProbeSettings
 from resunet.architecture import MOBILE_BACKBONE, EncoderArchitecture, MobileEncoderArchitecture, Widths
 from resunet.blocks import NormKind
-from resunet.config import DataSettings, Frozen, Normalisation, PercentileZScore, Probability, Range, Recipe
+from resunet.config import Classes, DataSettings, Frozen, Normalisation, PercentileZScore, Probability, Range, Recipe
 from resunet.intensity import IntensitySettings
 from resunet.light_settings import LIGHT, LightSettings
 from resunet.mobile import channels_of
@@ -23,6 +23,10 @@ _OF_VOLUMES = {"size": 64, "window": 128}  # what these keys of the views are in
 class ArchiveSettings(DataSettings):
     """What is pretrained on: the pool of a source that has splits, else all of it."""
 
+    classes: Classes | None = Field(
+        None, description="raw mask value → name, as in fine-tuning: the probe's, where it has none; only a probe reads masks"
+    )
+    ignore: tuple[int, ...] = Field((), description="raw mask values that nobody labelled: the probe's, where it has none")
     held_out: str | None = Field(None, description="a source whose val and test (without splits: all) must not be in it")
     store: Path | None = Field(None, description="where decoded volumes are kept; default: the user's cache")
     workers: int = Field(2, ge=0, description="processes that read, for each rank; 0: the rank itself")
@@ -234,6 +238,14 @@ class PretrainRecipe(Recipe):
             dims = model.get("spatial_dims") if isinstance(model, dict) else getattr(model, "spatial_dims", None)
             if dims == 3:
                 return values | {"views": _OF_VOLUMES | views}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classes_of_the_probe(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(probe := values.get("probe"), dict) and isinstance(values.get("data"), dict):
+            shared = {key: values["data"][key] for key in ("classes", "ignore") if key in values["data"]}
+            return values | {"probe": shared | probe}
         return values
 
     @model_validator(mode="after")

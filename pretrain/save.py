@@ -14,7 +14,7 @@ from resunet.data.leakage import ARCHIVE, merge_archives, write_archive
 from resunet.data.manifest_source import ManifestCases
 from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
 from resunet.errors import InputError
-from resunet.files import folder_aside, sha256
+from resunet.files import folder_aside, refuse_taken, sha256
 from resunet.model import NETWORKS
 from resunet.runs import Run, versions
 from resunet.transfer import DECODER, describe_decoder, fingerprint
@@ -63,8 +63,7 @@ def encoder_of_checkpoint(run: Path, step: int, out: Path) -> Path:
     Raises:
         InputError: `out` exists, the run has not finished, or it does not keep the checkpoint of that step (keep_checkpoints).
     """
-    if out.exists():
-        raise InputError(f"out={out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out, "out=")
     final = model_folder(run)
     checkpoints = run / "checkpoints"
     kept = sorted(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))

@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")]
+_SECONDS, _MEMORY = 120, 4  # that reading one scan may take: resunet.data.pool.Limits
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="recipe keys to set")]
 
 
@@ -52,14 +53,14 @@ def index(
     masks: Annotated[Path | None, typer.Option(help="masks with the images' relative names")] = None,
     workers: Annotated[int, typer.Option(min=0, help="processes; 0 is one a core")] = 0,
     salt_file: Annotated[Path | None, typer.Option(help="the salt of the ids")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="that reading one scan may take")] = 120,
-    memory: Annotated[float, typer.Option(min=0.1, help="GiB that reading one scan may take")] = 4,
+    seconds: Annotated[float, typer.Option(min=1, help="that reading one scan may take")] = _SECONDS,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB that reading one scan may take")] = _MEMORY,
     check: Annotated[Path | None, typer.Option(help="an archive's manifest: look for images of --against in it")] = None,
     against: Annotated[Path | None, typer.Option(help="with --check: the manifest of what must not be in it")] = None,
     wandb_project: Annotated[str | None, typer.Option(help="tell W&B of the manifest: what it counts, and its hash")] = None,
     wandb_mode: Annotated[
-        str, typer.Option(help="with --wandb-project: offline, for a later wandb sync, or online")
-    ] = "offline",
+        str | None, typer.Option(help="with --wandb-project: offline, for a later wandb sync, or online; default: offline")
+    ] = None,
 ) -> None:
     """An archive → a manifest; or, with --check A --against B, which images of B are in A."""
     from resunet.data.check import check as check_archive
@@ -68,15 +69,22 @@ def index(
     from resunet.data.pool import Limits
 
     if check is not None or against is not None:
-        if check is None or against is None or sources or wandb_project is not None:
+        of_reading = [sources, masks, workers, salt_file, seconds != _SECONDS, memory != _MEMORY, wandb_project, wandb_mode]
+        if check is None or against is None or any(of_reading):
             raise InputError(
-                "resunet index --check A.parquet --against B.parquet takes both manifests, no SOURCE and no --wandb-project."
+                "resunet index --check A.parquet --against B.parquet takes both manifests and --out, and no SOURCE: the other "
+                "options are of reading scans, or of W&B. Leave them out."
             )
         if check_archive(check, against, out):
             raise typer.Exit(1)
         return
     if not sources or out is None:
         raise InputError("resunet index SOURCE… --out M.parquet: give a folder of scans, and the name of the manifest.")
+    if wandb_mode is not None and wandb_project is None:
+        raise InputError(
+            f"--wandb-mode {wandb_mode}: W&B is told of a manifest with --wandb-project. Add it, or leave this out."
+        )
+    wandb_mode = wandb_mode or "offline"
     if wandb_mode not in ("offline", "online"):
         raise InputError(f"--wandb-mode {wandb_mode}: is neither offline nor online.")
     manifest = index_archive(IndexRequest(tuple(sources), out, masks, workers, salt_file, Limits(seconds, memory)))
@@ -187,9 +195,9 @@ def embed(
 @app.command()
 def suggest(
     model: Annotated[Path, typer.Argument(help="a pretraining or fine-tuning run, or a model directory")],
-    source: Annotated[Path, typer.Argument(metavar="M.parquet", help="a manifest, or another source")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a manifest, M.parquet, or another source")],
     budget: Annotated[int, typer.Option(help="groups to suggest")],
-    out: Annotated[Path, typer.Option(help="a new folder")],
+    out: Annotated[Path, typer.Option(help="a new folder")] = Path("runs/suggest"),
     method: Annotated[str, typer.Option(help="typicality: what is common; kcenter: what is far from all else")] = "typicality",
     labelled: Annotated[
         Path | None,

@@ -10,12 +10,13 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from resunet.errors import InputError
 
@@ -59,13 +60,22 @@ class WandbSettings(Frozen):
     """Where the run is mirrored. The local record is complete without it."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "resunet"
+    project: str = Field("resunet", min_length=1, max_length=128, pattern=r"^[^/\\#?%:]*$", description="without / \\ # ? % :")
     group: str | None = None
     name: str | None = Field(None, description="of the run; null: W&B thinks of one")
     tags: tuple[str, ...] = Field((), description="by which W&B filters and groups; a label curve adds the arm's name")
     upload: tuple[Literal["overlays", "weights"], ...] = Field(
         (), description="beside figures: pictures of scans with their masks, and models; ids and paths never"
     )
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a user calls what messages about a source name: recipe keys, or flags of a command."""
+
+    source: str = "data.source="
+    splits: str = "data.splits="
+    salt_file: str = "data.salt_file="
 
 
 class DataSettings(Frozen):
@@ -92,6 +102,15 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _values_first(classes: Any) -> Any:
+    """Refuses {name: value}, which is nnU-Net's way round."""
+    given = classes.items() if isinstance(classes, dict) else ()
+    if any(isinstance(name, str) and not name.lstrip("-").isdigit() and isinstance(value, int) for name, value in given):
+        swapped = ", ".join(f"{value}: {name}" for name, value in given)
+        raise ValueError(f"mask values come first, then their names: {{{swapped}}}")
+    return classes
+
+
 def _distinct(classes: dict[int, str]) -> dict[int, str]:
     if not 2 <= len(classes) <= 254:
         raise ValueError("needs the background and at least one class, for example {0: background, 255: tumour}")
@@ -102,7 +121,8 @@ def _distinct(classes: dict[int, str]) -> dict[int, str]:
 
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Classes = Annotated[dict[int, str], AfterValidator(_distinct)]  # raw mask value → name, background first
+# raw mask value → name, background first
+Classes = Annotated[dict[int, str], BeforeValidator(_values_first), AfterValidator(_distinct)]
 NewFolder = Annotated[Path, AfterValidator(_not_empty)]
 
 
@@ -111,7 +131,7 @@ class Recipe(Frozen):
 
     out: NewFolder
     resume: bool = False
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     steps: int = Field(ge=1)
     precision: Precision = "fp32"
     processes: int = Field(1, ge=1)
@@ -201,9 +221,11 @@ def _shipped(stage: str) -> list[str]:
 
 def _last_overrides(overrides: Sequence[str]) -> dict[str, str]:
     """key → the override that counts: of several for one key, the last."""
-    for override in overrides:
+    for before, override in zip(["", *overrides], overrides, strict=False):
         if not re.match(r"[\w.]+=", override):
-            raise InputError(f"{override!r}: an override is written key=value, for example steps=500 or data.source=DIR.")
+            opened = any(before.count(bracket) > before.count(closed) for bracket, closed in ("[]", "{}"))
+            hint = f" The shell cut a value with blanks in two: put it into quotes, '{before} {override} …'." if opened else ""
+            raise InputError(f"{override!r}: an override is written key=value, for example steps=500 or data.source=DIR.{hint}")
     return {override.split("=", 1)[0]: override for override in overrides}
 
 
@@ -231,9 +253,21 @@ def _faults(model: type[BaseModel], error: ValidationError) -> str:
         elif kind == "missing":
             lines.append(f"  {key}: is required and has no default; give it in the recipe or as {key}=…")
         else:
-            messages = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in ones)
-            lines.append(f"  {key}={value!r}: {'; or '.join(messages)}")
+            messages = dict.fromkeys(_said(key, one) for one in ones)
+            # what a rule between keys says names them; their section is not repeated, still less the whole recipe
+            section = isinstance(value, dict | BaseModel) and (not key or f"{key}." in " ".join(_keys(model)))
+            told = "" if not key else f"{key}: " if section else f"{key}={value!r}: "
+            lines.append(f"  {told}{'; or '.join(messages)}")
     return "\n".join(lines)
+
+
+def _said(key: str, one: Any) -> str:
+    """pydantic's message of a fault, in words of the command line where it has those of Python."""
+    if one["type"] in ("tuple_type", "list_type"):
+        return f"is a list: {key}=[…], in brackets, with commas between"
+    if one["type"] in ("dict_type", "model_type", "model_attributes_type", "mapping_type"):
+        return f"has keys of its own: {key}.KEY=…, or in a recipe a line for each below it"
+    return str(one["msg"]).removeprefix("Value error, ")
 
 
 def _key(model: type[BaseModel], error: Any) -> str:

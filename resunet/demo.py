@@ -14,6 +14,7 @@ from typing import Any
 from resunet.data.phantom import PhantomConfig, write_phantom
 from resunet.doctor import fastest_precision
 from resunet.errors import InputError
+from resunet.files import refuse_taken
 from resunet.progress import progress, say
 from resunet.report import Section
 
@@ -52,8 +53,7 @@ def run_demo(out: Path, seconds: float, stages: Stages, patients: PhantomConfig 
     Raises:
         InputError: `out` exists, or so little time that nothing can be shown.
     """
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out)
     if seconds < _SHORTEST:
         raise InputError(f"--seconds {seconds:g}: at least {_SHORTEST}; nothing is learned in less.")
     started = time.perf_counter()

@@ -5,7 +5,7 @@
     ├── InputError       2   the user's input is at fault; the message names the key or file, its value,
     │                        what is allowed and what to do next
     ├── EnvironmentFault 3   disk, memory, device, a missing extra
-    └── Stopped        143   SIGTERM; what was saved can be resumed
+    └── Stopped        143   SIGTERM, 130 after Ctrl-C; what was saved can be resumed
 
 Anything else that reaches the command line is a bug of this project and shows its traceback.
 """

@@ -8,6 +8,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from resunet.errors import EnvironmentFault, InputError
+
+
+def refuse_taken(out: Path, key: str = "--out ", what: str = "folder", otherwise: str = "or delete it") -> None:
+    """Refuse a place for a new file or folder before work is done that could not be kept.
+
+    Args:
+        key: what the user calls it: a flag and a blank, or a recipe key and '='.
+        what: 'folder' or 'file'.
+        otherwise: what to do beside naming another.
+
+    Raises:
+        InputError: something stands there, or what is above it is no folder, or its name is none.
+        EnvironmentFault: nothing can be written above it.
+    """
+    try:
+        if out.exists() or out.is_symlink():
+            raise InputError(f"{key}{out}: exists already. Name another {what}, {otherwise}.")
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{key}{out}: {error.strerror}. Name another {what}.") from error
+    refuse_unwritable(out, key, what)
+
+
+def refuse_unwritable(out: Path, key: str = "--out ", what: str = "folder") -> None:
+    """Raises as `refuse_taken`, but for what stands there."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{key}{out}: {above} is a file, not a folder. Name another {what}.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise EnvironmentFault(f"{key}{out}: nothing can be written in {above}. Name another {what}, or allow it.")
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
@@ -33,6 +64,7 @@ def folder_aside(folder: Path) -> Iterator[Path]:
 @contextmanager
 def file_aside(path: Path) -> Iterator[Path]:
     """A file that stands at `path` once the block has ended, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield aside

@@ -120,7 +120,7 @@ class GradientRecord:
             say(
                 f"gradients: {len(quiet)} of {len(self._records[0]['units'])} residual units have norms below {LOWEST_NORM} in the "
                 f"first {self._early} steps ({', '.join(quiet[:_LISTED])}{more}): they hardly learn. See {FILE}, "
-                "and Troubleshooting in the README."
+                'and "Before training, and when it goes wrong" in the README.'
             )
 
 

@@ -12,7 +12,7 @@ from resunet.data.evidence import Evidence
 from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, merge_archives, read_archive, write_archive
 from resunet.ensemble import Ensemble
 from resunet.errors import InputError
-from resunet.files import folder_aside, joined_sha256, sha256
+from resunet.files import folder_aside, joined_sha256, refuse_taken, sha256
 from resunet.model import load_model
 from resunet.runs import versions
 
@@ -30,8 +30,7 @@ def make_ensemble(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         InputError: `out` exists, or as `join_members`.
     """
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out)
     ensemble, archive = join_members(runs)
     write_ensemble(out, ensemble, archive)
     return out
@@ -51,6 +50,8 @@ def join_members(runs: Sequence[Path]) -> tuple[Ensemble, Evidence]:
     for folder, config in zip(folders, configs, strict=True):
         if config.architecture.name == Ensemble.kind:
             raise InputError(f"{folder}: is an ensemble itself. Name the runs of its members instead.")
+        if config.classes is None:
+            raise InputError(f"{folder}: is an encoder, which segments nothing. Fine-tune it, and name those runs.")
         if not (folder / ARCHIVE).is_file():
             raise InputError(
                 f"{folder}: has no {ARCHIVE}, so that nobody could tell what the ensemble was trained on. Give a run of "

@@ -132,14 +132,15 @@ class Mirror:
 
 
 def start_mirror(settings: WandbSettings, job_type: str, run_id: str, folder: Path, config: Mapping[str, Any]) -> Mirror | None:
-    """Open the W&B run of a run directory, or continue it; None where the recipe wants none. Without a key or network: offline.
+    """Open the W&B run of a run directory, or continue it; None where the recipe, or WANDB_MODE=disabled, wants none. Without a key
+    or network: offline.
 
     Args:
         job_type: 'index', 'pretrain', 'finetune', 'evaluate', 'compress', 'export'.
         folder: where W&B writes: the run directory.
         config: what W&B may know of the recipe.
     """
-    if settings.mode == "disabled":
+    if settings.mode == "disabled" or _switched_off():
         return None
     import wandb
 
@@ -197,10 +198,16 @@ def without_paths(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _switched_off() -> bool:
+    return os.environ.get("WANDB_MODE", "").lower() == "disabled"
+
+
 def wandb_state() -> str:
     """What a recipe's wandb.mode=online would do on this machine."""
     import wandb
 
+    if _switched_off():
+        return f"{wandb.__version__}, WANDB_MODE=disabled: nothing is mirrored, whatever a recipe says"
     host = wandb.Settings().base_url
     if _wandb_key(host):
         return f"{wandb.__version__}, a key for {host} is there: wandb.mode=online uploads"

@@ -131,10 +131,11 @@ def read_metrics(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-def shown(figure: Figures, digits: int = 3) -> str:
-    """A figure of summary.json as 'mean [low, high], n'."""
+def shown(figure: Figures, digits: int = 3, why: bool = True) -> str:
+    """A figure of summary.json as 'mean [low, high], n'; why: there is no interval, where there is none."""
     if figure["mean"] is None:
         return "undefined"
     interval = figure.get("ci95")
-    bounds = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else " (too few groups for an interval)"
+    bounds = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+    bounds = bounds or (" (too few groups for an interval)" if why else " [–]")
     return f"{figure['mean']:.{digits}f}{bounds}, n = {figure['n']}"

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from resunet.config import Recipe
 from resunet.errors import EnvironmentFault, InputError, ResUNetError
-from resunet.files import folder_aside, write_text
+from resunet.files import folder_aside, refuse_taken, write_text
 from resunet.mirror import Mirror, start_mirror, without_paths
 
 PACKAGES = ("resunet", "torch", "lightly", "accelerate", "numpy", "SimpleITK")
@@ -53,6 +53,7 @@ ANOTHER_NUMBER = "ranks"  # of a recipe's `allow`: to resume with
 _REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 Status = Literal["running", "done", "failed", "stopped"]
+Stage = Literal["pretrain", "finetune", "label-curve", "compress"]
 
 
 @contextmanager
@@ -95,10 +96,9 @@ def check_out(recipe: Recipe) -> None:
         InputError: it exists and `resume` is not set, or it is not a run of this recipe.
     """
     out = recipe.out
-    if not out.exists():
+    if not recipe.resume or not out.exists():
+        refuse_taken(out, "out=", otherwise="continue it with resume=true, or delete it")
         return
-    if not recipe.resume:
-        raise InputError(f"out={out}: exists already. Name another folder, continue it with resume=true, or delete it.")
     if not (out / "config.json").is_file():
         raise InputError(f"out={out}: cannot be resumed, it is not a run directory (no config.json).")
     then = json.loads((out / "config.json").read_text(encoding="utf-8"))
@@ -147,6 +147,11 @@ def is_done(out: Path) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "done"
 
 
+def stage_of(out: Path) -> str:
+    """Of a folder with a run.json: see `Stage`."""
+    return str(json.loads((out / "run.json").read_text(encoding="utf-8")).get("stage"))
+
+
 def note_input(out: Path, name: str, digest: str) -> None:
     """Put the sha256 of an input that a finished run was given afterwards into its run.json."""
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -154,10 +159,30 @@ def note_input(out: Path, name: str, digest: str) -> None:
     write_text(out / "run.json", json.dumps(record, indent=2) + "\n")
 
 
+def note_work(out: Path, stage: Stage, seed: int, status: Status, inputs: Mapping[str, str]) -> None:
+    """Write run.json of what is made of several runs, a label curve or a compression; when it began is kept."""
+    path = out / "run.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    its = _facts(stage, seed, inputs) | {"status": status, "started": before.get("started", _now()), "updated": _now()}
+    write_text(path, json.dumps(its, indent=2) + "\n")
+
+
+def _facts(stage: Stage, seed: int, inputs: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "stage": stage,
+        "seed": seed,
+        "versions": versions(),
+        "machine": machine(),
+        "git_commit": git_commit(),
+        "inputs": dict(inputs),
+    }
+
+
 class Run:
     """One run directory and its mirror. On ranks other than the main one `writes` is False and nothing is written."""
 
-    def __init__(self, recipe: Recipe, stage: str, inputs: Mapping[str, str], writes: bool = True) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, inputs: Mapping[str, str], writes: bool = True) -> None:
         """Create the directory, or continue the one that is there.
 
         Args:
@@ -182,14 +207,7 @@ class Run:
         if (self.folder / "run.json").exists():
             self._record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         self._refuse_other_inputs(inputs)
-        self._record |= {
-            "schema_version": 1,
-            "stage": stage,
-            "seed": recipe.seed,
-            "versions": versions(),
-            "machine": machine(),
-            "git_commit": git_commit(),
-            "inputs": dict(inputs),
+        self._record |= _facts(stage, recipe.seed, inputs) | {
             "processes": self._ranks(recipe),
             "started": self._record.get("started", _now()),
         }

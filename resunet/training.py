@@ -264,38 +264,45 @@ def _cpu_seconds() -> float:
 
 
 class StopRequest:
-    """Becomes true when SIGTERM arrives; the loop saves and leaves at its next step."""
+    """Becomes true when SIGTERM or Ctrl-C arrives; the loop saves and leaves at its next step. A second Ctrl-C does not wait."""
 
     def __init__(self) -> None:
-        self.requested = False
-        self._before = signal.getsignal(signal.SIGTERM)
+        self._received: signal.Signals | None = None
+        self._before = {one: signal.signal(one, self._receive) for one in (signal.SIGTERM, signal.SIGINT)}
+
+    def _receive(self, signum: int, frame: types.FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            if self._received is not None:
+                raise KeyboardInterrupt
+            say("stopping after this step; Ctrl-C again does not wait for what is saved")
+        self._received = signal.Signals(signum)
 
     def release(self) -> None:
-        """After the last step: what is left can be done again, and SIGTERM ends the process as it does elsewhere."""
-        signal.signal(signal.SIGTERM, self._before)
+        """After the last step: what is left can be done again, and signals end the process as they do elsewhere."""
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
 
     def __bool__(self) -> bool:
-        return self.requested
+        return self._received is not None
 
     def stop(self, run: Run, step: int) -> None:
-        """Close the run and leave with 143.
+        """Close the run and leave with 143, after Ctrl-C with 130.
 
         Raises:
             Stopped: always.
         """
         run.finish("stopped", step=step)
-        raise Stopped(f"stopped by SIGTERM after step {step}; continue with resume=true")
+        received = self._received or signal.SIGTERM  # by which another rank was stopped
+        by = "Ctrl-C" if received == signal.SIGINT else "SIGTERM"
+        stopped = Stopped(f"stopped by {by} after step {step}; continue with resume=true")
+        stopped.exit_code = 128 + received
+        raise stopped
 
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopRequest]:
-    """SIGTERM sets the request; the handler before is restored at the end."""
+    """SIGTERM and Ctrl-C set the request; the handlers before are restored at the end."""
     request = StopRequest()
-
-    def handle(signum: int, frame: types.FrameType | None) -> None:
-        request.requested = True
-
-    signal.signal(signal.SIGTERM, handle)
     try:
         yield request
     finally:
@@ -308,7 +315,8 @@ def failing_as(run: Run) -> Iterator[None]:
     try:
         with disk_faults(run.folder):
             yield
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
+        run.finish("stopped")
         raise
     except BaseException:
         with suppress(OSError, EnvironmentFault):  # a full disk must not hide what went wrong

@@ -28,6 +28,7 @@ from resunet.checkpoint import (
     read_weights,
 )
 from resunet.config import Frozen
+from resunet.data.leakage import ARCHIVE
 from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
@@ -349,7 +350,8 @@ def _receipt(
     sizes = {name: parameter.numel() for name, parameter in model.encoder.named_parameters()}
     loaded = sum(size for name, size in sizes.items() if name not in adapted)
     decoder_sizes = {name: parameter.numel() for name, parameter in model.decoder.named_parameters()}
-    files = (CONFIG, WEIGHTS) if decoder_error is None else (CONFIG, WEIGHTS, DECODER)
+    files = [CONFIG, WEIGHTS, *([] if decoder_error is None else [DECODER])]
+    files += [ARCHIVE] if (folder / ARCHIVE).is_file() else []  # what was looked for leaks in
     return Receipt(
         encoder_sha256={name: sha256(folder / name) for name in files},
         allowed=[f"input channels adapted: {name}" for name in sorted(adapted)],

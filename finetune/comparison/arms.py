@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from finetune.evaluation.targets import targets_of
 from finetune.recipe import FinetuneRecipe
 from resunet.errors import InputError
 from resunet.mirror import without_paths
+from resunet.runs import stage_of
 from resunet.transfer import Receipt
 
 
@@ -58,6 +59,8 @@ def read_arm(folder: Path, name: str) -> Arm:
     Raises:
         InputError: it is not one, or it has no evaluation.
     """
+    if (folder / "run.json").is_file() and stage_of(folder) != "finetune":
+        raise InputError(f"{folder}: is a run of {stage_of(folder)}, and what is compared are fine-tuning runs. Leave it out.")
     try:
         recipe = FinetuneRecipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -92,11 +95,11 @@ def refuse_other_cases(first: Arm, other: Arm) -> None:
         )
     mine, theirs = set(first.groups), set(other.groups)
     if mine != theirs or first.scores.keys() != other.scores.keys():
-        differing = sorted(mine ^ theirs)
+        only = {first.folder: sorted(mine - theirs), other.folder: sorted(theirs - mine)}
+        lines = [f"  only {folder}: {_some(ids)}" for folder, ids in only.items() if ids] or ["  in the classes they hold"]
         raise InputError(
-            f"{first.folder} and {other.folder} were evaluated on different test cases: {len(differing)} differ"
-            f"{', for example ' + differing[0] if differing else ' in the classes they hold'}. "
-            "Evaluate both on the same split of the same source."
+            f"{first.folder} and {other.folder} were evaluated on different test cases:\n" + "\n".join(lines) + "\n"
+            "Evaluate both on the same split of the same source, with the same data.names."
         )
     digests = [str(arm.record["inputs"]["test"])[:12] for arm in (first, other)]
     if digests[0] != digests[1]:
@@ -104,6 +107,26 @@ def refuse_other_cases(first: Arm, other: Arm) -> None:
             f"{first.folder} and {other.folder} were evaluated on other images or masks of the same names: sha256 {digests[0]} and "
             f"{digests[1]}. Evaluate both on the same split of the same source."
         )
+
+
+def with_groups_of(first: Arm, other: Arm) -> Arm:
+    """Another arm on the same cases under the first's names of groups: where nobody named them they are called after a path.
+
+    Raises:
+        InputError: the cases are grouped otherwise.
+    """
+    names = {theirs: first.groups[case] for case, theirs in other.groups.items()}
+    alike = all(first.groups[case] == names[theirs] for case, theirs in other.groups.items())
+    if not alike or len(set(names.values())) < len(names):
+        raise InputError(
+            f"{first.folder} and {other.folder} group the same test cases otherwise, and what is paired are groups. Give both "
+            "sources the same groups.csv, and evaluate both again."
+        )
+    return replace(other, groups={case: names[theirs] for case, theirs in other.groups.items()})
+
+
+def _some(ids: Sequence[str]) -> str:
+    return f"{len(ids)}: {', '.join(ids[:20])}" + (", …" if len(ids) > 20 else "")
 
 
 def _judged_by(recipe: FinetuneRecipe) -> str:

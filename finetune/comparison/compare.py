@@ -5,13 +5,22 @@ find, where Dice is defined whatever was predicted; false alarms stand apart in 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from finetune.comparison.arms import Arm, Scored, distinct_names, read_arm, recipe_differences, refuse_other_cases
+from finetune.comparison.arms import (
+    Arm,
+    Scored,
+    distinct_names,
+    read_arm,
+    recipe_differences,
+    refuse_other_cases,
+    with_groups_of,
+)
 from finetune.comparison.cost import cost_section, costs_of, record_of
 from finetune.evaluation.overlay import error_picture, grey_picture, telling_slice
 from finetune.evaluation.page import figures_table
@@ -21,7 +30,7 @@ from finetune.inference.predict import predict_case
 from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.source import open_source
 from resunet.errors import InputError
-from resunet.files import folder_aside
+from resunet.files import folder_aside, refuse_taken
 from resunet.model import load_model
 from resunet.pictures import SWATCHES, label_picture, side_by_side
 from resunet.progress import say
@@ -54,11 +63,11 @@ def compare(
     """
     if len(runs) < 2:
         raise InputError(f"compare needs at least two runs, {len(runs)} given.")
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out)
     arms = [read_arm(run, name) for run, name in zip(runs, names or distinct_names(runs), strict=True)]
     for other in arms[1:]:
         refuse_other_cases(arms[0], other)
+    arms = [arms[0], *(with_groups_of(arms[0], other) for other in arms[1:])]
     differences = {other.name: paired_difference(arms[0].group_dice(), other.group_dice()) for other in arms[1:]}
     pictures, missing = _overlays(arms)
     costs = costs_of({arm.name: arm.folder for arm in arms})
@@ -118,16 +127,22 @@ def paired_picture(first: Scored, other: Scored, difference: Mapping[str, Any]) 
     with drawing():
         figure = Figure(figsize=(4.4, 4.2), layout="constrained")
         axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color="#9aa3ad", linewidth=1)
+        low, high = _around([*first.case_dice().values(), *other.case_dice().values()])
+        axes.plot([low, high], [low, high], color="#9aa3ad", linewidth=1)
         if len(first.case_dice()) > len(groups):
             its, others = first.case_dice(), other.case_dice()
             axes.scatter([others[case] for case in its], list(its.values()), color="#9aa3ad", s=8, linewidth=0)
             told = "Each large point a test group, each small one a case"
         axes.scatter([theirs[g] for g in groups], [mine[g] for g in groups], color=COLOURS[0], alpha=0.75)
-        axes.set(xlabel=f"Dice, {other.name}", ylabel=f"Dice, {first.name}", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.set(xlabel=f"Dice, {other.name}", ylabel=f"Dice, {first.name}", xlim=(low, high), ylim=(low, high), aspect="equal")
         axes.grid(alpha=0.3)
         better = f"above the line {first.name} is better ({difference['wins']} of {len(groups)} groups)"
         return svg(figure, f"{told}; {better}")
+
+
+def _around(dice: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis: that of the values in steps of a tenth, so that they are not all in one corner."""
+    return max(0.0, math.floor(10 * min(dice) - 0.2) / 10), min(1.0, math.ceil(10 * max(dice) + 0.2) / 10)
 
 
 def _overlays(arms: Sequence[Arm]) -> tuple[list[Picture], list[str]]:

@@ -16,7 +16,7 @@ from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.statistics import figure, paired_difference
 from finetune.mirrored import CASES, case_columns_of
 from resunet.errors import EnvironmentFault, InputError
-from resunet.files import folder_aside
+from resunet.files import folder_aside, refuse_taken
 from resunet.mirror import without_paths
 from resunet.report import Section, curves, read_metrics, shown, write_page
 
@@ -62,8 +62,7 @@ def compare_online(group: str, runs: Sequence[Path], out: Path) -> Path:
         InputError: no such group, a run here that is not finished, other test cases or classes, or fewer than two runs.
         EnvironmentFault: W&B cannot be reached.
     """
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out)
     here = [of_folder(run, run.resolve().name) for run in runs]
     return write_comparison([*here, *of_api(runs_of_group(group))], group, out)
 

@@ -1,7 +1,7 @@
 """`resunet compress RUN`: prune a little, train, pass the gate, and again, until the target; then read test once.
 
     OUT/config.json        the recipe
-    OUT/run.sha256         of the weights that came in
+    OUT/run.json           status, versions, machine, sha256 of the weights that came in
     OUT/sensitivity.json   val Dice after every layer alone has lost channels
     OUT/pruned/NN/         a bite: the network that was taken from the last accepted one, untrained
     OUT/steps/NN/          its training, an ordinary fine-tuning run
@@ -18,6 +18,7 @@ What is finished stays: after a kill, the same command with resume=true goes on.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from finetune.compression.gate import Scores, judge
@@ -26,13 +27,14 @@ from finetune.compression.page import write_report
 from finetune.compression.recipe import CompressRecipe
 from finetune.compression.result import Record, finish, mirror, write_record
 from finetune.compression.steps import kept, prune_steps
-from finetune.compression.subject import read_subject
+from finetune.compression.subject import Subject, read_subject
 from finetune.quantisation.quantise import refuse_missing
 from resunet.checkpoint import WEIGHTS, model_folder
-from resunet.errors import CheckFailed, InputError
-from resunet.files import folder_aside, sha256, write_text
+from resunet.errors import CheckFailed, InputError, Stopped
+from resunet.files import folder_aside, refuse_taken, sha256, write_text
+from resunet.runs import Status, note_work
 
-_WEIGHTS_OF_RUN = "run.sha256"
+_WEIGHTS = "run/model.safetensors"  # of run.json's inputs
 _FREE_ON_RESUME = {"resume", "out", "wandb"}
 
 
@@ -46,17 +48,34 @@ def compress(recipe: CompressRecipe) -> Path:
     out = recipe.out
     if recipe.quantise is not None:
         refuse_missing(recipe.quantise)
-    if not _is_begun(recipe):
+    weights = {_WEIGHTS: sha256(model_folder(recipe.run) / WEIGHTS)}
+    if not _is_begun(recipe, weights):
         subject = read_subject(recipe)
         with folder_aside(out) as aside:
             write_text(aside / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
-            write_text(aside / _WEIGHTS_OF_RUN, sha256(model_folder(recipe.run) / WEIGHTS) + "\n")
+            note_work(aside, "compress", recipe.seed, "running", weights)
     elif (out / "compress.json").is_file():
         record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
         _refuse_nothing(record, out)
         return out
     else:
         subject = read_subject(recipe)
+        note_work(out, "compress", recipe.seed, "running", weights)
+    status: Status = "failed"
+    try:
+        record = _compress(subject)
+        status = "done"
+    except Stopped:
+        status = "stopped"
+        raise
+    finally:
+        note_work(out, "compress", recipe.seed, status, weights)
+    _refuse_nothing(record, out)
+    return out
+
+
+def _compress(subject: Subject) -> Record:
+    recipe, out = subject.settings, subject.settings.out
     if recipe.prune is not None:  # what a training between bites would refuse is told before anything is measured
         subject.training(recipe.prune, recipe.run, out / "steps" / "01", recipe.prune.steps, 1)
     start = kept(out / "val" / "00.json", Scores, lambda: subject.scores(recipe.run))
@@ -69,30 +88,29 @@ def compress(recipe: CompressRecipe) -> Path:
     write_report(record, out)
     write_record(record, out)
     mirror(subject, record)
-    _refuse_nothing(record, out)
-    return out
+    return record
 
 
-def _is_begun(recipe: CompressRecipe) -> bool:
+def _is_begun(recipe: CompressRecipe, weights: Mapping[str, str]) -> bool:
     """Whether the folder holds a compression by the same recipe that is to be continued.
 
     Raises:
         InputError: it exists, and is not to be continued, is no compression or one by another recipe.
     """
     out = recipe.out
-    if not out.exists():
+    if not recipe.resume or not out.exists():
+        refuse_taken(out, "out=", otherwise="continue it with resume=true, or delete it")
         return False
-    if not recipe.resume:
-        raise InputError(f"out={out}: exists already. Name another folder, continue it with resume=true, or delete it.")
     try:
         before = CompressRecipe.model_validate_json((out / "config.json").read_text(encoding="utf-8"))
+        noted = json.loads((out / "run.json").read_text(encoding="utf-8"))["inputs"]
     except (OSError, ValueError) as error:
         raise InputError(f"out={out}: cannot be continued, it is no compression: {error}") from error
     then, now = before.model_dump(exclude=_FREE_ON_RESUME), recipe.model_dump(exclude=_FREE_ON_RESUME)
     if differing := [key for key in now if then[key] != now[key]]:
         lines = "\n".join(f"  {key}: {then[key]} then, {now[key]} now" for key in differing)
         raise InputError(f"out={out}: was started with another recipe:\n{lines}\nName another out.")
-    if (out / _WEIGHTS_OF_RUN).read_text(encoding="utf-8").strip() != sha256(model_folder(recipe.run) / WEIGHTS):
+    if noted != weights:
         raise InputError(f"out={out}: was started with other weights than {recipe.run} holds now. Name another out.")
     return True
 

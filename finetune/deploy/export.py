@@ -14,12 +14,10 @@ import torch
 
 from finetune.deploy.card import card, read_figures, read_int8_figures
 from finetune.deploy.golden import write_goldens
-from finetune.deploy.graph import INPUT, OPSET, OUTPUT, write_onnx, write_openvino
+from finetune.deploy.graph import INPUT, OPSET, OUTPUT, TENSORRT_VERSION, write_onnx, write_openvino
 from finetune.deploy.mirrored import mirror_bundle
 from finetune.deploy.quantised import graphs_of_quantised, quantisation_facts, quantised_beside
 from finetune.deploy.requirements import requirements
-from finetune.deploy.tensorrt_check import VERSION as TENSORRT
-from finetune.deploy.tensorrt_check import tensorrt_faults
 from finetune.inference.predict import behaviour_of
 from finetune.inference.window import Inference, LiveNetwork, footprint
 from finetune.quantisation.result import Quantised
@@ -50,7 +48,7 @@ from resunet.bundle.verify import Row, check_graphs, table
 from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, model_folder, without_patients
 from resunet.config import FixedNormalisation
 from resunet.errors import CheckFailed, EnvironmentFault, InputError
-from resunet.files import file_aside, folder_aside, sha256
+from resunet.files import file_aside, folder_aside, refuse_taken, sha256
 from resunet.inference.predict import Behaviour
 from resunet.model import Segmenter, load_finetuned
 from resunet.progress import say
@@ -65,7 +63,7 @@ _MODULES = {
     "onnx": "onnx onnxscript onnxruntime",
     "openvino": "onnx onnxscript openvino",
     "pytorch": "",
-    "tensorrt": "tensorrt",
+    "tensorrt": "onnx onnxscript tensorrt",
 }
 
 
@@ -146,13 +144,12 @@ def _refuse_wrong(out: Path, request: ExportRequest) -> tuple[tuple[Format, ...]
     if "fp16" in precisions and not {"onnx", "openvino", "tensorrt"} & set(formats):
         raise InputError("--precision fp16: is of graphs. Add onnx or openvino to --formats.")
     for path in (out, *([_zip_of(out)] if request.zipped else [])):
-        if path.exists():
-            raise InputError(f"--out {path}: exists already. Name another folder, or delete it.")
+        refuse_taken(path)
     for one in formats:
         if missing := [module for module in _MODULES[one].split() if importlib.util.find_spec(module) is None]:
             how = (
                 "install NVIDIA's TensorRT 11 or newer on the machine that has the GPU, and export there."
-                if one == "tensorrt"
+                if missing == ["tensorrt"]
                 else "pip install 'resunet[export]'."
             )
             raise EnvironmentFault(f"--formats {one}: {', '.join(missing)} is not installed: {how}")
@@ -171,6 +168,8 @@ def _write_graphs(folder: Path, source: Source, formats: Sequence[Format], preci
     single = folder / "graphs" / "fp32" / "model.onnx"
     floating = [one for one in precisions if one != "int8"]
     if set(formats) != {"pytorch"} and floating:
+        from finetune.deploy.tensorrt_check import tensorrt_faults  # needs onnx, which --formats pytorch does not
+
         write_onnx(source.network, channels, single)
         faults = tensorrt_faults(single)
         if faults:
@@ -207,7 +206,7 @@ def _write_graphs(folder: Path, source: Source, formats: Sequence[Format], preci
         graphs += rounded
         golden += cases
         faults = found if faults is None else tuple(dict.fromkeys((*faults, *found)))
-    trt = None if faults is None else TensorRtFacts(TENSORRT, faults)
+    trt = None if faults is None else TensorRtFacts(TENSORRT_VERSION, faults)
     return replace(_contract(source), graphs=tuple(graphs), golden=golden, tensorrt=trt)
 
 

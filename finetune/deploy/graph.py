@@ -9,8 +9,8 @@ import math
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -22,7 +22,11 @@ from resunet.errors import CheckFailed
 from resunet.layout import spatial_dims_of
 from resunet.model import UNet
 
+if TYPE_CHECKING:
+    import onnx  # of the extra `export`: imported where a graph is written
+
 OPSET = 18  # the oldest that PyTorch's exporter writes without a converter; TensorRT 11 takes 9 to 25
+TENSORRT_VERSION = "11"  # what graphs are checked for; see `finetune.deploy.tensorrt_check`
 INPUT, OUTPUT = "scan", "logits"
 _SIZES = {2: (37, 45), 3: (21, 27, 19)}  # unequal and odd, so that nothing is taken for the same or for a constant
 
@@ -87,6 +91,8 @@ def write_onnx(network: nn.Module, channels: int, path: Path, dtype: torch.dtype
 
 def write_module(module: nn.Module, channels: int, dims: int, path: Path) -> None:
     """Write the graph of a module whose argument is `scan`; see `write_onnx`."""
+    import onnx
+
     example = example_of(channels, dims)
     open_axes = dict.fromkeys((0, *range(2, 2 + dims)), Dim.DYNAMIC)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
@@ -111,7 +117,7 @@ def write_module(module: nn.Module, channels: int, dims: int, path: Path) -> Non
     path.write_bytes(model.SerializeToString())
 
 
-def _strip(model: onnx.ModelProto) -> None:
+def _strip(model: "onnx.ModelProto") -> None:
     """The exporter writes where each node comes from, with files and lines of this machine."""
     model.doc_string = ""
     del model.metadata_props[:]
@@ -122,7 +128,7 @@ def _strip(model: onnx.ModelProto) -> None:
         del part.metadata_props[:]
 
 
-def _name_axes(model: onnx.ModelProto, dims: int) -> None:
+def _name_axes(model: "onnx.ModelProto", dims: int) -> None:
     names = ["batch", None, *("z", "y", "x")[3 - dims :]]
     for value in (*model.graph.input, *model.graph.output):
         axes = value.type.tensor_type.shape.dim

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.deploy.graph import INPUT, write_openvino
-from finetune.deploy.tensorrt_check import tensorrt_faults
 from finetune.quantisation.result import FOLDER, Quantised, read_quantised
 from resunet.bundle.contract import Golden, Graph, QuantisationFacts
 from resunet.errors import CheckFailed, InputError
@@ -37,6 +36,8 @@ def graphs_of_quantised(
     folder: Path, facts: Quantised, bundle: Path, formats: Sequence[str]
 ) -> tuple[list[Graph], tuple[Golden, ...], tuple[str, ...]]:
     """Write graphs/int8/ and the golden cases of a bundle: its graphs, its cases, and what of them TensorRT would refuse."""
+    from finetune.deploy.tensorrt_check import tensorrt_faults
+
     into = bundle / _INT8
     into.mkdir(parents=True)
     (bundle / "golden").mkdir(exist_ok=True)

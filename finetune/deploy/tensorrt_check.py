@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper, shape_inference
 
-VERSION = "11"
+from finetune.deploy.graph import TENSORRT_VERSION
+
 _OPSETS = range(9, 26)
 # fmt: off
 _OPERATORS = frozenset({
@@ -45,7 +46,7 @@ def tensorrt_faults(path: Path) -> tuple[str, ...]:
 def _faults(model: onnx.ModelProto) -> Iterator[str]:
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version not in _OPSETS:
-            yield f"opset {opset.version}: TensorRT {VERSION} takes {_OPSETS.start} to {_OPSETS.stop - 1}"
+            yield f"opset {opset.version}: TensorRT {TENSORRT_VERSION} takes {_OPSETS.start} to {_OPSETS.stop - 1}"
     if model.functions:
         yield f"{len(model.functions)} functions, which are not operators"
     graph = model.graph

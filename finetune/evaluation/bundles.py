@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from finetune.evaluation.alarms import choose_threshold, notes_of, refuse_val_without_clean
 from finetune.evaluation.evaluate import clean_peaks, measure_cases
-from finetune.evaluation.outputs import EvaluateRequest, cases_of_split, new_folder, write
+from finetune.evaluation.outputs import FLAGS, EvaluateRequest, cases_of_split, new_folder, write
 from finetune.evaluation.summary import NO_POSTPROCESSING
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
@@ -41,7 +41,7 @@ def evaluate_bundle(path: Path, request: EvaluateRequest, out: Path | None) -> P
     segmenter = bundle.segmenter(request.precision, request.runtime)
     scorer, graph = segmenter.scorer(flips=False), segmenter.graph
     settings = request.model_copy(update={"channels": contract.input.channels})
-    source = open_source(settings, masks=True, classes=contract.classes, ignore=request.ignore)
+    source = open_source(settings, masks=True, classes=contract.classes, ignore=request.ignore, called=FLAGS)
     cases, notes = cases_of_split(source, request)
     notes += [f"Predicted by {name_of(graph.runtime)} {version_of(graph.runtime)} in {graph.precision}.", _UNSEEN]
     point = None if contract.operating_point is None else OperatingPoint(**vars(contract.operating_point))

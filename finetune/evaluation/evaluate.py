@@ -16,6 +16,7 @@ from finetune.evaluation.alarms import choose_threshold, is_without_target, note
 from finetune.evaluation.calibration import Probabilities, decide_by, foreground_of
 from finetune.evaluation.metrics import measure_targets
 from finetune.evaluation.outputs import (
+    FLAGS,
     EvaluateRequest,
     Measured,
     Predict,
@@ -90,7 +91,7 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
             f"--ignore {list(request.ignore)}: is for masks of another program; this model ignores {config.ignore}."
         )
     settings = request.model_copy(update={"channels": config.input_channels})
-    source = open_source(settings, masks=True, classes=config.classes, ignore=config.ignore)
+    source = open_source(settings, masks=True, classes=config.classes, ignore=config.ignore, called=FLAGS)
     cases, notes = cases_of_split(source, request)
     notes += [f"Allowed when the model was trained: {one}." for one in config.allowed]
     # where nobody made a split nothing claims to be unseen: the figures are given, with what they are
@@ -115,7 +116,7 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
         say(note)
     targets, rules = targets_of(config.classes, config.regions), config.object_rules()
     measured = measure_cases(network, loaded, targets, device, precision, tolerance=request.tolerance, rules=rules)
-    title = f"Evaluation on {request.split}"
+    title = f"Evaluation on {request.split}" if source.has_splits else "Evaluation on all cases"
     write_evaluation(out, network, measured, config, request.split, notes, device, precision, point, title)
     return out
 
@@ -146,7 +147,7 @@ def _load_unseen(
         if archive.salt_fingerprint != source.salt_fingerprint:
             notes.append(NO_GROUP_EVIDENCE)
         leaks = find_leaks(archive, evidence_of_cases(loaded, source.salt_fingerprint))
-        notes += refuse_leaks(leaks, cases, split, "the model's training data", allowed)
+        notes += refuse_leaks(leaks, cases, split, "the model's training data", allowed, by="--allow-leak")
     return loaded, notes
 
 

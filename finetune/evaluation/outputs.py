@@ -30,18 +30,21 @@ from finetune.evaluation.page import (
 from finetune.evaluation.summary import NO_POSTPROCESSING, case_rows, summarise
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import Targets
-from resunet.config import DataSettings, Precision
+from resunet.config import Called, DataSettings, Precision
 from resunet.data.cases import Case, LoadedCase, take_slice
 from resunet.data.source import Source
 from resunet.decision import OperatingPoint
 from resunet.errors import InputError
-from resunet.files import folder_aside
+from resunet.files import folder_aside, refuse_taken
 from resunet.report import Section, shown, write_page
 
 Predict = Callable[[LoadedCase], NDArray[np.uint8]]
 
 SCHEMA_VERSION = 1
 _OVERLAYS = 9  # the worst, the median and the best three
+
+
+FLAGS = Called("--data ", "--splits ", "--salt-file ")
 
 
 class EvaluateRequest(DataSettings):
@@ -75,8 +78,7 @@ class Measured:
 
 def new_folder(out: Path) -> Path:
     """`out`, if it is free."""
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out)
     return out
 
 
@@ -85,8 +87,10 @@ def cases_of_split(source: Source, request: EvaluateRequest) -> tuple[Sequence[C
     split = request.split
     cases = source.part(split) if source.has_splits else list(source.cases)
     if not cases:
+        made = f"; resunet split {request.source} --out SPLIT.json writes the one that training makes, for --splits"
         raise InputError(
-            f"--split {split}: is empty in {request.source}. Choose another part, or list its cases in splits.json."
+            f"--split {split}: is empty in {request.source}. Choose another part, or list its cases in splits.json"
+            f"{made if split in source.open_parts else ''}."
         )
     notes = source.notes()
     if not source.has_splits:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,30 +27,34 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = [["", *(name or "mean [95 % interval], groups" for name in summaries)]]
     labels = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall", "hd95": "HD95, mm"}
     for key, label in (labels | {"surface_dice": f"Surface Dice within {first['surface_tolerance_mm']:g} mm"}).items():
-        rows.append([label, *(shown(summary[key]) for summary in summaries.values())])
+        rows.append([label, *(_cell(summary[key]) for summary in summaries.values())])
     unit = first["volume_error"]["unit"]
     for key, label in (("absolute", f"Volume error, {unit}"), ("relative", "Volume error, share of the truth's volume")):
         rows.append([label, *(_without_interval(summary["volume_error"][key]) for summary in summaries.values())])
     if len(first["classes"]) > 1:
         for name in first["classes"]:
-            rows.append([f"Dice, {name}", *(shown(s["classes"][name]["dice"]) for s in summaries.values())])
+            rows.append([f"Dice, {name}", *(_cell(s["classes"][name]["dice"]) for s in summaries.values())])
     for key, label in (("recall", "Objects found"), ("precision", "Predicted objects that are true"), ("f1", "Object F1")):
-        rows.append([label, *(shown(summary["lesions"][key]) for summary in summaries.values())])
+        rows.append([label, *(_cell(summary["lesions"][key]) for summary in summaries.values())])
     for index, size in enumerate(first["lesions"]["by_size"]):
         label = f"Found of {size['n']} objects of {size['range']} voxels"
-        rows.append([label, *(shown(summary["lesions"]["by_size"][index]["recall"]) for summary in summaries.values())])
+        rows.append([label, *(_cell(summary["lesions"]["by_size"][index]["recall"]) for summary in summaries.values())])
     for index, width in enumerate(first["lesions"]["by_width"] or ()):
         if width["n"]:
             label = f"Found of {width['n']} thin objects {width['range']} pixels wide"
-            rows.append([label, *(shown(summary["lesions"]["by_width"][index]["recall"]) for summary in summaries.values())])
+            rows.append([label, *(_cell(summary["lesions"]["by_width"][index]["recall"]) for summary in summaries.values())])
     alarms = [summary["false_alarms"] for summary in summaries.values()]
     label = f"False alarms in {alarms[0]['images_without_target']} cases without target"
     rows.append([label, *(f"{alarm['alarmed']}" for alarm in alarms)])
     calibrations = [summary["calibration"] for summary in summaries.values()]
     if all(calibrations):
-        rows.append(["Calibration error (ECE)", *(shown(one["ece"]) for one in calibrations)])
-        rows.append(["ECE from probability 0.05 on", *(shown(one["ece_foreground"]) for one in calibrations)])
+        rows.append(["Calibration error (ECE)", *(_cell(one["ece"]) for one in calibrations)])
+        rows.append(["ECE from probability 0.05 on", *(_cell(one["ece_foreground"]) for one in calibrations)])
     return rows
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    return shown(figure, why=False)
 
 
 def operating_point_section(summary: dict[str, Any]) -> list[Section]:

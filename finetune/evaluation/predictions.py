@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.evaluation.metrics import measure_targets
-from finetune.evaluation.outputs import EvaluateRequest, Measured, cases_of_split, new_folder, write
+from finetune.evaluation.outputs import FLAGS, EvaluateRequest, Measured, cases_of_split, new_folder, write
 from finetune.evaluation.targets import targets_of
 from resunet.config import PercentileZScore
 from resunet.data.cases import Case, LoadedCase, encode_labels, load_cases
@@ -110,10 +110,10 @@ def classes_of_masks(root: Path, cases: Sequence[Case], ignore: Sequence[int], p
         found: set[int] = set().union(*progress(pool.map(_values, [case.mask for case in cases]), len(cases)))
     values = sorted(found - set(ignore) - {0})
     if not values:
-        raise InputError(f"data.source={root}: the masks hold nothing but background: there is no class to evaluate.")
+        raise InputError(f"{FLAGS.source}{root}: the masks hold nothing but background: there is no class to evaluate.")
     if len(values) >= _MOST_CLASSES:
         raise InputError(
-            f"data.source={root}: the masks hold {len(values)} values besides 0; at most {_MOST_CLASSES - 1} classes can be "
+            f"{FLAGS.source}{root}: the masks hold {len(values)} values besides 0; at most {_MOST_CLASSES - 1} classes can be "
             "evaluated. Are they numbers of objects? Write classes instead."
         )
     return {0: "background"} | {value: str(value) for value in values}
@@ -130,7 +130,7 @@ def evaluate_masks(folder: Path, request: EvaluateRequest, out: Path | None) -> 
             "probabilities to set a threshold for. Leave the option out."
         )
     channels = channels_of(request.source) if is_nnunet(request.source) else request.channels
-    source = open_source(request.model_copy(update={"channels": channels}), masks=True)
+    source = open_source(request.model_copy(update={"channels": channels}), masks=True, called=FLAGS)
     cases, notes = cases_of_split(source, request)
     predictions = find_predictions(folder, cases, source.cases)
     notes.append(f"The predictions are masks of another program, {len(cases)} of them. What it was trained on is not known.")

@@ -172,6 +172,9 @@ def _share_over_groups(cases: Sequence[Case], value: Value) -> dict[str, Any]:
     return figure(values_by_group(cases, value), (0.0, 1.0))
 
 
+COUNTS = ("truth_voxels", "predicted_voxels", "lesions", "lesions_found", "lesions_false")  # whole numbers, of `case_rows`
+
+
 def case_rows(cases: Sequence[Case], targets: Targets) -> list[dict[str, str | int | float]]:
     """cases.csv: a row for every case and foreground class, or region; what is undefined is an empty string.
 

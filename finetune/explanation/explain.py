@@ -16,8 +16,7 @@ from finetune.explanation.gradcam import cascade
 from finetune.explanation.page import sanity_table, write_explain_page
 from finetune.explanation.request import ExplainRequest, cases_of, classes_of, remarks_of
 from resunet.data.cases import Case, LoadedCase, take_slice
-from resunet.errors import InputError
-from resunet.files import folder_aside
+from resunet.files import folder_aside, refuse_taken
 from resunet.progress import progress, say
 
 SCHEMA_VERSION = 1
@@ -36,8 +35,7 @@ def explain(model: Path, request: ExplainRequest, out: Path) -> Path:
     Raises:
         InputError: the model, an input, its mask, the layer, the class or `out`.
     """
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out)
     explainer = open_explainer(model, request)
     classes = classes_of(explainer.classes, explainer.config.regions or (), request.class_name)
     cases, notes = cases_of(request, explainer.config)

@@ -70,7 +70,7 @@ def cases_of(request: ExplainRequest, config: ModelConfig) -> tuple[list[Case], 
     for fault in inputs.faults:
         say(fault)
     notes = [f"{len(inputs.faults)} inputs cannot be read and are left out."] if inputs.faults else []
-    salt = load_salt(request.salt_file)
+    salt = load_salt(request.salt_file, "--salt-file ")
     masks = _masks(request)
     cases = []
     for one in inputs.scans:

@@ -23,7 +23,7 @@ from resunet.errors import EnvironmentFault
 from resunet.files import sha256
 from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
-from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_taken, write_predictions
+from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_full, write_predictions
 from resunet.inference.threshold import requested_threshold
 from resunet.inference.window import Scorer
 from resunet.layout import place
@@ -63,7 +63,7 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
     Raises:
         InputError: the model, `out`, an input that does not exist, two of one name, or nothing that could be predicted.
     """
-    refuse_taken(out)
+    refuse_full(out)
     network, config, behaviour, threshold = open_model(model, request)
     found = list_inputs(inputs, config.input_channels)
     # without a GPU Accelerate joins ranks only where it is told to use the CPU

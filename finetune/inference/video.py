@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from finetune.inference.predict import PredictRequest, open_model
 from finetune.inference.window import LiveNetwork
-from resunet.inference.predict import refuse_taken, segment
+from resunet.inference.predict import refuse_full, segment
 from resunet.inference.video import predict_video, refuse_for_video
 from resunet.layout import place
 from resunet.progress import say
@@ -20,7 +20,7 @@ def predict_model_video(model: Path, video: Path, out: Path, request: PredictReq
     Raises:
         InputError, EnvironmentFault: as `finetune.inference.predict.predict` and `resunet.inference.video.predict_video`.
     """
-    refuse_taken(out)
+    refuse_full(out)
     refuse_for_video(video, request.probabilities, int(os.environ.get("WORLD_SIZE", "1")))
     network, config, behaviour, threshold = open_model(model, request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,7 @@ from finetune.label_curve.cells import Point, points_of
 from finetune.label_curve.page import write_report
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.label_curve.result import (
+    Curve,
     curve_text,
     read_curve,
     refuse_other_models,
@@ -16,9 +17,11 @@ from finetune.label_curve.result import (
 )
 from finetune.label_curve.verdict import verdicts
 from finetune.label_curve.work import do_all, locked, look_for_leaks, work_alone
-from resunet.errors import InputError
-from resunet.files import write_text
+from resunet.errors import CheckFailed, InputError
+from resunet.exits import is_main_rank
+from resunet.files import refuse_taken, write_text
 from resunet.progress import say
+from resunet.runs import note_work
 
 # Keys that may differ when a curve is continued.
 _FREE_ON_RESUME = {"resume", "out"}
@@ -33,17 +36,23 @@ def label_curve(recipe: LabelCurveRecipe) -> Path:
     Raises:
         ResUNetError: input, environment, a leak, a loss that is not finite, or SIGTERM; cells that are done stay done.
     """
+    main, locks = is_main_rank(), recipe.out / "locks"
     work_alone(recipe.resume)
-    recipe = _in_its_group(recipe)
-    points = points_of(recipe)
-    locks = recipe.out / "locks"
-    _begin(recipe, locks)
-    refuse_other_models(points)
-    look_for_leaks(points, locks)
+    try:
+        recipe = _in_its_group(recipe)
+        points = points_of(recipe)
+        _begin(recipe, locks)
+        refuse_other_models(points)
+        look_for_leaks(points, locks)
+    except (InputError, CheckFailed) as error:  # which every process of a launcher finds
+        error.known_to_all = not main
+        raise
     do_all(points, locks)
     with locked(locks / "report.lock", wait=True):
         if _read_config(recipe) == recipe.model_copy(update={"resume": False}):  # another process may have a larger curve
-            _write(recipe, points)
+            curve = _write(recipe, points)
+            models = {f"{arm}/{name}": digest for arm, its in curve.models.items() for name, digest in its.items()}
+            note_work(recipe.out, "label-curve", recipe.seed, "done", {"test": curve.test} | models)
     return recipe.out
 
 
@@ -62,13 +71,13 @@ def _in_its_group(recipe: LabelCurveRecipe) -> LabelCurveRecipe:
 def _begin(recipe: LabelCurveRecipe, locks: Path) -> None:
     """The folder with its config.json: a new one, or with `resume` that of the same recipe."""
     config = recipe.out / "config.json"
-    if recipe.out.exists() and not recipe.resume:
-        raise InputError(f"out={recipe.out}: exists already. Name another folder, continue it with resume=true, or delete it.")
+    if not recipe.resume or not recipe.out.exists():
+        refuse_taken(recipe.out, "out=", otherwise="continue it with resume=true, or delete it")
     if recipe.out.exists() and not config.is_file() and not locks.is_dir() and any(recipe.out.iterdir()):
         raise InputError(f"out={recipe.out}: cannot be continued, it is not a label curve (no config.json).")
     with locked(locks / "config.lock", wait=True):
         if not config.is_file():
-            write_text(config, recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+            _write_config(recipe, config)
             return
         begun = _read_config(recipe)
         before = begun.in_group(begun.group).model_dump(exclude=_FREE_ON_RESUME)
@@ -80,7 +89,12 @@ def _begin(recipe: LabelCurveRecipe, locks: Path) -> None:
                 f"out={recipe.out}: was started with another recipe:\n{lines}\nName another out. A curve grows by draws, budgets "
                 "and arms only."
             )
-        write_text(config, recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+        _write_config(recipe, config)
+
+
+def _write_config(recipe: LabelCurveRecipe, config: Path) -> None:
+    write_text(config, recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+    note_work(recipe.out, "label-curve", recipe.seed, "running", {})
 
 
 def _grown(key: str, before: Any, now: Any) -> bool:
@@ -92,7 +106,7 @@ def _grown(key: str, before: Any, now: Any) -> bool:
     return key == "arms" and all(arm in now and now[arm] == values for arm, values in before.items())
 
 
-def _write(recipe: LabelCurveRecipe, points: list[Point]) -> None:
+def _write(recipe: LabelCurveRecipe, points: list[Point]) -> Curve:
     curve = read_curve(recipe, points)
     record = with_looks(summarise(curve), recipe.out / "curve.json")
     write_cases(curve, points, recipe.out / "cases.parquet")
@@ -100,3 +114,4 @@ def _write(recipe: LabelCurveRecipe, points: list[Point]) -> None:
     write_report(curve, record, recipe.out)
     for sentence in verdicts(record):
         say(sentence)
+    return curve

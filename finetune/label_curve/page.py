@@ -2,11 +2,13 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from finetune.evaluation.statistics import FEWEST_GROUPS
 from finetune.label_curve.cost import BOTH
@@ -72,7 +74,7 @@ _SAVED = (
 )
 _CHOSEN = (
     "Every arm had the same grid of steps. For each draw on its own, the number of steps was chosen by the Dice of the val groups "
-    "of that draw, as somebody with these labels would; of equals the fewest. Only the chosen network saw the test cases, once. "
+    "of that draw, as somebody with these labels would; of equals the most. Only the chosen network saw the test cases, once. "
     "In the table, of each draw: steps, and Dice on val in brackets."
 )
 _METHOD = [
@@ -248,12 +250,16 @@ def _beginning(shared: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def _every_value(curve: Curve) -> list[list[str]]:
-    """Of few groups, the differences themselves: a row for every arm, budget and group, a column for every draw."""
+    """Of few groups, Dice itself and the differences: a row for every arm, budget and group, a column for every draw."""
     rows = [["arm", "labelled groups", "group", *(f"draw {d}" for d in range(curve.recipe.draws))]]
     baseline = curve.scores[curve.recipe.baseline]
-    for arm in curve.recipe.others():
+    tables: dict[str, tuple[NDArray[np.float64], Callable[[float], str]]] = {
+        arm: (curve.scores[arm], "{:.3f}".format) for arm in curve.recipe.arms
+    }
+    less = f" less {curve.recipe.baseline}"
+    tables |= {arm + less: (curve.scores[arm] - baseline, signed) for arm in curve.recipe.others()}
+    for name, (scores, written) in tables.items():
         for index, budget in enumerate(curve.budgets):
-            for number in range(len(curve.groups)):
-                values = curve.scores[arm][index, number] - baseline[index, number]
-                rows.append([arm, str(budget.labels), str(number + 1), *map(signed, values)])
+            for number, values in enumerate(scores[index]):
+                rows.append([name, str(budget.labels), str(number + 1), *map(written, values)])
     return rows

@@ -39,6 +39,10 @@ _SHARED = {f"data.{key}": f"finetune.data.{key}, for all arms" for key in Labell
 _SHARED["wandb"] = "finetune.wandb, for all arms"
 
 
+# Keys that every stage has by these names: given beside `finetune`, they are meant of it.
+_OF_EVERY_STAGE = ("data", "precision", "wandb")
+
+
 class LabelCurveRecipe(Frozen):
     """Everything `resunet label-curve` reads.
 
@@ -50,7 +54,7 @@ class LabelCurveRecipe(Frozen):
         False,
         description="continue, with more draws, budgets or arms where given; for each of several processes on one `out`, too",
     )
-    seed: int = Field(0, ge=0, description="draw d trains with seed + d in every arm")
+    seed: int = Field(0, ge=0, lt=2**31, description="draw d trains with seed + d in every arm")
     recipe: str | None = Field(None, description="a fine-tuning recipe, by name or path; null: `finetune` has all keys")
     finetune: Values = Field({}, description="keys of the fine-tuning recipe that all arms share; they win over `recipe`'s")
     arms: dict[str, Values] = Field(description="name → keys of the fine-tuning recipe that make the arm; encoder among them")
@@ -103,6 +107,10 @@ class LabelCurveRecipe(Frozen):
         """With `recipe` laid under `finetune`, and both that and the arms as a fine-tuning will read them."""
         if not isinstance(values, dict):
             return values
+        if beside := {key: values[key] for key in _OF_EVERY_STAGE if key in values}:
+            given = values.get("finetune") or {}
+            kept = {key: value for key, value in values.items() if key not in beside}
+            values = kept | {"finetune": merge(given, beside) if isinstance(given, dict) else given}
         name, shared, arms = values.get("recipe"), values.get("finetune") or {}, values.get("arms")
         mappings = isinstance(shared, dict) and isinstance(arms, dict) and all(isinstance(one, dict) for one in arms.values())
         if not mappings or not isinstance(name, str | None):

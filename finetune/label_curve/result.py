@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from finetune.comparison.arms import read_arm
+from finetune.evaluation.summary import COUNTS
 from finetune.label_curve.cells import Budget, Cell, Point, count_labels
 from finetune.label_curve.cost import Cost, cost_of
 from finetune.label_curve.recipe import LabelCurveRecipe
@@ -211,13 +212,15 @@ def write_cases(curve: Curve, points: Sequence[Point], path: Path) -> None:
                 own |= {"train_groups": budget.train, "val_groups": budget.val}
                 own |= {"draw": point.draw, "steps": point.chosen.steps, "case": row.pop("id")}
                 names = {name: row.pop(name) for name in ("group", "class")}
-                for name, value in (own | names | {name: _number(text) for name, text in row.items()}).items():
+                for name, value in (own | names | {name: _number(name, text) for name, text in row.items()}).items():
                     columns.setdefault(name, []).append(value)
     with file_aside(path) as aside:
         pq.write_table(pa.table(columns), aside)
 
 
-def _number(text: str) -> float | None:
+def _number(column: str, text: str) -> float | None:
+    if column in COUNTS:
+        return int(text)
     return float(text) if text else None
 
 

@@ -17,7 +17,7 @@ def verdicts(record: Record) -> list[str]:
 def _of_arm(record: Record, arm: str) -> list[str]:
     figures, baseline = record["differences"][arm], record["baseline"]
     if figures[0]["p_holm"] is None:
-        return [f"{arm} and {baseline}: no verdict. {_too_few(record)} All values are shown."]
+        return [f"{arm} and {baseline}: no verdict. {_too_few(record)}"]
     by_verdict: dict[str, list[str]] = {}
     for figure in figures:
         by_verdict.setdefault(figure["verdict"], []).append(_with(figure))
@@ -81,8 +81,11 @@ def _arguments(end: Record) -> dict[str, Any]:
 
 def _too_few(record: Record) -> str:
     if record["test_groups"] < FEWEST_GROUPS:
-        return f"{record['test_groups']} test groups are too few for an interval; it takes {FEWEST_GROUPS}."
-    return f"{record['draws']} draw is too few for an interval; it takes {FEWEST_DRAWS}, better 5."
+        return (
+            f"{record['test_groups']} test groups are too few for an interval; it takes {FEWEST_GROUPS}. "
+            "All values are shown below."
+        )
+    return f"{record['draws']} draw is too few for an interval; it takes {FEWEST_DRAWS}, better 5. All values are in cases.parquet."
 
 
 def _listed(words: Sequence[str]) -> str:

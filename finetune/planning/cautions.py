@@ -55,7 +55,7 @@ def warnings_of(recipe: FinetuneRecipe, has_groups: bool, parts: Sequence[PartFa
             "There are no groups: each image counts as its own, so that images of one patient or item may be on both sides, and "
             "the figures be too good. Write groups.csv (stem,group)."
         )
-    found += _absent_classes(parts, names)
+    found += _absent_classes(parts, names, recipe.data.remedy)
     found += [
         f"The classes {its} are of the same data.regions: nothing teaches the network to tell them apart, and in its "
         "masks either may stand for both. Add a region that holds one of them, if that matters."
@@ -75,15 +75,14 @@ def warnings_of(recipe: FinetuneRecipe, has_groups: bool, parts: Sequence[PartFa
     return found
 
 
-def _absent_classes(parts: Sequence[PartFacts], names: Sequence[str]) -> list[str]:
+def _absent_classes(parts: Sequence[PartFacts], names: Sequence[str], remedy: str) -> list[str]:
     consequence = {
         "train": "it cannot be learned",
         "val": "val says nothing of it",
         "test": "it cannot be judged",
     }
     return [
-        f"Class {name!r} is in none of the {len(part.cases)} {part.name} cases: {consequence[part.name]}. Choose another split "
-        "(resunet split --stratify), or label more."
+        f"Class {name!r} is in none of the {len(part.cases)} {part.name} cases: {consequence[part.name]}. {remedy}."
         for part in parts
         if part.cases
         for index, name in enumerate(names)

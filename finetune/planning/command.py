@@ -73,7 +73,8 @@ def _told(sweep: Sweep, now: float) -> list[str]:
     if sweep.steepest is None:
         return [
             f"No learning rate from {RATES[0]:g} to {RATES[1]:g} lowered the loss.",
-            f"{ends}: {fell}. Try resunet finetune RECIPE --overfit, and see Troubleshooting in the README.",
+            f"{ends}: {fell}. Try resunet finetune RECIPE --overfit, and see "
+            '"Before training, and when it goes wrong" in the README.',
         ]
     place = "about that" if 1 / 3 <= now / sweep.steepest <= 3 else ("above it" if now > sweep.steepest else "below it")
     return [

@@ -13,7 +13,7 @@ from finetune.evaluation.targets import targets_of
 from finetune.planning.facts import PERCENTILES, PartFacts
 from finetune.planning.plan import Plan, reasons
 from resunet.errors import InputError
-from resunet.files import write_text
+from resunet.files import refuse_taken, write_text
 from resunet.measuring import BUSY, GIB
 from resunet.plain import WIDTH, bullet, duration, table, times, value_range
 from resunet.plain import blocks as joined
@@ -65,8 +65,7 @@ def refuse_file(path: Path) -> None:
     """Raises InputError unless a recipe can be written there."""
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"--write {path}: a recipe is a .yaml file. Name it so.")
-    if path.exists():
-        raise InputError(f"--write {path}: exists already, perhaps with somebody's edits. Name another file, or delete it.")
+    refuse_taken(path, "--write ", "file", "or delete it, if it holds nobody's edits")
 
 
 def _yaml(values: Mapping[Any, Any], why: Mapping[str, str], prefix: str = "", indent: int = 0) -> list[str]:

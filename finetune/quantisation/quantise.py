@@ -29,7 +29,7 @@ from resunet.bundle.scorer import EngineScorer
 from resunet.checkpoint import WEIGHTS, ModelConfig, model_folder
 from resunet.ensemble import Ensemble
 from resunet.errors import CheckFailed, EnvironmentFault, InputError
-from resunet.files import folder_aside, sha256
+from resunet.files import folder_aside, refuse_taken, sha256
 from resunet.inference.window import Floats
 from resunet.model import Segmenter, load_finetuned
 from resunet.progress import say
@@ -65,8 +65,7 @@ def quantise(run: Path, settings: QuantiseSettings, out: Path) -> Path:
         EnvironmentFault: a package that the method needs is missing.
         CheckFailed: an engine does not answer as the rounded network does, or a loss that is not finite.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out, key="")
     refuse_missing(settings)
     recipe = recipe_of(run)
     recipe = recipe.model_copy(update={"precision": "fp32"})  # values are rounded to integers, not to bfloat16

@@ -15,7 +15,7 @@ from pretrain.planning.alone import before_training
 from pretrain.recipe import PretrainRecipe
 from pretrain.refusals import refuse_impossible
 from resunet.errors import InputError
-from resunet.files import file_aside
+from resunet.files import file_aside, refuse_taken
 
 _SIDE = 200  # pixels of a square picture on the page, at least
 _GAP, _MARGIN, _LINE = 8, 24, 22  # pixels
@@ -31,8 +31,9 @@ def show_views(recipe: PretrainRecipe, out: Path) -> Path:
     Raises:
         ResUNetError: whatever would stop the run as well, but a leak; a file that exists or is no PNG.
     """
-    if out.suffix != ".png" or out.exists():
+    if out.suffix != ".png":
         raise InputError(f"--show-views {out}: is a PNG with scans and their views. Name a new .png file.")
+    refuse_taken(out, "--show-views ", "file")
     recipe, accelerator = before_training(recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": None})}))
     archive = read_archive(recipe, accelerator)
     refuse_impossible(recipe, archive, speaks=True)

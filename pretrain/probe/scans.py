@@ -16,6 +16,7 @@ from pretrain.probe.segmentation import LabelledPixels
 from pretrain.probe.settings import ProbeSettings
 from pretrain.recipe import PretrainRecipe
 from resunet.checkpoint import LabelledGroups
+from resunet.config import Called
 from resunet.data.cases import IGNORE, Case, LoadedCase, load_cases, refuse_images, source_digest
 from resunet.data.evidence import Evidence
 from resunet.data.images import read_mask
@@ -116,10 +117,11 @@ def read_probe_scans(recipe: PretrainRecipe, settings: ProbeSettings, spatial_di
 
 def _open(recipe: PretrainRecipe, settings: ProbeSettings) -> Source:
     """The pool of the probe's source, as fine-tuning would make it."""
-    data = recipe.data
+    data, called = recipe.data, Called()
     if settings.source is not None:
+        called = Called(source="probe.source=")
         data = data.model_copy(update={"source": settings.source, "splits": None})
-    source = open_source(data, masks=True, classes=settings.classes, ignore=settings.ignore)
+    source = open_source(data, masks=True, classes=settings.classes, ignore=settings.ignore, called=called)
     return assign_parts(source, recipe.data.split_seed, recipe.data.stratify)
 
 

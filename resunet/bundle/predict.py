@@ -12,7 +12,7 @@ from resunet.bundle.engines import name_of, version_of
 from resunet.errors import InputError
 from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
-from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_taken, segment, write_predictions
+from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_full, segment, write_predictions
 from resunet.inference.threshold import requested_threshold
 from resunet.inference.video import predict_video, refuse_for_video
 from resunet.inference.window import Scorer
@@ -68,7 +68,7 @@ def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: Bundl
         InputError: the request, `out`, an input that does not exist, two of one name, or nothing that could be predicted.
         CheckFailed: the bundle was changed. EnvironmentFault: no runtime of it is installed.
     """
-    refuse_taken(out)
+    refuse_full(out)
     opened = _open(path, request)
     behaviour, how, threshold, scorer = opened.behaviour, opened.how, opened.threshold, opened.scorer
     found = list_inputs(inputs, behaviour.input_channels)
@@ -98,7 +98,7 @@ def predict_bundle_video(path: Path, video: Path, out: Path, request: BundleRequ
     Raises:
         InputError, CheckFailed, EnvironmentFault: as `predict_bundle` and `resunet.inference.video.predict_video`.
     """
-    refuse_taken(out)
+    refuse_full(out)
     refuse_for_video(video, request.probabilities, int(os.environ.get("WORLD_SIZE", "1")))
     opened = _open(path, request)
     if (decision := opened.behaviour.decision(opened.threshold, False)) is not None:

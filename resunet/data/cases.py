@@ -220,9 +220,12 @@ def encode_labels(mask: NDArray, classes: Mapping[int, str], ignore: Sequence[in
         unlisted = [int(value) for value in np.unique(mask[~known])]
         noun = "value" if len(unlisted) == 1 else "values"
         listed = ", ".join(f"{value}: {name}" for value, name in classes.items())
+        todo = "Add what is missing there, or to data.ignore."
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            todo = "JPEG changes values when it compresses: write masks as PNG."
         raise InputError(
             f"{path}: the mask holds the {noun} {_short(unlisted)}, which data.classes does not list. data.classes has "
-            f"{listed}. Add what is missing there, or to data.ignore."
+            f"{listed}. {todo}"
         )
     return labels
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from resunet.data.evidence import Pairs, comparable_groups, evidence_of, find_pairs
 from resunet.data.manifest import Manifest, open_manifest
 from resunet.errors import InputError
-from resunet.files import file_aside
+from resunet.files import file_aside, refuse_taken
 from resunet.progress import say
 
 
@@ -20,8 +20,8 @@ def check(archive: Path, held_out: Path, out: Path | None) -> int:
     Raises:
         InputError: a manifest that cannot be read, or `out` that exists.
     """
-    if out is not None and out.exists():
-        raise InputError(f"--out {out}: exists already. Name another file, or delete it.")
+    if out is not None:
+        refuse_taken(out, what="file")
     one, other = open_manifest(archive), open_manifest(held_out)
     record, held = evidence_of(one), evidence_of(other)
     if not comparable_groups(record, held):

@@ -7,7 +7,7 @@ SOURCE/groups.csv  stem,group: the patient or the physical item; without it ever
 SOURCE/splits.json {"pool": [stem, …], "val": […], "test": […]}; without it `assign_parts` makes one by group
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from resunet.data.images import READABLE, stem_of, suffix_of
@@ -16,12 +16,13 @@ from resunet.data.splits import PARTS, check_disjoint, read_splits
 from resunet.errors import InputError
 
 
-def list_folder(root: Path, masks: bool, splits: Path | None = None) -> Listing:
+def list_folder(root: Path, masks: bool, splits: Path | None = None, called: str = "data.source=") -> Listing:
     """List a folder; nothing is read but groups.csv and splits.json.
 
     Args:
         masks: every image must have a mask, and every mask an image.
         splits: read instead of the folder's own splits.json.
+        called: what the user calls the folder, for messages.
 
     Raises:
         InputError: no images, an image without mask, two images of one stem, or groups.csv and splits.json that do not
@@ -31,10 +32,10 @@ def list_folder(root: Path, masks: bool, splits: Path | None = None) -> Listing:
     images = _by_stem(folder)
     if not images:
         raise InputError(
-            f"data.source={root}: no image in {folder}. Formats read: {', '.join(READABLE)}. DICOM has to be indexed first: "
-            f"resunet index {root} --out M.parquet, then data.source=M.parquet."
+            f"{called}{root}: no image in {folder}. Formats read: {', '.join(READABLE)}. DICOM has to be indexed first: "
+            f"resunet index {root} --out M.parquet, then {called}M.parquet."
         )
-    mask_of = _masks(root, images) if masks else {}
+    mask_of = _masks(root, images, called) if masks else {}
     groups, positions = read_groups(root / "groups.csv", images), read_positions(root / "groups.csv")
     parts = read_splits(splits or root / "splits.json", images)
     if parts is not None:
@@ -70,13 +71,22 @@ def _stem_in(folder: Path, path: Path) -> str:
     return str(path.parent.relative_to(folder) / stem_of(path))
 
 
-def _masks(root: Path, images: Mapping[str, Path]) -> dict[str, Path]:
+def _masks(root: Path, images: Mapping[str, Path], called: str) -> dict[str, Path]:
     masks = _by_stem(root / "masks")
     if not masks:
         raise InputError(
-            f"data.source={root}: no mask in {root / 'masks'}. Labelled data has images/ and masks/ with the same stems."
+            f"{called}{root}: no mask in {root / 'masks'}. Labelled data has images/ and masks/ with the same stems."
         )
     bare, orphaned = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
-    complain(root / "masks", "images without a mask", bare, "Add the masks, or remove the images.")
+    complain(root / "masks", "images without a mask", bare, _renaming(bare, orphaned) or "Add the masks, or remove the images.")
     complain(root / "images", "masks without an image", orphaned, "Add the images, or remove the masks.")
     return masks
+
+
+def _renaming(bare: Sequence[str], orphaned: Sequence[str]) -> str | None:
+    """What to do if the masks of all images without one only have more to their names: STEM_mask, mask_STEM."""
+    for other in orphaned:
+        before, found, after = other.partition(bare[0]) if bare else ("", "", "")
+        if found and {f"{before}{stem}{after}" for stem in bare} <= set(orphaned):
+            return f"There are masks that are called {before}STEM{after}: give them the images' stems."
+    return None

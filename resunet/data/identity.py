@@ -39,8 +39,8 @@ def default_salt_file() -> Path:
     return Path(user_data_path("resunet")) / "salt"
 
 
-def load_salt(path: Path | None) -> Salt:
-    """The salt in a file; the user's own is made (mode 0600) where it does not exist yet.
+def load_salt(path: Path | None, called: str = "data.salt_file=") -> Salt:
+    """The salt in a file; the user's own is made (mode 0600) where it does not exist yet. called: for messages.
 
     Raises:
         InputError: `path` was given and does not exist, or is no salt.
@@ -53,7 +53,7 @@ def load_salt(path: Path | None) -> Salt:
         key = bytes.fromhex(file.read_text(encoding="utf-8").strip())
     except OSError as error:
         raise InputError(
-            f"data.salt_file={file}: cannot be read: {error.strerror}. Leave it out to use {default_salt_file()}."
+            f"{called}{file}: cannot be read: {error.strerror}. Leave it out to use {default_salt_file()}."
         ) from error
     except ValueError as error:
         raise InputError(f"{file}: not a salt (64 hex digits).") from error

@@ -35,7 +35,7 @@ def make_manifest(request: IndexRequest) -> Path:
     tree = walk(sources, _own(_absolute(request.out), masks))
     if not tree.files:
         raise InputError(f"SOURCE {', '.join(map(str, request.sources))}: no files there.")
-    salt = load_salt(request.salt_file)
+    salt = load_salt(request.salt_file, "--salt-file ")
     ownership = Ownership(sources, tree, masks, salt)
     workers = request.workers or _cores()
     with open_ledger(request.out, salt.fingerprint, request.limits) as ledger:

@@ -98,13 +98,16 @@ def find_leaks(archive: Evidence, held_out: Evidence) -> list[Leak]:
     return [Leak(int(row), pairs.evidence(its)) for row, its in zip(rows, by_row, strict=False)]
 
 
-def refuse_leaks(leaks: Sequence[Leak], cases: Sequence[Case], held_out: str, seen: str, allowed: bool) -> list[str]:
-    """Stop on leaks unless the recipe allows them by name; what was set aside, for the record.
+def refuse_leaks(
+    leaks: Sequence[Leak], cases: Sequence[Case], held_out: str, seen: str, allowed: bool, by: str = "allow=[leak]"
+) -> list[str]:
+    """Stop on leaks unless they are allowed by name; what was set aside, for the record.
 
     Args:
         cases: the held-out cases by row.
         held_out: what must be unseen, for the message ('val', 'test').
         seen: where it was found ('the pretraining archive', 'the labelled training cases').
+        by: the recipe key or flag that allows it, for the message.
 
     Raises:
         CheckFailed: with one leak a line.
@@ -117,5 +120,5 @@ def refuse_leaks(leaks: Sequence[Leak], cases: Sequence[Case], held_out: str, se
     more = f"\n  … and {len(leaks) - 20} more" if len(leaks) > 20 else ""
     raise CheckFailed(
         f"{len(leaks)} {held_out} cases are among {seen}:\n{shown}{more}\n"
-        "Their figures would not be those of unseen patients. Take them out, or allow it by name: allow=[leak]."
+        f"Their figures would not be those of unseen patients. Take them out, or allow it by name: {by}."
     )

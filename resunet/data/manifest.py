@@ -235,11 +235,11 @@ def open_manifest(path: Path) -> Manifest:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a file is Parquet and no manifest of any version: somebody's own."""
+    """Whether there is a file, with something in it, that is no manifest of any version: somebody's own."""
     try:
-        return _VERSION not in (pq.read_schema(path).metadata or {})
-    except (pa.ArrowException, OSError):
-        return False
+        return path.exists() and path.stat().st_size > 0 and _VERSION not in (pq.read_schema(path).metadata or {})
+    except pa.ArrowException:
+        return True
 
 
 def thumbnail_offsets(shapes: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -244,7 +244,7 @@ def _check_classes(
         wanted = f"Regions ({', '.join(regions)}) belong in data.regions; name every mask value in data.classes: {values}"
     else:
         by_value = sorted((value, name) for name, values in labels.items() if name != _IGNORE for value in values)
-        wanted = f"Set data.classes={{{', '.join(f'{value}: {name}' for value, name in by_value)}}}"
+        wanted = f"Set 'data.classes={{{', '.join(f'{value}: {name}' for value, name in by_value)}}}'"
     if ignored:
         wanted += f", data.ignore=[{', '.join(map(str, sorted(ignored)))}]"
     given = ", ".join(f"{value}: {name}" for value, name in classes.items())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from resunet.config import DataSettings
+from resunet.config import Called, DataSettings
 from resunet.data.cases import Case
 from resunet.data.folder import list_folder
 from resunet.data.identity import Salt, load_salt, own_group
@@ -20,6 +20,7 @@ from resunet.data.strata import read_strata
 from resunet.errors import InputError
 from resunet.progress import say
 
+_KEYS = Called()
 _ACCEPTED = (
     "a folder with images/ (and masks/, groups.csv, splits.json), an nnU-Net raw data set (dataset.json, imagesTr/, labelsTr/), "
     "or a manifest (M.parquet, of resunet index)"
@@ -83,12 +84,17 @@ class Source:
 
 
 def open_source(
-    settings: DataSettings, masks: bool, classes: Mapping[int, str] | None = None, ignore: Sequence[int] = ()
+    settings: DataSettings,
+    masks: bool,
+    classes: Mapping[int, str] | None = None,
+    ignore: Sequence[int] = (),
+    called: Called = _KEYS,
 ) -> Source:
     """List a source; no image and no mask is read.
 
     Args:
         masks: every case must have a mask, and every mask a case.
+        called: for messages.
         classes: raw mask value → name, and `ignore`: compared with what the source itself says of its masks, where it does.
 
     Raises:
@@ -97,16 +103,16 @@ def open_source(
     """
     root, splits = settings.source, settings.splits
     if splits is not None and not splits.is_file():
-        raise InputError(f"data.splits={splits}: no such file. resunet split {root} --out {splits} makes one.")
+        raise InputError(f"{called.splits}{splits}: no such file. resunet split {root} --out {splits} makes one.")
     if root.suffix == ".parquet":
-        return _from_manifest(settings, masks)
+        return _from_manifest(settings, masks, called)
     if not root.is_dir():
-        raise InputError(f"data.source={root}: no such folder. Give {_ACCEPTED}.")
+        raise InputError(f"{called.source}{root}: no such folder. Give {_ACCEPTED}.")
     if is_nnunet(root):
         listing = list_nnunet(root, settings.channels, masks, classes, ignore, splits)
     else:
-        listing = list_folder(root, masks, splits)
-    return _with_ids(listing, load_salt(settings.salt_file), keep=settings.names == "keep")
+        listing = list_folder(root, masks, splits, called.source)
+    return _with_ids(listing, load_salt(settings.salt_file, called.salt_file), keep=settings.names == "keep")
 
 
 def assign_parts(source: Source, seed: int, stratify: bool = False) -> Source:
@@ -200,7 +206,7 @@ def write_split(root: Path, out: Path, seed: int, labelled: float | None, draw: 
     """
     # who is where depends on no recipe: nnU-Net's channels are what its own dataset.json says
     channels = channels_of(root) if is_nnunet(root) else "grey"
-    source = open_source(DataSettings(source=root, channels=channels), masks=stratify)
+    source = open_source(DataSettings(source=root, channels=channels), masks=stratify, called=Called(source="SOURCE "))
     if isinstance(source.cases, ManifestCases):
         raise InputError(f"SOURCE {root}: is a manifest. Split what was indexed, and run resunet index again.")
     chosen = draw_labelled(assign_parts(source, seed, stratify), labelled, draw, stratify)
@@ -210,24 +216,24 @@ def write_split(root: Path, out: Path, seed: int, labelled: float | None, draw: 
     return out
 
 
-def _from_manifest(settings: DataSettings, masks: bool) -> Source:
+def _from_manifest(settings: DataSettings, masks: bool, called: Called) -> Source:
     if settings.splits is not None:
         raise InputError(
-            f"data.splits={settings.splits}: a manifest has its split from the splits.json of what was indexed. Put the file there "
-            "and run resunet index again: nothing else is read anew."
+            f"{called.splits}{settings.splits}: a manifest has its split from the splits.json of what was indexed. Put the file "
+            "there and run resunet index again: nothing else is read anew."
         )
     manifest = open_manifest(settings.source)
     everything = list_manifest(manifest, settings.names == "keep")
     labelled = everything.labelled()
     if masks and not len(labelled):
         raise InputError(
-            f"data.source={settings.source}: no scan of this manifest has a mask. Index it with resunet index --masks DIR."
+            f"{called.source}{settings.source}: no scan of this manifest has a mask. Index it with resunet index --masks DIR."
         )
     return Source(
         cases=labelled if masks else everything,
         has_groups=manifest.groups_known,
         open_parts=() if everything.split else PARTS,
-        salt=load_salt(settings.salt_file),
+        salt=load_salt(settings.salt_file, called.salt_file),
         labelled=len(labelled) > 0,
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from resunet.data.listing import complain
 from resunet.errors import InputError
-from resunet.files import write_text
+from resunet.files import refuse_taken, write_text
 
 PARTS = ("pool", "val", "test")
 SHARES = {"val": 0.1, "test": 0.2}  # the pool is the rest
@@ -173,7 +173,6 @@ def write_splits(path: Path, stems_of: Mapping[str, Iterable[str]]) -> None:
         InputError: the file exists: somebody may have edited it.
     """
     assert set(stems_of) <= set(PARTS)
-    if path.exists():
-        raise InputError(f"{path}: exists already. Name another file, or delete it.")
+    refuse_taken(path, what="file")
     lists = {part: sorted(stems_of.get(part, ())) for part in PARTS}
     write_text(path, json.dumps(lists, indent=1, ensure_ascii=False) + "\n")

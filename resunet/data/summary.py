@@ -74,7 +74,13 @@ def write_summary(manifest: Manifest) -> Path:
     reasons = rejected(manifest.path)
     if reasons:
         rows = [("Reason", "Files"), *((reason, f"{count:,}") for reason, count in reasons)]
-        sections.append(Section("Rejected", text=["Which files these are stands in M.rejects.parquet."], table=rows))
+        sections.append(
+            Section(
+                "Rejected",
+                text=[f"Which files these are stands in {beside(manifest.path, 'rejects.parquet').name}."],
+                table=rows,
+            )
+        )
     path = beside(manifest.path, "html")
     write_page(path, "An archive of scans", sections)
     return path

@@ -5,23 +5,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from resunet.checkpoint import WEIGHTS, model_folder
-from resunet.config import DataSettings
+from resunet.config import Called, DataSettings
 from resunet.data.cases import Case
 from resunet.data.source import Source, open_source
 from resunet.embedding.features import Embedder, EmbeddingSettings, ScanFeatures, embed_cases
 from resunet.embedding.table import EmbeddingRecord, writing_embeddings
 from resunet.errors import InputError
 from resunet.feature_extractor import load_encoder
-from resunet.files import sha256
+from resunet.files import refuse_taken, sha256
 from resunet.progress import progress, say
 
 
 class EmbedRequest(EmbeddingSettings):
     """What `resunet embed` takes beside model and output."""
 
+    called: ClassVar = Called("--data ", salt_file="--salt-file ")
     source: Path
     splits: Path | None = None
     names: Literal["hash", "keep"] = "hash"
@@ -49,8 +50,7 @@ def embed(model: Path, out: Path, request: EmbedRequest) -> Embedded:
         InputError: the model, the source, `out`, or not one scan that could be read.
         EnvironmentFault: fp16 without a GPU.
     """
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another file, or delete it.")
+    refuse_taken(out, what="file")
     embedder = load_embedder(model, request)
     source = open_to_embed(embedder, request)
     return write_embeddings(model, embedder, source, out, request)
@@ -81,7 +81,7 @@ def open_to_embed(embedder: Embedder, request: EmbedRequest) -> Source:
         names=request.names,
         salt_file=request.salt_file,
     )
-    return open_source(settings, masks=False)
+    return open_source(settings, masks=False, called=request.called)
 
 
 def write_embeddings(model: Path, embedder: Embedder, source: Source, out: Path, request: EmbedRequest) -> Embedded:

@@ -4,12 +4,14 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from resunet.checkpoint import WEIGHTS, model_folder
+from resunet.config import Called
 from resunet.data.cases import Case
 from resunet.data.source import Source
 from resunet.embedding.coverage import Chosen, Method, choose, cover, random_covers
@@ -20,7 +22,7 @@ from resunet.embedding.picture import thumbnail
 from resunet.embedding.sheet import Suggestions, write_sheet
 from resunet.embedding.table import Embeddings, read_embeddings
 from resunet.errors import InputError
-from resunet.files import folder_aside, sha256
+from resunet.files import folder_aside, refuse_taken, sha256
 from resunet.runtime import normalise
 
 _DRAWS = 100  # random choices that the suggestions stand beside
@@ -31,6 +33,7 @@ EMBEDDINGS, SUGGESTIONS, LABELLED = "embeddings.parquet", "suggestions.csv", "la
 class SuggestRequest(EmbedRequest):
     """What `resunet suggest` takes beside model and output."""
 
+    called: ClassVar = Called("SOURCE ", salt_file="--salt-file ")
     budget: int = Field(ge=1, description="groups to suggest")
     method: Method = "typicality"
     labelled: Path | None = Field(None, description="who is labelled; null: groups with a mask")
@@ -59,8 +62,7 @@ def suggest(model: Path, out: Path, request: SuggestRequest) -> Suggested:
         InputError: the model, the source, `out`, embeddings of something else, or fewer unlabelled groups than the budget.
         EnvironmentFault: fp16 without a GPU.
     """
-    if out.exists():
-        raise InputError(f"--out {out}: exists already. Name another folder, or delete it.")
+    refuse_taken(out)
     given = _given(model, request)
     embedder = load_embedder(model, request)
     source = open_to_embed(embedder, request)

@@ -54,13 +54,18 @@ def list_inputs(paths: Sequence[Path], channels: str | int) -> Inputs:
     faults: list[str] = []
     strangers = 0
     files: list[Path] = []
+    sets: dict[Path, Mapping[Path, Input]] = {}
     for path in paths:
         if path.is_dir():
             found = _nnunet(path, channels) or _folder(path)
         elif path.suffix == ".parquet":
             found = _manifest(path)
         elif path.is_file():
-            files.append(path)
+            sets[path.absolute().parent] = its = sets.get(path.absolute().parent) or _nnunet_files(path, channels)
+            if (case := its.get(path.absolute())) is None:
+                files.append(path)
+            elif case not in scans:  # of several channels each may have been given
+                scans.append(case)
             continue
         else:
             raise InputError(f"INPUT {path}: no such file or folder.")
@@ -94,6 +99,13 @@ def _nnunet(root: Path, channels: str | int) -> Inputs | None:
         return None
     scans = [Input(_case(entry.files, entry.file_per_channel, entry.spacing), stem) for stem, entry in entries.items()]
     return Inputs(tuple(scans), (), 0)
+
+
+def _nnunet_files(path: Path, channels: str | int) -> Mapping[Path, Input]:
+    """Of a file in a folder of a raw data set: every file of the folder → its case, whose name has no channel."""
+    folder = path.absolute().parent
+    found = _nnunet(folder, channels) if folder.name in _NNUNET_IMAGES else None
+    return {} if found is None else {file: one for one in found.scans for file in one.case.files}
 
 
 def _folder(root: Path) -> Inputs:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from resunet.data.cases import read_case
 from resunet.errors import InputError
+from resunet.files import refuse_taken
 from resunet.inference.inputs import Input
 from resunet.inference.masks import Prediction, write_prediction
 from resunet.inference.window import Scorer, Settings, predict_values
@@ -55,10 +56,10 @@ class Predicted:
     faults: tuple[str, ...]
 
 
-def refuse_taken(out: Path) -> None:
+def refuse_full(out: Path) -> None:
     """Raises InputError unless `out` is a folder that does not exist, or is empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: exists already, and is not empty. Name another folder, or empty it.")
+    if not out.is_dir() or any(out.iterdir()):
+        refuse_taken(out, otherwise="or empty it")
 
 
 def predict_input(one: Input, scorer: Scorer, behaviour: Behaviour, request: Request, threshold: float | None) -> Prediction:

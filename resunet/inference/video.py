@@ -24,7 +24,7 @@ from resunet.data.images import with_channels
 from resunet.errors import EnvironmentFault, InputError
 from resunet.files import folder_aside, write_text
 from resunet.inference.masks import Prediction, palette, write_prediction
-from resunet.inference.predict import Behaviour, refuse_taken
+from resunet.inference.predict import Behaviour, refuse_full
 from resunet.progress import progress, say
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts", ".mts", ".ogv", ".flv")
@@ -100,7 +100,7 @@ def predict_video(
         InputError: `out`; a file that is missing, empty, broken or no video; another number of channels.
         EnvironmentFault: PyAV is not installed.
     """
-    refuse_taken(out)
+    refuse_full(out)
     av = _pyav(video)
     latencies: list[float] = []
     started = time.perf_counter()

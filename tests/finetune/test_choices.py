@@ -103,11 +103,18 @@ def test_a_val_that_can_tell_nothing_is_told(runs, recipe, capsys):
     data = read_labelled(ours, quiet=True)
     capsys.readouterr()
     tell_beforehand(ours, data)
-    assert capsys.readouterr().err == ""
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("labels: train ") and f"({len(data.train)} cases); val " in told
     empty = [replace(case, labels=np.zeros_like(case.labels)) for case in data.val]
     empty[0].labels[:2] = IGNORE
     tell_beforehand(ours, replace(data, val=empty))
     assert f"val: none of its {len(empty)} cases has a pixel of any class" in capsys.readouterr().err
+    nothing = [replace(case, labels=np.zeros_like(case.labels)) for case in data.train]
+    drawn = ours.model_copy(update={"data": ours.data.model_copy(update={"labelled": 2.0})})
+    tell_beforehand(drawn, replace(data, train=nothing, test=empty))
+    told = capsys.readouterr().err
+    assert "(data.labelled=2) (" in told and "test: none of its" in told
+    assert "'lesion' is in none of the training cases: it cannot be learned. data.labelled=2 takes some" in told
 
 
 @pytest.mark.parametrize(

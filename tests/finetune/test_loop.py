@@ -189,6 +189,7 @@ def test_a_transfer_writes_its_receipt(recipe, encoder):
     assert states == {"encoder": "loaded", "decoder": "fresh", "head": "fresh"}
     inputs, config = record_of(out)["inputs"], read_config(out / "model")
     assert {name: inputs[f"encoder/{name}"] for name in receipt.encoder_sha256} == receipt.encoder_sha256
+    assert set(receipt.encoder_sha256) == {"config.json", "model.safetensors", "archive.parquet"}
     assert config.provenance.parent_sha256 == receipt.encoder_sha256["model.safetensors"]
     assert config.architecture.norm == "instance" and config.normalisation == read_config(encoder).normalisation
     written = json.loads((out / "config.json").read_text(encoding="utf-8"))

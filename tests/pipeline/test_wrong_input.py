@@ -113,6 +113,69 @@ def test_wrong_input(
     assert not out.exists() or not list(out.iterdir()), "nothing half-written"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "MODEL", "--data", "DATA"],
+        ["predict", "MODEL", "DATA"],
+        ["explain", "MODEL", "DATA"],
+        ["embed", "MODEL", "--data", "DATA"],
+        ["suggest", "MODEL", "DATA", "--budget", "2"],
+        ["compare", "MODEL", "MODEL"],
+        ["ensemble", "MODEL", "MODEL"],
+        ["export", "MODEL"],
+        ["split", "DATA"],
+        ["demo"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_out_below_a_file_is_told_before_anything_is_read(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "scans" / "images"
+    root.mkdir(parents=True)
+    for number in range(6):
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(root / f"{number}.png")
+    encoder = ResidualEncoder(channels=(4, 8))
+    encoder.config = encoder.config.model_copy(update={"feature_check": fingerprint(encoder)})
+    encoder.save_pretrained(tmp_path / "model")
+    (tmp_path / "file").touch()
+    places = {"MODEL": str(tmp_path / "model"), "DATA": str(root.parent)}
+    out = tmp_path / "file" / "out"
+    assert main([places.get(part, part) for part in command] + ["--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: {tmp_path / 'file'} is a file, not a folder" in said and "Traceback" not in said
+
+
+def test_flags_are_named_as_flags(tmp_path: Path, write_blobs: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root, nothing = write_blobs(), str(tmp_path / "nothing")
+    (tmp_path / "masks").mkdir()
+    shown = {
+        f"--data {nothing}: no such folder": ["evaluate", str(root / "masks"), "--data", nothing],
+        f"--salt-file {nothing}: cannot be read": [
+            "index",
+            str(root),
+            "--out",
+            str(tmp_path / "m.parquet"),
+            "--salt-file",
+            nothing,
+        ],
+        "takes both manifests and --out, and no SOURCE": ["index", "--check", "a", "--against", "b", "--salt-file", nothing],
+        "--wandb-mode online: W&B is told": [
+            "index",
+            str(root),
+            "--out",
+            str(tmp_path / "m.parquet"),
+            "--wandb-mode",
+            "online",
+        ],
+        f"data.held_out={nothing}: no such folder": ["pretrain", "demo", f"data.source={root}", f"data.held_out={nothing}"],
+    }
+    for message, command in shown.items():
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune"]) == 2
     assert main(["nonsense"]) == 2

@@ -79,6 +79,8 @@ def test_what_was_allowed_is_on_record(recipe: Make, held_out):
     out = pretrain(recipe(steps=1, allow=["leak"], data={"held_out": str(held_out)}))
     (allowed,) = read_config(out / "model").allowed
     assert "leak: 1 held-out" in allowed and allowed in (out / "report.html").read_text(encoding="utf-8")
+    inputs = json.loads((out / "run.json").read_text(encoding="utf-8"))["inputs"]
+    assert set(inputs) == {"data", "data.held_out"} and inputs["data.held_out"] != inputs["data"]
 
 
 def test_a_manifest_and_its_folder_give_one_record(recipe: Make, archive, tmp_path):

@@ -4,6 +4,7 @@ from pretrain.recipe import PretrainRecipe
 from resunet.config import load_recipe, validate
 from resunet.errors import InputError
 
+CLASSES = {0: "background", 255: "lesion"}
 LEAST = {"out": "run", "steps": 5, "data": {"source": "scans"}}
 
 FAULTS = {
@@ -38,7 +39,7 @@ FAULTS = {
     ),
     "decoupled bank": (
         {"objective": {"loss": "decoupled", "memory_bank": 64}},
-        r"objective=.*: loss=decoupled has no memory bank",
+        r"objective: loss=decoupled has no memory bank",
     ),
     "bank that knows groups": ({"objective": {"memory_bank": 64, "same_group": "ignore"}}, r"keeps no groups"),
     "decoupled with positions": (
@@ -162,3 +163,13 @@ def test_views_of_volumes_are_smaller_unless_the_recipe_says_so():
     )
     assert (given.views.sides(3), given.views.sides_of_window(3), given.views.flip) == ((16, 32, 24), (128,) * 3, 0)
     assert PretrainRecipe.model_validate_json(given.model_dump_json()) == given
+
+
+def test_the_classes_of_the_data_are_the_probes_where_it_has_none():
+    data = {"source": "scans", "classes": CLASSES, "ignore": [7]}
+    recipe = validate(PretrainRecipe, LEAST | {"data": data, "probe": {"groups": 2}}, "recipe")
+    assert recipe.probe is not None and (recipe.probe.classes, recipe.probe.ignore) == (CLASSES, (7,))
+    own = {0: "background", 1: "lesion"}
+    recipe = validate(PretrainRecipe, LEAST | {"data": data, "probe": {"classes": own, "ignore": []}}, "recipe")
+    assert recipe.probe is not None and (recipe.probe.classes, recipe.probe.ignore) == (own, ())
+    assert validate(PretrainRecipe, LEAST | {"data": data}, "recipe").probe is None

@@ -107,6 +107,27 @@ def test_all_faults_are_listed_at_once(load):
     assert "'fp32', 'bf16' or 'fp16'" in message  # what is allowed
 
 
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("wandb.tags=one", "wandb.tags='one': is a list: wandb.tags=[…], in brackets"),
+        ("inner=5", "inner=5: has keys of its own: inner.KEY=…"),
+        ("wandb.project=a/b", "wandb.project='a/b': "),
+        ("data.names=keeep", "data.names='keeep': Input should be 'hash' or 'keep'"),
+        ("seed=4294967296", "seed=4294967296: Input should be less than 4294967296"),
+    ],
+)
+def test_a_fault_says_how_it_is_written(load, override, message):
+    assert message in fault(load, override)
+
+
+def test_a_rule_between_keys_names_them_and_not_the_whole_recipe():
+    message = fault(load_recipe, FinetuneRecipe, "finetune", "brain_tumor", ["teacher=SOMEWHERE", "batch=1"])
+    assert "is not valid:\n  distillation.unlabelled=0.5: of a batch of 1" in message and message.count("\n") == 1
+    message = fault(load_recipe, FinetuneRecipe, "finetune", "brain_tumor", ["data.folds=3", "data.fold=3"])
+    assert "\n  data: fold=3: with data.folds=3 it is at most 2" in message
+
+
 def test_a_required_key_that_is_missing_is_named(recipe_file):
     message = fault(load_recipe, FinetuneRecipe, "finetune", recipe_file("steps: 1\ndata: {source: x}\n"))
     assert "\n  out: is required" in message and "\n  data.classes: is required" in message
@@ -136,7 +157,9 @@ def test_interpolation_in_a_file_is_refused(recipe_file):
 @pytest.mark.parametrize("override", ["steps", "=3", "steps 3"])
 def test_an_override_is_key_and_value(load, override):
     message = fault(load, override)
-    assert repr(override) in message and "key=value" in message
+    assert repr(override) in message and "key=value" in message and "quotes" not in message
+    message = fault(load, "data.classes={0:", "background}")
+    assert "The shell cut a value with blanks in two: put it into quotes, 'data.classes={0: background} …'" in message
 
 
 def test_overrides_win_and_keep_their_neighbours(load):
@@ -218,6 +241,12 @@ def test_a_value_of_a_union_is_one_fault(load):
 def test_classes_given_on_the_command_line_replace_the_recipes():
     recipe = load_recipe(FinetuneRecipe, "finetune", "brain_tumor", ["data.classes={0: background, 1: lesion}"])
     assert recipe.data.classes == {0: "background", 1: "lesion"}
+
+
+def test_classes_the_other_way_round_are_turned():
+    override = "data.classes={background: 0, lesion: 1}"
+    message = fault(load_recipe, FinetuneRecipe, "finetune", "brain_tumor", [override])
+    assert message.endswith("mask values come first, then their names: {0: background, 1: lesion}") and message.count("\n") == 1
 
 
 def test_a_suggestion_is_alike():

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from resunet.checkpoint import LabelledGroups, Provenance
 from resunet.config import DataSettings, Recipe, WandbSettings
-from resunet.mirror import Overlaid, artifact_name, start_mirror, without_paths
+from resunet.mirror import Overlaid, artifact_name, start_mirror, wandb_state, without_paths
 from resunet.model import ResUNet
 from resunet.runs import Run
 
@@ -116,6 +116,12 @@ def test_weights_and_pictures_go_only_where_the_recipe_lets_them(offline, tmp_pa
 
 def test_a_disabled_mirror_is_none(tmp_path):
     assert start_mirror(WandbSettings(mode="disabled"), "finetune", "abcd1234", tmp_path, {}) is None
+
+
+def test_the_environment_switches_it_off_for_all(offline, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert start_mirror(WandbSettings(**offline), "finetune", "abcd1234", tmp_path, {}) is None
+    assert not list(tmp_path.iterdir()) and "WANDB_MODE=disabled" in wandb_state()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -100,6 +100,7 @@ def test_metrics_are_read_by_name(tmp_path):
 )
 def test_a_figure_is_shown_with_interval_and_number(figure, text):
     assert shown(figure) == text
+    assert shown(figure, why=False) == text.replace(" (too few groups for an interval)", " [–]")
 
 
 def test_more_lines_than_colours_are_all_drawn():

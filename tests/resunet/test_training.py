@@ -107,6 +107,20 @@ def test_sigterm_sets_the_request_and_the_handler_before_is_restored():
         signal.signal(signal.SIGTERM, original)
 
 
+def test_ctrl_c_is_a_request_too_and_the_second_one_does_not_wait(tmp_path, capsys):
+    original = signal.getsignal(signal.SIGINT)
+    with (
+        pytest.raises(Stopped, match=r"stopped by Ctrl-C after step 4; continue with resume=true") as error,
+        stop_on_sigterm() as stop,
+    ):
+        signal.raise_signal(signal.SIGINT)
+        assert stop and "stopping after this step" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        stop.stop(Run(recipe(tmp_path), "pretrain", {}), 4)
+    assert error.value.exit_code == 130 and signal.getsignal(signal.SIGINT) is original
+
+
 def test_a_stopped_run_stays_stopped_and_a_failed_one_is_failed(tmp_path):
     run = Run(recipe(tmp_path), "pretrain", {})
     with pytest.raises(Stopped, match=r"after step 4.*resume=true"), stop_on_sigterm() as stop, failing_as(run):
@@ -114,6 +128,9 @@ def test_a_stopped_run_stays_stopped_and_a_failed_one_is_failed(tmp_path):
     assert '"status": "stopped"' in (run.folder / "run.json").read_text(encoding="utf-8")
     with pytest.raises(KeyboardInterrupt), failing_as(run):
         raise KeyboardInterrupt
+    assert '"status": "stopped"' in (run.folder / "run.json").read_text(encoding="utf-8")
+    with pytest.raises(KeyError), failing_as(run):
+        raise KeyError
     assert '"status": "failed"' in (run.folder / "run.json").read_text(encoding="utf-8")
 
 

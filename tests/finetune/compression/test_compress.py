@@ -109,7 +109,9 @@ def test_what_is_finished_stays_and_the_rest_is_the_same(run: Path, compressed: 
         compress(made.model_copy(update={"seed": 1}))
     with pytest.raises(InputError, match="exists already"):
         compress(made.model_copy(update={"resume": False}))
-    (out / "run.sha256").write_text("0" * 64)
+    record = json.loads((out / "run.json").read_text())
+    assert (record["stage"], record["status"]) == ("compress", "done") and {"versions", "machine", "git_commit"} <= set(record)
+    (out / "run.json").write_text(json.dumps(record | {"inputs": {"run/model.safetensors": "0" * 64}}))
     with pytest.raises(InputError, match="was started with other weights than"):
         compress(made)
 
@@ -162,6 +164,11 @@ def test_runs_that_cannot_be_compressed(run: Path, tmp_path: Path):
         compress(settings(run / "model", tmp_path / "a"))
     with pytest.raises(InputError, match="is an ensemble"):
         compress(settings(several, tmp_path / "b"))
+    pretrained = shutil.copytree(run, tmp_path / "pretrained")
+    record = json.loads((pretrained / "run.json").read_text())
+    (pretrained / "run.json").write_text(json.dumps(record | {"stage": "pretrain"}))
+    with pytest.raises(InputError, match="is no finished fine-tuning run"):
+        compress(settings(pretrained, tmp_path / "d"))
     with pytest.raises(InputError, match="target is not met"):
         compress(settings(run, tmp_path / "c", {"parameters": 0.01, "macs": None, "least": 0.5}))
 

@@ -1,5 +1,7 @@
 import importlib.metadata
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,3 +158,17 @@ def test_the_command(run, tmp_path, capsys):
     assert main(["export", str(run), "--out", str(tmp_path / "c"), "--formats", "tensorrt"]) == 3
     assert "--formats tensorrt: tensorrt is not installed" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "b.zip")]) == 0
+
+
+def test_without_onnx_it_says_what_to_install(tmp_path: Path):
+    """The extra `export` is not part of the plain installation; what needs none of it goes on."""
+    code = (
+        "import sys; sys.modules['onnx'] = None\n"
+        "from resunet.cli import main\n"
+        "export = ['export', 'nowhere', '--out', 'bundle']\n"
+        "print([main(export), main([*export, '--formats', 'pytorch']), main(['compress', 'nowhere', '--recipe', 'prune'])])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert done.stdout.splitlines()[-1:] == ["[3, 2, 2]"], done.stderr
+    assert "--formats onnx: onnx is not installed: pip install 'resunet[export]'" in done.stderr
+    assert "nowhere: no such folder" in done.stderr and "Traceback" not in done.stderr

@@ -133,6 +133,7 @@ def test_the_record_is_what_the_cases_say(curve):
     assert [(one["labels"], one["train"], one["val"]) for one in record["labels"]] == [(2, 1, 1), (6, 3, 3)]
     rows = pq.read_table(curve.out / "cases.parquet").to_pylist()
     assert len(rows) == len(ARMS) * len(TRAIN) * len(DRAWS) * 6
+    assert {type(row["truth_voxels"]) for row in rows} == {type(row["lesions_found"]) for row in rows} == {int}
     # every test group has one case with a target
     dice = {(row["arm"], row["labels"], row["group"], row["draw"]): row["dice"] for row in rows}
     groups = sorted({row["group"] for row in rows})
@@ -306,6 +307,11 @@ def test_a_finished_curve_is_not_done_again(curve, capsys):
     before, written = state(), (curve.out / "curve.json").read_bytes()
     label_curve(curve.model_copy(update={"resume": True}))
     assert state() == before and (curve.out / "curve.json").read_bytes() == written
+    record = read(curve.out / "run.json")
+    assert (record["stage"], record["status"]) == ("label-curve", "done") and {"versions", "machine", "git_commit"} <= set(
+        record
+    )
+    assert record["inputs"]["test"] and "pretrained/encoder/archive.parquet" in record["inputs"]
     with pytest.raises(InputError, match=r"exists already\. Name another folder, continue it with resume=true"):
         label_curve(curve)
 

@@ -85,7 +85,7 @@ def test_too_few_for_a_verdict(shape, why, tmp_path):
     assert "too few for an interval" in page and ("Every value" in page) == (shape[0] < 5)
     if shape[0] < 5:
         difference = curve.scores["pretrained"][2, 3, 1] - curve.scores["scratch"][2, 3, 1]
-        assert f"{difference:+.3f}" in page
+        assert f"{difference:+.3f}" in page and "{:.3f}".format(curve.scores["scratch"][2, 3, 1]) in page
 
 
 def with_arms(curve: Curve, **others: dict) -> Curve:

@@ -161,6 +161,8 @@ def test_values_that_no_class_lists_are_all_listed():
     assert "0: background, 255: tumour" in str(error.value) and "data.ignore" in str(error.value)
     with pytest.raises(InputError, match=r"1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 89 more"):
         encode_labels(np.arange(100), CLASSES, [], Path("m.png"))
+    with pytest.raises(InputError, match=r"JPEG changes values when it compresses: write masks as PNG\.$"):
+        encode_labels(mask, CLASSES, [9], Path("m.JPG"))
 
 
 def test_ignored_values_in_a_file(tmp_path):

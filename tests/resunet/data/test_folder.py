@@ -71,6 +71,17 @@ def test_a_mask_without_an_image(root):
     assert "1 masks without an image: eve_1. Add the images" in fault(root)
 
 
+def test_masks_that_have_more_to_their_names(root):
+    for path in sorted((root / "masks").iterdir()):
+        path.rename(path.with_stem(f"{path.stem}_mask"))
+    text = fault(root)
+    assert "5 images without a mask: " in text and text.endswith(
+        "There are masks that are called STEM_mask: give them the images' stems."
+    )
+    (root / "masks" / "bob_1_mask.bmp").unlink()
+    assert fault(root).endswith("Add the masks, or remove the images."), "not of all"
+
+
 def test_many_images_without_a_mask_are_counted_and_some_named(root):
     for i in range(8):
         put(root / "images" / f"x{i}.png")

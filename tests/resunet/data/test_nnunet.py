@@ -239,7 +239,7 @@ def test_the_recipes_classes_are_those_of_the_data_set(root):
 def test_other_classes_than_the_data_set_has(root, classes, message):
     text = fault(root, classes=classes)
     assert message in text and "has the labels {background: 0, core: 1, edema: 2}" in text
-    assert "Set data.classes={0: background, 1: core, 2: edema}." in text
+    assert "Set 'data.classes={0: background, 1: core, 2: edema}'." in text
     assert len(opened(root, masks=False, classes=classes).cases) == 13  # nobody reads the masks
 
 
@@ -247,7 +247,7 @@ def test_what_is_to_be_ignored(root):
     describe(root, labels=LABELS | {"ignore": 3})
     text = fault(root, classes=CLASSES)
     assert "does not say what 3 is" in text
-    assert "Set data.classes={0: background, 1: core, 2: edema}, data.ignore=[3]." in text
+    assert "Set 'data.classes={0: background, 1: core, 2: edema}', data.ignore=[3]." in text
     assert "the data set has no class 3" in fault(root, classes=CLASSES | {3: "unknown"})
     assert len(opened(root, classes=CLASSES, ignore=[3]).cases) == 13
 

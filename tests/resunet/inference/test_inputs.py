@@ -89,6 +89,8 @@ def test_an_nnunet_data_set_and_its_test_images(tmp_path):
     assert listed(found) == {stem: [f"{stem}_0000.nii.gz", f"{stem}_0001.nii.gz"] for stem in "abc"}
     assert all(one.case.file_per_channel for one in found.scans)
     assert list(listed(list_inputs([root / "imagesTs"], 2))) == ["c"]
+    one = [root / "imagesTs" / f"c_000{channel}.nii.gz" for channel in (0, 1)]
+    assert listed(list_inputs(one[:1], 2)) == listed(list_inputs(one, 2)) == {"c": [path.name for path in one]}
     with pytest.raises(InputError, match="names 2 channels"):
         list_inputs([root], 4)
 
