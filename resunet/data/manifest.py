@@ -28,6 +28,7 @@ from resunet.errors import InputError
 from resunet.files import file_aside
 
 SCHEMA_VERSION = 2
+_PARQUET = b"PAR1"  # with which every such file begins
 # What reading a scan gives, whatever it is called and whosever it is.
 FACTS = pa.schema(
     [
@@ -235,11 +236,14 @@ def open_manifest(path: Path) -> Manifest:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether there is a file, with something in it, that is no manifest of any version: somebody's own."""
+    """Whether there is a file, with something in it, that is no manifest of any version, not even a damaged one: somebody's own."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
     try:
-        return path.exists() and path.stat().st_size > 0 and _VERSION not in (pq.read_schema(path).metadata or {})
+        return _VERSION not in (pq.read_schema(path).metadata or {})
     except pa.ArrowException:
-        return True
+        with open(path, "rb") as file:
+            return file.read(len(_PARQUET)) != _PARQUET
 
 
 def thumbnail_offsets(shapes: pa.ChunkedArray) -> NDArray[np.int64]:

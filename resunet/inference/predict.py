@@ -58,8 +58,10 @@ class Predicted:
 
 def refuse_full(out: Path) -> None:
     """Raises InputError unless `out` is a folder that does not exist, or is empty."""
-    if not out.is_dir() or any(out.iterdir()):
-        refuse_taken(out, otherwise="or empty it")
+    if not out.is_dir():
+        refuse_taken(out)
+    elif any(out.iterdir()):
+        raise InputError(f"--out {out}: exists already, and is not empty. Name another folder, or empty it.")
 
 
 def predict_input(one: Input, scorer: Scorer, behaviour: Behaviour, request: Request, threshold: float | None) -> Prediction:

@@ -50,7 +50,7 @@ def test_an_encoder_names_its_manifest_and_nothing_names_anybody(
     "given, message",
     [
         (["SOURCE", "--out", "m.parquet", "--wandb-project", "p", "--wandb-mode", "on"], "--wandb-mode on: is neither offline"),
-        (["--check", "a.parquet", "--against", "b.parquet", "--wandb-project", "p"], "no --wandb-project"),
+        (["--check", "a.parquet", "--against", "b.parquet", "--wandb-project", "p"], "and no SOURCE: the other options"),
     ],
 )
 def test_what_is_not_told(given, message, capsys):

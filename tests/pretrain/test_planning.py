@@ -63,7 +63,7 @@ def test_a_page_of_views(recipe, tmp_path):
     pixels = np.asarray(Image.open(out))
     assert (pixels[:20] == 255).all() and (pixels[:, :20] == 255).all() and (pixels[-20:] == 255).all()
     assert len(np.unique(pixels)) > 50 and not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match=r"Name a new \.png file"):
+    with pytest.raises(InputError, match=r"exists already\. Name another file"):
         show_views(recipe(), out)
 
 

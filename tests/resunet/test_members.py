@@ -117,7 +117,7 @@ def test_what_is_no_ensemble_is_refused(write_run, tmp_path):
     with pytest.raises(InputError, match="exists already"):
         make_ensemble([a, b], both)
     ResidualEncoder(1, (4, 6)).save_pretrained(tmp_path / "encoder")
-    with pytest.raises(InputError, match=r"has no archive\.parquet"):
+    with pytest.raises(InputError, match=r"encoder: is an encoder, which segments nothing"):
         make_ensemble([a, tmp_path / "encoder"], tmp_path / "all")
     (b / ARCHIVE).unlink()
     with pytest.raises(InputError, match=r"b: has no archive\.parquet"):
@@ -134,7 +134,7 @@ def test_two_encoders_are_no_ensemble(tmp_path):
         table = pa.table({key: pa.array([], SCHEMA.field(key).type) for key in SCHEMA.names}, schema=SCHEMA)
         write_archive(tmp_path / name / ARCHIVE, Evidence(table, "salt"))
         folders.append(tmp_path / name)
-    with pytest.raises(InputError, match="holds an encoder, not a segmenter"):
+    with pytest.raises(InputError, match="a: is an encoder, which segments nothing"):
         make_ensemble(folders, tmp_path / "all")
 
 

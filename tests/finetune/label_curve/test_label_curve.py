@@ -187,7 +187,7 @@ def test_test_files_and_models_that_changed_are_told_apart(curve, tmp_path):
     record = read(curve.out / "curve.json")
     one = cell(curve, "pretrained", 3, 1, 2)
     digests = {name: digest for name, digest in read(one / "run.json")["inputs"].items() if name.startswith("encoder/")}
-    assert record["models_sha256"] == {"scratch": {}, "pretrained": digests} and len(digests) == 2
+    assert record["models_sha256"] == {"scratch": {}, "pretrained": digests} and len(digests) == 3
     assert record["test_sha256"] == finetune_inputs(curve, tmp_path)["test"], "not the digest of nothing"
     for name, message in {
         "encoder/model.safetensors": r"3/draw-1/steps-2: rests on another encoder/model\.safetensors than .*, of the same arm",
