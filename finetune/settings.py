@@ -98,7 +98,7 @@ class LabelledSettings(DataSettings):
     def remedy(self) -> str:
         """What to do where a class has too few labelled cases."""
         if self.labelled is not None:
-            return f"data.labelled={self.labelled:g} takes some of the pool's groups: raise it (all: all), or set data.stratify"
+            return f"data.labelled={self.labelled:g} takes some of the pool's groups: raise it, to all, or set data.stratify"
         return "Choose another split (resunet split --stratify), or label more"
 
     def region_members(self) -> tuple[tuple[int, ...], ...] | None:
