@@ -36,15 +36,15 @@ def exit_code_of(command: Callable[[Sequence[str]], int | None], arguments: Sequ
     """
     main = is_main_rank()  # a command may turn ranks into workers of their own
     try:
-        with _stopped_by_sigterm():
+        with stopped_by_sigterm("what takes resume=true goes on with it"):
             return _exit_code(command, arguments, main)
     finally:
         _leave_ranks()
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM leaves with 143 and a message wherever it arrives; a training's loop takes it over, to save first."""
+def stopped_by_sigterm(then: str) -> Iterator[None]:
+    """SIGTERM raises Stopped where it arrives, with what to do then; a training's loop takes it over, to save first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -54,7 +54,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
         if os.getpid() != ours:  # a child that was forked; it has nothing to tell
             os._exit(128 + signum)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Stopped("stopped by SIGTERM; what takes resume=true goes on with it")
+        raise Stopped(f"stopped by SIGTERM; {then}")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -5,16 +5,14 @@ run over the same tree reads what is new or changed. Imports no torch.
 """
 
 import os
-import signal
-import threading
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from resunet.data.pool import Limits, start_early
-from resunet.errors import EnvironmentFault, InputError, Stopped
+from resunet.errors import EnvironmentFault, InputError
+from resunet.exits import stopped_by_sigterm
 
 
 @dataclass(frozen=True)
@@ -40,30 +38,12 @@ def index(request: IndexRequest) -> Path:
     """
     if request.out.suffix != ".parquet":
         raise InputError(f"--out {request.out}: a manifest is a Parquet file; give a name that ends in .parquet.")
-    with _stopping_in_order(), _disk_at_fault(request.out):
+    with stopped_by_sigterm("the same command goes on where it was"), _disk_at_fault(request.out):
         if not request.out.exists():  # much to read, presumably
             start_early()
         from resunet.data.indexing import make_manifest  # while the readers are imported over there
 
         return make_manifest(request)
-
-
-@contextmanager
-def _stopping_in_order() -> Iterator[None]:
-    """SIGTERM raises where we are, so that what was read is kept and the workers end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: types.FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Stopped("stopped by SIGTERM; the same command goes on where it was")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
