@@ -55,7 +55,7 @@ def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData) -> None:
 def _labelled(recipe: FinetuneRecipe, data: LabelledData) -> str:
     """How many labels are used: a draw of few is not taken for all."""
     parts = {"train": data.train, "val": data.val, "test": data.test}
-    counts = {name: (len({one.case.group_hmac for one in its}), len(its)) for name, its in parts.items()}
+    counts = {name: (len({one.case.group_hmac for one in its}), len(its)) for name, its in parts.items() if its}
     pool = len({case.group_hmac for case in data.source.part("pool")})
     drawn = f"of the pool's {pool} " + (
         f"(data.labelled={recipe.data.labelled:g}) " if recipe.data.labelled is not None else ""

@@ -109,6 +109,8 @@ def test_a_val_that_can_tell_nothing_is_told(runs, recipe, capsys):
     empty[0].labels[:2] = IGNORE
     tell_beforehand(ours, replace(data, val=empty))
     assert f"val: none of its {len(empty)} cases has a pixel of any class" in capsys.readouterr().err
+    tell_beforehand(ours, replace(data, test=[]))
+    assert "test" not in capsys.readouterr().err, "this run does not read it"
     nothing = [replace(case, labels=np.zeros_like(case.labels)) for case in data.train]
     drawn = ours.model_copy(update={"data": ours.data.model_copy(update={"labelled": 2.0})})
     tell_beforehand(drawn, replace(data, train=nothing, test=empty))
