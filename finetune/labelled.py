@@ -23,6 +23,7 @@ from resunet.light_model import decoder_widths
 from resunet.light_settings import LIGHT
 from resunet.members import join_labels
 from resunet.mobile import channels_of
+from resunet.plain import number_of
 from resunet.progress import progress
 
 _CHANNELS = {"resunet": ResUNetArchitecture().channels, "unet": UNetArchitecture().channels}
@@ -60,7 +61,8 @@ class LabelledData:
     def about(self) -> tuple[str, ...]:
         """What a reader has to know of the source, of labels that others used, and of scans without."""
         groups = len({one.case.group_hmac for one in self.unlabelled})
-        mixed = [f"{len(self.unlabelled)} unlabelled scans of {groups} groups are learned from, too."] if groups else []
+        scans = number_of(len(self.unlabelled), "unlabelled scan")
+        mixed = [f"{scans} of {number_of(groups, 'group')} are learned from, too."] if groups else []
         return (*self.source.notes(), *self.remarks, *mixed)
 
     def labels(self) -> tuple[LabelledGroups, ...]:

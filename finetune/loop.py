@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from finetune.choices import Choices, choose_on_val, refuse_impossible, tell_beforehand
+from finetune.beforehand import tell_beforehand
+from finetune.choices import Choices, choose_on_val, refuse_impossible
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
 from finetune.evaluation.evaluate import Measured, measure_cases, predicting, write_evaluation

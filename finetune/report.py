@@ -11,6 +11,7 @@ from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import ModelConfig
 from resunet.gradients import gradients_section
 from resunet.model import Segmenter
+from resunet.plain import number_of
 from resunet.report import Section, curves, read_metrics, shown, write_page
 from resunet.transfer import Receipt
 
@@ -29,7 +30,7 @@ def write_report(
 ) -> None:
     """report.html of a finished run; `summary` is evaluation/summary.json, None where there are no test cases."""
     counts = ", ".join(
-        f"{len(cases)} {name} cases of {len({case.case.group for case in cases})} groups"
+        f"{number_of(len(cases), f'{name} case')} of {number_of(len({case.case.group for case in cases}), 'group')}"
         for name, cases in (("training", data.train), ("val", data.val), ("test", data.test))
     )
     lead = (

@@ -14,6 +14,7 @@ from pretrain.probe.probe import Probe
 from pretrain.probe.section import probe_section
 from pretrain.recipe import PretrainRecipe
 from resunet.gradients import gradients_section
+from resunet.plain import number_of
 from resunet.report import Section, curves, image, read_metrics, write_page
 
 
@@ -29,7 +30,7 @@ def write_report(
     sections = [
         Section(
             lead=[
-                f"{_objectives(recipe)} on {_items(archive)} ({archive.num_groups:,} groups): {recipe.steps} steps of "
+                f"{_objectives(recipe)} on {_items(archive)} ({number_of(archive.num_groups, 'group')}): {recipe.steps} steps of "
                 f"{recipe.batch} scans."
             ],
             notes=archive.notes + archive.allowed + _skipped(recipe),

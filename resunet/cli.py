@@ -9,6 +9,7 @@ import typer
 
 from resunet.errors import InputError
 from resunet.exits import exit_code_of
+from resunet.plain import number_of
 
 app = typer.Typer(
     name="resunet",
@@ -318,9 +319,8 @@ def predict(
     if is_main_rank():
         print(predicted.out)
     if predicted.faults:
-        count = len(predicted.faults)
-        noun = "input" if count == 1 else "inputs"
-        raise InputError(f"{count} {noun} could not be predicted, as said above; {predicted.written} are in {out}.")
+        failed = number_of(len(predicted.faults), "input")
+        raise InputError(f"{failed} could not be predicted, as said above; {predicted.written} are in {out}.")
 
 
 @app.command()

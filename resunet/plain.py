@@ -1,4 +1,4 @@
-"""Plain text for a terminal: headed blocks, tables, bullets, durations, sizes."""
+"""Plain text for a terminal: headed blocks, tables, bullets, counts, durations, sizes."""
 
 import textwrap
 from collections.abc import Sequence
@@ -31,6 +31,11 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def number_of(count: int, noun: str) -> str:
+    """Such as '1 file', '12,000 files'; of a noun whose plural ends in s."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def times(values: Sequence[float] | NDArray) -> str:

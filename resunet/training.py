@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from resunet.checkpoint import load_exactly
 from resunet.config import Recipe
 from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
+from resunet.plain import number_of
 from resunet.progress import say
 from resunet.runs import Run, disk_faults
 
@@ -69,7 +70,7 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
         raise InputError(f"batch={batch}: {ranks} ranks do not divide it exactly. Set a multiple of {ranks}.")
     if accelerator.is_main_process:
         say(
-            f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {accelerator.device.type}, batch {batch} {what} "
+            f"{number_of(ranks, 'rank')} on {accelerator.device.type}, batch {batch} {what} "
             f"({batch // ranks} a rank), {recipe.precision}, {recipe.steps} steps"
         )
     return accelerator

@@ -18,6 +18,8 @@ from resunet.mirror import without_paths
 from resunet.runs import stage_of
 from resunet.transfer import Receipt
 
+_NEEDED = ("config.json", "run.json", "evaluation/summary.json", "evaluation/cases.csv")
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -61,6 +63,12 @@ def read_arm(folder: Path, name: str) -> Arm:
     """
     if (folder / "run.json").is_file() and stage_of(folder) != "finetune":
         raise InputError(f"{folder}: is a run of {stage_of(folder)}, and what is compared are fine-tuning runs. Leave it out.")
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    if missing:
+        what = (
+            f"its run is not finished: {', '.join(missing)} is not there" if len(missing) < len(_NEEDED) else "no run directory"
+        )
+        raise InputError(f"{folder}: {what}. Compare finished fine-tuning runs: go on with it by resume=true, or leave it out.")
     try:
         recipe = FinetuneRecipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -82,7 +90,7 @@ def read_arm(folder: Path, name: str) -> Arm:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{folder}: not a finished fine-tuning run with an evaluation: {error}. Finish it with resume=true, or leave it out."
+            f"{folder}: is not a fine-tuning run as this version writes it: {error}. Evaluate its model again, or leave it out."
         ) from error
 
 

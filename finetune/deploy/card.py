@@ -17,7 +17,7 @@ _FIGURES = {
     "iou": "IoU",
     "precision": "precision",
     "recall": "recall",
-    "hd95": "HD95, mm",
+    "hd95": "HD95",
     "surface_dice": "surface Dice",
 }
 _LESIONS = {"precision": "precision of lesions", "recall": "recall of lesions", "f1": "F1 of lesions"}
@@ -146,7 +146,8 @@ resunet predict . scan.nii.gz --out masks
 def _measured(figures: dict[str, Any] | None) -> str:
     if figures is None:
         return "## Figures\n\nNone: the run that this was exported from was not evaluated."
-    found = [(label, figures.get(key)) for key, label in _FIGURES.items()]
+    length = "mm" if figures.get("in_mm", True) else "pixels"
+    found = [(f"{label}, {length}" if key == "hd95" else label, figures.get(key)) for key, label in _FIGURES.items()]
     found += [(label, (figures.get("lesions") or {}).get(key)) for key, label in _LESIONS.items()]
     rows = [(label, *_figure(one)) for label, one in found if isinstance(one, dict) and one.get("mean") is not None]
     for name, its in (figures.get("classes") or {}).items():

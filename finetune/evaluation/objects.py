@@ -28,15 +28,15 @@ Kind = Literal["missed", "false"]
 class WrongObject:
     """One object and its picture: scan, truth and prediction, the object's outline in its colour, others' in white.
 
-    target: which of the `Targets` it is of. size: voxels; volume: mm³, of an image mm². index: the slice that is shown, None of
-    an image.
+    target: which of the `Targets` it is of. size: voxels; volume: mm³, of an image mm², None where nobody gave a spacing. index:
+    the slice that is shown, None of an image.
     """
 
     kind: Kind
     case_id: str
     target: int
     size: int
-    volume: float
+    volume: float | None
     is_volume: bool
     index: int | None
     picture: NDArray[np.uint8]
@@ -91,7 +91,7 @@ def wrong_objects(
                 case_id=case.case.id,
                 target=target,
                 size=one.voxels,
-                volume=one.voxels * voxel,
+                volume=one.voxels * voxel if case.in_mm else None,
                 is_volume=case.axis is not None,
                 index=None if case.axis is None else one.index,
                 picture=_thumbnail(case, predicted, one),
@@ -141,4 +141,5 @@ def caption_of(one: WrongObject, targets: Targets) -> str:
     unit = "mm³" if one.is_volume else "mm²"
     voxels = "voxels" if one.is_volume else "pixels"
     place = "" if one.index is None else f", slice {one.index}"
-    return f"{targets.names[one.target]}: {one.size:,} {voxels}, {one.volume:,.4g} {unit}; {one.case_id}{place}"
+    volume = "" if one.volume is None else f", {one.volume:,.4g} {unit}"
+    return f"{targets.names[one.target]}: {one.size:,} {voxels}{volume}; {one.case_id}{place}"

@@ -36,6 +36,7 @@ from resunet.data.source import Source
 from resunet.decision import OperatingPoint
 from resunet.errors import InputError
 from resunet.files import folder_aside, refuse_taken
+from resunet.plain import number_of
 from resunet.report import Section, shown, write_page
 
 Predict = Callable[[LoadedCase], NDArray[np.uint8]]
@@ -128,6 +129,7 @@ def write(
         "arithmetic": precision,
         "cases": len(rows),
         "groups": len({group for _, group, _ in rows}),
+        "in_mm": any(one.case.in_mm for one in measured),
         **summarise(rows, targets, rows[0][2].tolerance, postprocessing),
         "calibration": summarise_calibration(_by_group(measured)),
         "notes": list(notes),
@@ -150,7 +152,7 @@ def write(
             picture = overlay(grey_picture(one.case, index), one.case.label_slice(index), predicted, targets)
             Image.fromarray(picture).save(aside / "overlays" / overlay_name(rank, one))
         if title is not None:
-            count = f"{summary['cases']} cases of {summary['groups']} groups, split {split}."
+            count = f"{number_of(summary['cases'], 'case')} of {number_of(summary['groups'], 'group')}, split {split}."
             head = Section(lead=[f"Dice {shown(summary['dice'])} groups."], notes=notes, text=[count])
             sections = sections_of(summary, measured, targets, aside / "overlays", predict)
             write_page(aside / "report.html", title, [head, *sections, policy_section(summary)])

@@ -25,10 +25,12 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The figures of one or several summaries, a column each."""
     first = next(iter(summaries.values()))
     rows = [["", *(name or "mean [95 % interval], groups" for name in summaries)]]
-    labels = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall", "hd95": "HD95, mm"}
-    for key, label in (labels | {"surface_dice": f"Surface Dice within {first['surface_tolerance_mm']:g} mm"}).items():
+    in_mm = first.get("in_mm", True)  # runs of earlier versions do not say
+    length = "mm" if in_mm else "pixels"
+    labels = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall", "hd95": f"HD95, {length}"}
+    for key, label in (labels | {"surface_dice": f"Surface Dice within {first['surface_tolerance_mm']:g} {length}"}).items():
         rows.append([label, *(_cell(summary[key]) for summary in summaries.values())])
-    unit = first["volume_error"]["unit"]
+    unit = first["volume_error"]["unit"] if in_mm else "pixels"
     for key, label in (("absolute", f"Volume error, {unit}"), ("relative", "Volume error, share of the truth's volume")):
         rows.append([label, *(_without_interval(summary["volume_error"][key]) for summary in summaries.values())])
     if len(first["classes"]) > 1:

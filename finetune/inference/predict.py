@@ -28,6 +28,7 @@ from resunet.inference.threshold import requested_threshold
 from resunet.inference.window import Scorer
 from resunet.layout import place
 from resunet.model import Segmenter, load_finetuned
+from resunet.plain import number_of
 from resunet.progress import progress, say
 
 _PATIENCE = datetime.timedelta(days=30)  # ranks that are done wait for those that have larger files
@@ -117,6 +118,6 @@ def behaviour_of(config: ModelConfig, weights: str) -> Behaviour:
 
 def _announcement(scans: int, strangers: int, state: PartialState, request: PredictRequest) -> str:
     ranks = state.num_processes
-    said = f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {state.device.type}, {scans} scans, {request.precision}"
+    said = f"{number_of(ranks, 'rank')} on {state.device.type}, {number_of(scans, 'scan')}, {request.precision}"
     said += f", {request.memory:g} GiB a rank" + (", mirrored" if request.flips else "")
     return said + (f"; {strangers} files that are no scans passed over" if strangers else "")

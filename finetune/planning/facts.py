@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resunet.data.cases import IGNORE, LoadedCase
-from resunet.data.formats import sniff
 from resunet.runtime import percentile_intensity, percentiles
 
 PERCENTILES = (0.0, 0.5, 50.0, 99.5, 100.0)  # of a scan's raw values
@@ -145,7 +144,7 @@ def _case_facts(case: LoadedCase, num_classes: int) -> CaseFacts:
         group=case.case.group,
         size=case.size,
         spacing=case.spacing,
-        in_mm=case.case.spacing is not None or sniff(case.case.files[0]) in ("nifti", "nrrd", "metaimage", "dicom"),
+        in_mm=case.in_mm,
         plane=(case.size[axes[0]], case.size[axes[1]]),
         plane_spacing=(case.spacing[axes[0]], case.spacing[axes[1]]),
         slices=case.num_slices,

@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.planning.facts import ScanFacts
 from pretrain.planning.plan import Plan
 from resunet.measuring import BUSY, GIB
-from resunet.plain import blocks, bullet, duration, times, value_range
+from resunet.plain import blocks, bullet, duration, number_of, times, value_range
 
 _REASONS = 5
 
@@ -30,13 +30,14 @@ def page(plan: Plan) -> str:
 def _archive(plan: Plan) -> list[str]:
     scans, facts = plan.archive.scans, plan.facts
     lines = [
-        f"{len(scans.cases):,} scans of {plan.archive.num_groups:,} groups, {scans.num_items:,} {scans.items} with contrast"
+        f"{number_of(len(scans.cases), 'scan')} of {number_of(plan.archive.num_groups, 'group')}, "
+        f"{scans.num_items:,} {scans.items} with contrast"
     ]
     if scans.spatial_dims == 2 and facts.complete:
         without = sum(one.slices for one in facts.scans) - scans.num_items
         lines[0] += f", {without:,} without, which are left out"
     if facts.rejects is not None:
-        lines.append(f"{sum(count for _, count in facts.rejects):,} files rejected when it was indexed")
+        lines.append(f"{number_of(sum(count for _, count in facts.rejects), 'file')} rejected when it was indexed")
         lines += [f"  {count:,} × {reason}" for reason, count in facts.rejects[:_REASONS]]
     return lines
 

@@ -16,6 +16,7 @@ from resunet.inference.predict import Behaviour, Predicted, predict_input, predi
 from resunet.inference.threshold import requested_threshold
 from resunet.inference.video import predict_video, refuse_for_video
 from resunet.inference.window import Scorer
+from resunet.plain import number_of
 from resunet.progress import progress, say
 
 
@@ -74,7 +75,8 @@ def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: Bundl
     found = list_inputs(inputs, behaviour.input_channels)
     graph = opened.segmenter.graph
     say(
-        f"{name_of(graph.runtime)} {version_of(graph.runtime)}, {len(found.scans)} scans, {graph.precision}, {how.memory:g} GiB"
+        f"{name_of(graph.runtime)} {version_of(graph.runtime)}, {number_of(len(found.scans), 'scan')}, {graph.precision}, "
+        f"{how.memory:g} GiB"
         + (", mirrored" if how.flips else "")
         + (f"; {found.strangers} files that are no scans passed over" if found.strangers else "")
     )

@@ -1,7 +1,8 @@
 """A case: a scan's files and, where somebody labelled it, its mask. Loading checks everything a later step relies on."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 IGNORE = 255  # in a label map: left out of every loss and every count
 _MAX_CLASSES = 254
+_WITH_SPACING = ("nifti", "nrrd", "metaimage", "dicom")
+_SHOWN = 10  # values in a message
 _SAME_SPACING = 1e-3  # of it: half a voxel over 500
 
 
@@ -94,6 +97,8 @@ class LoadedCase:
     pixel_sha256: str
     look: Look
     mask_sha256: str | None = None
+    colour_lost: bool = False  # as Scan's
+    in_mm: bool = True  # somebody gave a spacing: the file, or what stands beside it
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -131,6 +136,10 @@ class LoadedCase:
         )
 
 
+class UnlistedValues(InputError):
+    """A mask holds values that the recipe has no class for."""
+
+
 def load_cases(
     cases: Sequence[Case],
     channels: str | int,
@@ -150,7 +159,11 @@ def load_cases(
 
     with ThreadPoolExecutor() as pool:  # SimpleITK and the image codecs release the GIL
         loaded = pool.map(load, cases)
-        return list(progress(loaded, len(cases)) if progress else loaded)
+        try:
+            return list(progress(loaded, len(cases)) if progress else loaded)
+        except UnlistedValues as error:
+            assert classes is not None
+            raise InputError(f"{error}{_of_all(cases, {*classes, *ignore})}") from error
 
 
 def refuse_images(cases: Sequence[LoadedCase], spatial_dims: int) -> None:
@@ -207,7 +220,7 @@ def encode_labels(mask: NDArray, classes: Mapping[int, str], ignore: Sequence[in
     """Raw mask values → class indices in the order of `classes`; ignored values → IGNORE.
 
     Raises:
-        InputError: a value that is in neither, with all such values.
+        UnlistedValues: a value that is in neither, with all such values.
     """
     assert 2 <= len(classes) <= _MAX_CLASSES
     labels = np.full(mask.shape, IGNORE, np.uint8)
@@ -223,7 +236,7 @@ def encode_labels(mask: NDArray, classes: Mapping[int, str], ignore: Sequence[in
         todo = "Add what is missing there, or to data.ignore."
         if path.suffix.lower() in (".jpg", ".jpeg"):
             todo = "JPEG changes values when it compresses: write masks as PNG."
-        raise InputError(
+        raise UnlistedValues(
             f"{path}: the mask holds the {noun} {_short(unlisted)}, which data.classes does not list. data.classes has "
             f"{listed}. {todo}"
         )
@@ -259,7 +272,25 @@ def _load(
         pixel_sha256=scan.pixel_sha256,
         look=look(values),
         mask_sha256=sha256(case.mask) if case.mask is not None and labels is not None else None,
+        colour_lost=scan.colour_lost,
+        in_mm=case.spacing is not None or scan.format in _WITH_SPACING,
     )
+
+
+def _of_all(cases: Sequence[Case], listed: Collection[int]) -> str:
+    """Which other values than those listed the masks hold, and how many do; '' if only one. What cannot be read is passed over."""
+    masks = Counter[int]()
+    odd = 0
+    for case in cases:
+        try:
+            others = np.setdiff1d(read_mask(case.mask).values, list(listed)) if case.mask is not None else np.empty(0, int)
+        except InputError:
+            continue
+        masks.update(others.tolist())
+        odd += len(others) > 0
+    held = ", ".join(f"{value} (in {count})" for value, count in sorted(masks.items())[:_SHOWN])
+    more = f" and {len(masks) - _SHOWN} more" if len(masks) > _SHOWN else ""
+    return f" In all, {odd} of {len(cases)} masks hold such values: {held}{more}." if odd > 1 else ""
 
 
 def _series(files: tuple[Path, ...]) -> Path | tuple[Path, ...]:
@@ -301,4 +332,4 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _short(values: list[int]) -> str:
-    return ", ".join(map(str, values[:10])) + (f" and {len(values) - 10} more" if len(values) > 10 else "")
+    return ", ".join(map(str, values[:_SHOWN])) + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")

@@ -1,8 +1,9 @@
 """DICOM headers, and which files of an archive are one volume. No pixels are read here."""
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydicom.filereader import read_partial
 from resunet.data.dicom_planes import SAME_PLACE, plane_of
 from resunet.data.formats import guarded
 from resunet.errors import InputError
+from resunet.plain import number_of
 
 _TAGS = """
     SpecificCharacterSet ImageType Modality PatientID StudyInstanceUID SeriesInstanceUID AcquisitionNumber InstanceNumber
@@ -22,6 +24,8 @@ _TAGS = """
 """
 _TAG_NUMBERS: list[pydicom.tag.BaseTag | int] = [pydicom.tag.Tag(name) for name in _TAGS.split()]
 _LAST = 0x0028_0104  # what is wanted stands before the palettes and the pixels
+
+_GAP = 1.5  # times the usual distance of slices
 
 # What tells apart volumes that share a series and their positions, tried in this order. Times come late: a scanner may
 # stamp every slice.
@@ -163,6 +167,28 @@ def _ordered(names: Sequence[str], headers: Mapping[str, DicomHeader]) -> tuple[
     return tuple(sorted(names, key=lambda name: (headers[name].position, headers[name].instance, name)))
 
 
+def gaps_told(volumes: Iterable[Mapping[str, DicomHeader]]) -> list[str]:
+    """What to say of volumes whose slices do not follow each other evenly, as when one is missing; nothing where all do.
+
+    Args:
+        volumes: of each the headers of its files, in order.
+    """
+    uneven = [list(headers) for headers in volumes if _has_gap([header.position for header in headers.values()])]
+    if not uneven:
+        return []
+    count = f"{number_of(len(uneven), 'DICOM volume')} {'has' if len(uneven) == 1 else 'have'}"
+    return [
+        f"{count} gaps: two neighbouring slices lie more than {_GAP:g} times as far apart as most do, as if slices between "
+        f"them were missing. They are read as if they were evenly spaced; lengths and volumes in mm are wrong there. The first: "
+        f"the {len(uneven[0])} files from {uneven[0][0]}"
+    ]
+
+
+def _has_gap(positions: Sequence[float]) -> bool:
+    steps = sorted(after - before for before, after in itertools.pairwise(positions))
+    return len(steps) > 1 and steps[-1] > max(_GAP * steps[(len(steps) - 1) // 2], SAME_PLACE)
+
+
 def frame_count(dataset: Any) -> int | None:
     """NumberOfFrames, 1 where it is missing or 0, None where it is no number."""
     try:
@@ -178,7 +204,10 @@ def modality_of(dataset: Any) -> str:
 
 
 def no_image(path: Path) -> str:
-    return f"{path}: has no image (a DICOM file without pixel data, such as a plan, a report or a directory)."
+    return (
+        f"{path}: has no image (a DICOM file without pixel data, such as a plan, a report or a directory, or one cut off before "
+        "them)."
+    )
 
 
 def _text(dataset: Any, name: str) -> str:

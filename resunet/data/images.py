@@ -21,6 +21,7 @@ from resunet.data.formats import HEAD, MAX_EXPANSION, Content, Format, guarded, 
 from resunet.data.volumes import read_volume, refuse_non_finite
 from resunet.errors import InputError
 from resunet.files import sha256
+from resunet.plain import number_of
 
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 TIFFS = (".tif", ".tiff")
@@ -49,6 +50,7 @@ class Scan:
     pixel_sha256: of the values as the file holds them, whatever channels were asked for.
     orientation: towards where the axes x, y, z of the file run, such as 'RAS'; '' for plain images.
     modality: DICOM's, '' elsewhere.
+    colour_lost: grey was asked of a colour image whose channels differ.
     """
 
     values: NDArray
@@ -57,6 +59,7 @@ class Scan:
     format: Format
     orientation: str
     modality: str
+    colour_lost: bool = False
 
 
 def suffix_of(path: Path) -> str:
@@ -90,7 +93,10 @@ def read_scan(files: Path | Sequence[Path], channels: str | int | None) -> Scan:
     else:
         path, content, format = files[0], read_series(files), "dicom"
     scan = _scan(content, format, path)
-    return scan if channels is None else replace(scan, values=with_channels(scan.values, channels, path))
+    if channels is None:
+        return scan
+    lost = channels == "grey" and any((channel != scan.values[0]).any() for channel in scan.values[1:])
+    return replace(scan, values=with_channels(scan.values, channels, path), colour_lost=lost)
 
 
 def read_hashed(path: Path) -> tuple[Scan, str]:
@@ -254,7 +260,7 @@ def with_channels(values: NDArray, channels: str | int, path: Path) -> NDArray:
     elif count == channels:
         return values
     raise InputError(
-        f"{path}: has {count} {'channel' if count == 1 else 'channels'}, {channels} is wanted: by data.channels of a recipe, or by "
+        f"{path}: has {number_of(count, 'channel')}, {channels} is wanted: by data.channels of a recipe, or by "
         f"the model, which was trained so. Give scans that have it (channels in files of their own come as an nnU-Net data set); "
         f"a recipe can set data.channels={count}."
     )

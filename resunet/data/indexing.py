@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resunet.data.describe import Described, describe, open_file, open_scan
-from resunet.data.dicom import group_files
+from resunet.data.dicom import gaps_told, group_files
 from resunet.data.identity import load_salt
 from resunet.data.index import IndexRequest
 from resunet.data.ledger import Ledger, Scan, open_ledger
@@ -20,6 +20,7 @@ from resunet.data.ownership import Ownership, pseudonymous
 from resunet.data.pool import Fault, Limits, Outcome, guarded_map
 from resunet.data.walk import FoundFile, Tree, walk
 from resunet.errors import InputError
+from resunet.plain import number_of
 from resunet.progress import progress, say
 
 _CHUNK_FILES, _CHUNK_BYTES = 128, 8 << 20
@@ -46,11 +47,12 @@ def make_manifest(request: IndexRequest) -> Path:
             raise InputError(
                 f"SOURCE {', '.join(map(str, request.sources))}: none of {len(tree.files)} files can be read:\n{reasons}"
             )
+        gaps = gaps_told({file.path: ledger.headers[file] for file in scan} for scan in scans if len(scan) > 1)
         merge(request.out, ledger, scans, rejects, ownership)
     from resunet.data.summary import summary_lines, write_summary  # what draws is not needed before
 
     manifest = open_manifest(request.out)
-    for line in summary_lines(manifest):
+    for line in [*summary_lines(manifest), *gaps]:
         say(line)
     say(f"a page to look at: {write_summary(manifest)}")
     return request.out
@@ -67,7 +69,7 @@ class _Reader:
         """Everything that can be read, as it is read together."""
         ledger = self._ledger
         new = [file for file in files if not self._is_known(file)] if ledger.knows_something else files
-        say(f"{len(files):,} files, {len(new):,} of them new or changed; {self._workers} workers")
+        say(f"{number_of(len(files), 'file')}, {len(new):,} of them new or changed; {number_of(self._workers, 'worker')}")
         for one in self._outcomes("look at files", open_file, new, lambda file: [file]):
             if one.result is not None:
                 headers, described = one.result

@@ -21,6 +21,7 @@ from resunet.data.images import IMAGES, READABLE, TIFFS, channel_count
 from resunet.data.listing import Entry, Listing, complain, read_groups, read_positions
 from resunet.data.splits import PARTS, check_disjoint, read_splits
 from resunet.errors import InputError
+from resunet.plain import number_of
 
 _IGNORE = "ignore"  # nnU-Net's name for what nobody labelled
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -211,8 +212,7 @@ def _check_channels(path: Path, about: DatasetJson, channels: str | int) -> None
     if channel_count(channels) != count:
         listed = ", ".join(f"{key}: {name}" for key, name in about.channel_names.items())
         raise InputError(
-            f"data.channels={channels}: {path} names {count} {'channel' if count == 1 else 'channels'} ({listed}). "
-            f"Set data.channels={count}."
+            f"data.channels={channels}: {path} names {number_of(count, 'channel')} ({listed}). Set data.channels={count}."
         )
 
 

@@ -18,6 +18,7 @@ from resunet.data.nnunet import channels_of, is_nnunet, list_nnunet
 from resunet.data.splits import PARTS, draw_groups, first_groups, fold_groups, split_groups, write_splits
 from resunet.data.strata import read_strata
 from resunet.errors import InputError
+from resunet.plain import number_of
 from resunet.progress import say
 
 _KEYS = Called()
@@ -212,7 +213,11 @@ def write_split(root: Path, out: Path, seed: int, labelled: float | None, draw: 
     chosen = draw_labelled(assign_parts(source, seed, stratify), labelled, draw, stratify)
     write_splits(out, chosen.stems())
     counts = {part: (len(chosen.part(part)), len({case.group_name for case in chosen.part(part)})) for part in PARTS}
-    say(", ".join(f"{part}: {images:,} images of {groups:,} groups" for part, (images, groups) in counts.items()))
+    say(
+        ", ".join(
+            f"{part}: {number_of(images, 'image')} of {number_of(groups, 'group')}" for part, (images, groups) in counts.items()
+        )
+    )
     return out
 
 

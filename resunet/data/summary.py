@@ -15,6 +15,7 @@ from PIL import Image
 
 from resunet.data.describe import PERCENTILES
 from resunet.data.manifest import Manifest, beside
+from resunet.plain import number_of
 from resunet.report import COLOURS, Picture, Section, image, write_page
 
 _SHOWN = 12  # lines of a table
@@ -33,16 +34,16 @@ def summary_lines(manifest: Manifest) -> list[str]:
     copies = manifest.num_rows - pc.count_distinct(table.column("pixel_sha256")).as_py()
     known = "" if manifest.groups_known else " (not of every scan did anybody say whose it is)"
     lines = [
-        f"{manifest.num_rows:,} scans of {pc.sum(table.column('files')).as_py():,} files: "
-        f"{manifest.num_rows - volumes:,} images, {volumes:,} volumes",
-        f"{groups:,} groups{known}, {manifest.num_rows - table.column('mask').null_count:,} with a mask, "
+        f"{number_of(manifest.num_rows, 'scan')} of {number_of(pc.sum(table.column('files')).as_py(), 'file')}: "
+        f"{number_of(manifest.num_rows - volumes, 'image')}, {number_of(volumes, 'volume')}",
+        f"{number_of(groups, 'group')}{known}, {manifest.num_rows - table.column('mask').null_count:,} with a mask, "
         f"{copies:,} of the same pixels as another",
         _line("kinds", _counted(_kinds(table))),
         _line("sizes", _counted_sizes(table.column("shape"), "×", 0)),
         _line("spacings (mm)", _counted_sizes(table.column("spacing"), " × ", 2)),
     ]
     reasons = rejected(manifest.path)
-    lines.append(f"{sum(count for _, count in reasons):,} files rejected" + (":" if reasons else ""))
+    lines.append(f"{number_of(sum(count for _, count in reasons), 'file')} rejected" + (":" if reasons else ""))
     return lines + [f"  {count:,} × {reason}" for reason, count in reasons[:_SHOWN]]
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from resunet.embedding.coverage import Chosen, Cover, Method
 from resunet.embedding.groups import Groups
 from resunet.embedding.picture import Colouring, map_picture, principal_plane
+from resunet.plain import number_of
 from resunet.report import Picture, Section, image, write_page
 
 _SCORE = {"kcenter": "distance to the nearest labelled or earlier one", "typicality": "typicality"}
@@ -96,7 +97,7 @@ def _caption(found: Suggestions, place: int) -> str:
     number = found.chosen.order[place]
     score, scans = found.chosen.scores[place], len(found.groups.rows[number])
     told = "the most central" if np.isnan(score) else f"{_SCORE[found.method]} {score:.3f}"
-    return f"{place + 1}. Group {found.groups.names[number][:12]}…, {scans} {'scan' if scans == 1 else 'scans'}: {told}."
+    return f"{place + 1}. Group {found.groups.names[number][:12]}…, {number_of(scans, 'scan')}: {told}."
 
 
 def _map(found: Suggestions) -> Picture:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resunet.data.cases import Case
-from resunet.data.dicom import DicomHeader, group_files, read_header
+from resunet.data.dicom import DicomHeader, gaps_told, group_files, read_header
 from resunet.data.formats import sniff
 from resunet.data.images import READABLE, stem_of, suffix_of
 from resunet.data.nnunet import is_nnunet, list_nnunet
 from resunet.data.walk import walk
 from resunet.errors import EnvironmentFault, InputError
+from resunet.progress import say
 
 _DICOM_SUFFIXES = (".dcm", ".ima", ".dicom", ".dic")
 _NNUNET_IMAGES = ("imagesTr", "imagesTs")
@@ -166,7 +167,10 @@ def _files(paths: Sequence[Path], place: Callable[[Path], str], folder: Callable
 
 
 def _series(headers: Mapping[str, DicomHeader], place: Callable[[Path], str], folder: Callable[[Path], str]) -> list[Input]:
-    units = [tuple(map(Path, unit)) for unit in group_files(headers)]
+    volumes = group_files(headers)
+    for line in gaps_told({name: headers[name] for name in volume} for volume in volumes):
+        say(line)
+    units = [tuple(map(Path, volume)) for volume in volumes]
     in_folder: dict[Path, int] = defaultdict(int)
     for unit in units:
         for parent in {path.parent for path in unit}:

@@ -1,6 +1,5 @@
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from finetune.choices import choose_on_val, idle_keys, tell_beforehand
+from finetune.choices import choose_on_val
 from finetune.evaluation.calibration import decide_by
 from finetune.evaluation.evaluate import EvaluateRequest, case_probabilities, evaluate
 from finetune.inference.postprocess import choose_postprocessing, predicted_objects
@@ -17,7 +16,6 @@ from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune
 from resunet.checkpoint import read_config
 from resunet.cli import main
-from resunet.data.cases import IGNORE
 from resunet.errors import InputError
 from resunet.model import load_model
 from resunet.runtime import ObjectRule, remove_objects
@@ -96,44 +94,6 @@ def test_nothing_is_chosen_that_is_not_asked_for(runs, recipe):
     data = read_labelled(made, quiet=True)
     choices = choose_on_val(load_model(runs[0]), data, made, Accelerator(cpu=True), quiet=True)
     assert choices.postprocessing is not None and choices.operating_point is None
-
-
-def test_a_val_that_can_tell_nothing_is_told(runs, recipe, capsys):
-    ours = resolve(recipe())
-    data = read_labelled(ours, quiet=True)
-    capsys.readouterr()
-    tell_beforehand(ours, data)
-    (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("labels: train ") and f"({len(data.train)} cases); val " in told
-    empty = [replace(case, labels=np.zeros_like(case.labels)) for case in data.val]
-    empty[0].labels[:2] = IGNORE
-    tell_beforehand(ours, replace(data, val=empty))
-    assert f"val: none of its {len(empty)} cases has a pixel of any class" in capsys.readouterr().err
-    tell_beforehand(ours, replace(data, test=[]))
-    assert "test" not in capsys.readouterr().err, "this run does not read it"
-    nothing = [replace(case, labels=np.zeros_like(case.labels)) for case in data.train]
-    drawn = ours.model_copy(update={"data": ours.data.model_copy(update={"labelled": 2.0})})
-    tell_beforehand(drawn, replace(data, train=nothing, test=empty))
-    told = capsys.readouterr().err
-    assert "(data.labelled=2) (" in told and "test: none of its" in told
-    assert "'lesion' is in none of the training cases: it cannot be learned. data.labelled=2 takes some" in told
-
-
-@pytest.mark.parametrize(
-    "changes, key",
-    [
-        (
-            {"model": {"name": "unet", "channels": [4, 8], "units": 2}, "optimizer": {"encoder_lr_factor": 0.3}},
-            "optimizer.encoder_lr_factor",
-        ),
-        ({"foreground_by": "object", "foreground": 0}, "foreground_by"),
-        ({"augment": {"zoom": [0.5, 1]}}, "augment.zoom"),
-        ({"augment": {"intensity": {"gamma": [0.5, 1], "blur": 1}}}, "augment.intensity.gamma"),
-        ({"consistency": {"intensity": 0, "blur": 0, "noise": 0}, "ema": 0.9}, "consistency"),
-    ],
-)
-def test_keys_that_do_nothing_are_told(recipe, changes, key):
-    assert [idle for idle, _ in idle_keys(recipe(**changes))] == [key]
 
 
 def test_a_budget_needs_val_cases_without_target_before_anything_is_trained(recipe):

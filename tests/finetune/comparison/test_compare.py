@@ -122,7 +122,7 @@ def test_other_classes_are_refused(runs, tmp_path):
 def test_a_run_that_is_not_finished_is_refused(runs, tmp_path, missing):
     other = copy_of(runs[1], tmp_path / "other")
     (other / missing).unlink()
-    with pytest.raises(InputError, match=r"other: not a finished fine-tuning run with an evaluation"):
+    with pytest.raises(InputError, match=rf"other: its run is not finished: {missing} is not there"):
         compare([runs[0], other], tmp_path / "out")
 
 

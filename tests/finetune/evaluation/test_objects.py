@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,8 @@ def test_a_missed_object_is_outlined_in_the_truth_and_a_false_one_in_the_predict
     assert (missed.kind, missed.size, missed.volume, missed.target, missed.index) == ("missed", 6, 3.0, 0, None)
     assert (false.kind, false.size, false.target) == ("false", 25, 1)
     assert caption_of(missed, TARGETS) == "one: 6 pixels, 3 mm²; a"
+    unknown = wrong_objects(replace(loaded(truth), in_mm=False), predicted, 1.0, wanted[0], TARGETS)
+    assert caption_of(unknown[0], TARGETS) == "one: 6 pixels; a"
     for one, colour, panel in ((missed, COLOURS["missed"], 1), (false, COLOURS["false"], 2)):
         height, width = one.picture.shape[:2]
         side = (width - 8) // 3

@@ -31,7 +31,7 @@ def case(labels, spacing=None, values=None, group="g", path="x.png", known=True)
     spacing = spacing or (1.0,) * labels.ndim
     ours = Case("id", group, group, group, "pool", (path,), path, spacing=spacing if known else None)
     intensities = percentile_intensity(values[None], 0.5, 99.5)
-    return LoadedCase(ours, values[None], spacing, intensities, labels, "f", "p", look(values[None]))
+    return LoadedCase(ours, values[None], spacing, intensities, labels, "f", "p", look(values[None]), in_mm=known)
 
 
 def squares(*places: tuple[int, int, int, int], size: int = 40) -> np.ndarray:

@@ -165,6 +165,30 @@ def test_values_that_no_class_lists_are_all_listed():
         encode_labels(mask, CLASSES, [9], Path("m.JPG"))
 
 
+def test_values_that_no_class_lists_are_counted_over_all_masks(tmp_path):
+    image = png(tmp_path / "a.png", np.zeros((2, 2)))
+    masks = [png(tmp_path / f"m{n}.png", np.array([[0, 255], [n % 3, 255]])) for n in range(6)]
+    loading = dict(channels="grey", normalisation=PercentileZScore(), classes=CLASSES)
+    with pytest.raises(
+        InputError, match=r"m1\.png: .* the value 1, .* In all, 4 of 6 masks hold such values: 1 \(in 2\), 2 \(in 2\)\.$"
+    ):
+        load_cases([case(image, mask) for mask in masks], **loading)
+    with pytest.raises(InputError) as error:
+        load_cases([case(image, masks[1]), case(image, masks[0])], **loading)
+    assert "In all" not in str(error.value)
+    masks[4].write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"In all, 3 of 6 masks"):
+        load_cases([case(image, mask) for mask in masks], **loading)
+
+
+@pytest.mark.parametrize(("colour", "lost"), [((9, 9, 9), False), ((9, 9, 8), True)])
+def test_colours_that_grey_loses_are_known(tmp_path, colour, lost):
+    image = tmp_path / "a.png"
+    Image.fromarray(np.array([[[5, 5, 5], colour]], np.uint8)).save(image)
+    assert load(image).colour_lost == lost
+    assert not load(image, channels="rgb").colour_lost and not load(image, channels=3).colour_lost
+
+
 def test_ignored_values_in_a_file(tmp_path):
     image = png(tmp_path / "a.png", np.arange(4).reshape(2, 2))
     mask = png(tmp_path / "m.png", np.array([[0, 255], [100, 101]]))

@@ -20,7 +20,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from resunet.data.dicom import DicomHeader, group_files, read_header
+from resunet.data.dicom import DicomHeader, gaps_told, group_files, read_header
 from resunet.data.images import read_mask, read_scan
 from resunet.errors import InputError
 
@@ -334,6 +334,28 @@ def test_a_missing_slice_and_copies_shred_nothing(tmp_path):
         for height in heights
     }
     assert group_files(headers) == [tuple(f"{folder}/{height}" for height in heights) for folder in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("heights", "gap"),
+    [
+        ([0, 1, 2, 4, 5], True),
+        ([0, 1, 3], True),
+        ([0, 2.5, 5, 7.4, 10], False),
+        ([0, 9], False),
+        ([3], False),
+        ([0, 0, 0], False),
+    ],
+)
+def test_gaps_between_slices_are_told(heights, gap):
+    header = DicomHeader("p", "s", "x", "CT", "stack", 0.0, 1, 1, ("",) * 10)
+    whole = {f"w/{n}": dataclasses.replace(header, position=2.0 * n) for n in range(4)}
+    odd = {f"a/{n}": dataclasses.replace(header, position=float(height)) for n, height in enumerate(heights)}
+    told = gaps_told([whole, odd, whole, odd])
+    assert len(told) == gap
+    assert all(
+        line.startswith("2 DICOM volumes have gaps") and line.endswith(f"the {len(heights)} files from a/0") for line in told
+    )
 
 
 def test_files_without_geometry_are_units_of_their_own(tmp_path):

@@ -314,7 +314,7 @@ def test_another_salt_hides_other_names_and_no_pixels_are_read_again(archive, in
     assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
-def test_a_broken_slice_costs_itself_only(tmp_path):
+def test_a_broken_slice_costs_itself_only_and_leaves_a_gap_that_is_told(tmp_path, capsys):
     for number in range(4):
         write_slice(tmp_path / "a" / f"IM{number}", "1.2.3", number)
     path = tmp_path / "a" / "IM2"
@@ -328,6 +328,9 @@ def test_a_broken_slice_costs_itself_only(tmp_path):
         assert [[file.name for file in files] for files in all_files(manifest)] == [["IM0", "IM1", "IM3"]]
         rejects = pq.read_table(beside(out, "rejects.parquet")).to_pylist()
         assert [Path(one["path"]).name for one in rejects] == ["IM2", "salt"]
+        told = capsys.readouterr().err
+        assert "1 DICOM volume has gaps: two neighbouring slices lie more than 1.5 times as far apart" in told
+        assert f"the 3 files from {tmp_path / 'a' / 'IM0'}" in told
 
 
 def test_masks_of_another_folder_and_a_damaged_manifest(tmp_path, capsys):

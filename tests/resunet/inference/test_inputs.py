@@ -78,6 +78,14 @@ def test_dicom_series_of_folders_and_of_files(tmp_path):
     assert listed(list_inputs([tmp_path / "ct"], "grey")) == {"1.2.5": up, "b": ["b.dcm", "a.dcm"]}
 
 
+def test_a_missing_slice_is_told(tmp_path, capsys):
+    files = series(tmp_path / "ct", 1, ("1", "2", "3", "4", "5"))
+    list_inputs(files, "grey")
+    assert capsys.readouterr().err == ""
+    list_inputs([*files[:2], *files[3:]], "grey")
+    assert "1 DICOM volume has gaps: two neighbouring slices" in capsys.readouterr().err
+
+
 def test_an_nnunet_data_set_and_its_test_images(tmp_path):
     root = tmp_path / "Dataset001"
     names = ["imagesTr/a", "imagesTr/b", "imagesTs/c"]

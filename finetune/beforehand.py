@@ -1,0 +1,84 @@
+"""What a person is told of data and recipe before a fine-tuning begins: no fault, and yet not what one expects."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from finetune.labelled import LabelledData
+from finetune.recipe import FinetuneRecipe
+from finetune.settings import PatchIntensities
+from resunet.data.cases import IGNORE, LoadedCase
+from resunet.plain import number_of
+from resunet.progress import say
+
+
+def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData) -> None:
+    """Say it, on the terminal."""
+    say(_labelled(recipe, data))
+    if colour := sum(case.colour_lost for case in data.train):
+        say(
+            f"data.channels=grey: {colour} of {len(data.train)} training scans are in colour; the network sees their luminance. "
+            "data.channels=rgb keeps the colours."
+        )
+    for name in _never_seen(recipe, data.train):
+        say(f"{name!r} is in none of the training cases: it cannot be learned. {recipe.data.remedy}.")
+    if is_blind(data.val):
+        say(
+            f"val: none of its {len(data.val)} cases has a pixel of any class. Dice is not defined there, and tells no checkpoint "
+            f"and no number of steps from another. {recipe.data.remedy}."
+        )
+    if is_blind(data.test):
+        say(f"test: none of its {len(data.test)} cases has a pixel of any class: it judges false alarms only.")
+    if recipe.unlabelled_share and not data.unlabelled:
+        say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
+    for key, why in idle_keys(recipe):
+        say(f"{key}: does nothing here, {why}.")
+
+
+def _labelled(recipe: FinetuneRecipe, data: LabelledData) -> str:
+    """How many labels are used: a draw of few is not taken for all."""
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    counts = {name: (len({one.case.group_hmac for one in its}), len(its)) for name, its in parts.items() if its}
+    pool = len({case.group_hmac for case in data.source.part("pool")})
+    drawn = f"of the pool's {pool} " + (
+        f"(data.labelled={recipe.data.labelled:g}) " if recipe.data.labelled is not None else ""
+    )
+    told = {"train": drawn, "val": "", "test": ""}
+    return "labels: " + "; ".join(
+        f"{name} {number_of(groups, 'group')} {told[name]}({number_of(cases, 'case')})"
+        for name, (groups, cases) in counts.items()
+    )
+
+
+def _never_seen(recipe: FinetuneRecipe, train: Sequence[LoadedCase]) -> list[str]:
+    seen = set().union(*(np.unique(case.labels).tolist() for case in train if case.labels is not None))
+    return [name for index, name in enumerate(recipe.data.classes.values()) if index and index not in seen]
+
+
+def is_blind(val: Sequence[LoadedCase]) -> bool:
+    """Whether val can tell no network from another, as nothing is to be found in it."""
+    labels = [case.labels for case in val if case.labels is not None]
+    return bool(labels) and not any(((one > 0) & (one != IGNORE)).any() for one in labels)
+
+
+def idle_keys(recipe: FinetuneRecipe) -> list[tuple[str, str]]:
+    """Keys that were set and have no effect beside the others, and why."""
+    augment, usual = recipe.augment, PatchIntensities()
+    changed = [name for name in type(usual).model_fields if getattr(augment.intensity, name) != getattr(usual, name)]
+    of = {"blur_sigma": "blur", "noise_sigma": "noise"} | dict.fromkeys(
+        ("intensity_scale", "intensity_shift", "gamma"), "intensity"
+    )
+    found = [
+        (f"augment.intensity.{name}", f"as augment.intensity.{of[name]}, its probability, is 0")
+        for name in changed
+        if name in of and not getattr(augment.intensity, of[name])
+    ]
+    if recipe.model.name == "unet" and recipe.optimizer.encoder_lr_factor != 1:
+        found.append(("optimizer.encoder_lr_factor", "as the plain U-Net has no encoder that could have a rate of its own"))
+    if recipe.foreground_by == "object" and not recipe.foreground:
+        found.append(("foreground_by", "as foreground, the share of patches that are centred on a class, is 0"))
+    if augment.zoom != type(augment)().zoom and not augment.zoom_probability:
+        found.append(("augment.zoom", "as augment.zoom_probability is 0"))
+    if recipe.consistency is not None and not recipe.consistency.changes:
+        found.append(("consistency", "or little, as network and average see the same intensities"))
+    return found

@@ -1,0 +1,49 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from finetune.beforehand import idle_keys, tell_beforehand
+from finetune.labelled import read_labelled, resolve
+from resunet.data.cases import IGNORE
+
+
+def test_what_is_not_as_one_expects_is_told(runs, recipe, capsys):
+    ours = resolve(recipe())
+    data = read_labelled(ours, quiet=True)
+    capsys.readouterr()
+    tell_beforehand(ours, data)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("labels: train ") and f"({len(data.train)} cases); val " in told
+    coloured = [replace(case, colour_lost=number < 2) for number, case in enumerate(data.train)]
+    tell_beforehand(ours, replace(data, train=coloured))
+    assert f"data.channels=grey: 2 of {len(coloured)} training scans are in colour" in capsys.readouterr().err
+    empty = [replace(case, labels=np.zeros_like(case.labels)) for case in data.val]
+    empty[0].labels[:2] = IGNORE
+    tell_beforehand(ours, replace(data, val=empty))
+    assert f"val: none of its {len(empty)} cases has a pixel of any class" in capsys.readouterr().err
+    tell_beforehand(ours, replace(data, test=[]))
+    assert "test" not in capsys.readouterr().err, "this run does not read it"
+    nothing = [replace(case, labels=np.zeros_like(case.labels)) for case in data.train]
+    drawn = ours.model_copy(update={"data": ours.data.model_copy(update={"labelled": 2.0})})
+    tell_beforehand(drawn, replace(data, train=nothing, test=empty))
+    told = capsys.readouterr().err
+    assert "(data.labelled=2) (" in told and "test: none of its" in told
+    assert "'lesion' is in none of the training cases: it cannot be learned. data.labelled=2 takes some" in told
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        (
+            {"model": {"name": "unet", "channels": [4, 8], "units": 2}, "optimizer": {"encoder_lr_factor": 0.3}},
+            "optimizer.encoder_lr_factor",
+        ),
+        ({"foreground_by": "object", "foreground": 0}, "foreground_by"),
+        ({"augment": {"zoom": [0.5, 1]}}, "augment.zoom"),
+        ({"augment": {"intensity": {"gamma": [0.5, 1], "blur": 1}}}, "augment.intensity.gamma"),
+        ({"consistency": {"intensity": 0, "blur": 0, "noise": 0}, "ema": 0.9}, "consistency"),
+    ],
+)
+def test_keys_that_do_nothing_are_told(recipe, changes, key):
+    assert [idle for idle, _ in idle_keys(recipe(**changes))] == [key]
