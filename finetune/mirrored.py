@@ -1,5 +1,6 @@
 """What Weights & Biases is told of a finished fine-tuning run: test figures, each case by a number, and the segmenter."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from resunet.files import sha256
 from resunet.mirror import Mirror, Overlaid
 from resunet.runs import Run
 
-CASES = "test_cases"  # in W&B's summary
+CASES, ORDER = "test_cases", "test_order"  # in W&B's summary: what of each case is known by its number, and which these are
 
 
 def mirror_segmenter(run: Run, config: ModelConfig, parent: Literal["encoder", "segmenter"] = "encoder") -> None:
@@ -43,7 +44,7 @@ def mirror_evaluation(
     if mirror is None:
         return
     mirror.summarise({f"test/{name}": summary[name]["mean"] for name in METRICS if summary[name]["mean"] is not None})
-    mirror.summarise({CASES: case_columns(measured, targets)})
+    mirror.summarise({CASES: case_columns(measured, targets), ORDER: order_of(one.row()[0] for one in measured)})
     if mirror.takes_pictures:
         mirror.table("test_overlays", ["case", "how", "dice", "overlay"], _overlays(measured, config, predict))
 
@@ -60,15 +61,22 @@ def case_columns(measured: Sequence[Measured], targets: Targets) -> dict[str, li
 
 
 def case_columns_of(rows: Iterable[tuple[str, str, str, Any]], groups: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Dice of every case and class that its truth has, by columns; cases and groups are numbers, in the order of their ids.
+    """Dice of every case and class that its truth has, by columns; cases are numbers in the order of their ids, groups in that of
+    their first cases: a group that nobody named is called after a path.
 
     Args:
         rows: case, group, class, Dice.
         groups: of all test cases, also of those with nothing to find.
     """
-    cases, numbers = _numbers(groups), _numbers(groups.values())
-    numbered = sorted((cases[case], numbers[group], name, dice) for case, group, name, dice in rows)
+    cases = _numbers(groups)
+    of_groups = {group: number for number, group in enumerate(dict.fromkeys(groups[case] for case in cases))}
+    numbered = sorted((cases[case], of_groups[group], name, dice) for case, group, name, dice in rows)
     return {name: [row[i] for row in numbered] for i, name in enumerate(("case", "group", "class", "dice"))}
+
+
+def order_of(ids: Iterable[str]) -> str:
+    """Which case has which number: the same where ids are, which are made with a salt."""
+    return hashlib.sha256("\n".join(sorted(set(ids))).encode()).hexdigest()
 
 
 def _overlays(measured: Sequence[Measured], config: ModelConfig, predict: Predict) -> list[list[Any]]:

@@ -163,6 +163,15 @@ class Checkpointed(
             _describe_narrowed(network, architecture.widths)
         return network
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """ModelHubMixin's, of a config without the HMACs of groups whose labels were used: see `without_patients`."""
+        kept, self.config = self.config, without_patients(self.config)
+        try:
+            pushed: str = super().push_to_hub(repo_id, **options)
+        finally:
+            self.config = kept
+        return pushed
+
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         write_weights(save_directory / WEIGHTS, self.state_dict())

@@ -1,7 +1,9 @@
 """Runs of a W&B group in the same comparison as runs that lie here: figures, paired differences, recipes and curves.
 
-W&B knows test cases by numbers, counted in the order of their ids, and the sha256 of all test files: where that is equal, so are
-the cases. Pictures, speed and receipts need the runs themselves: `finetune.comparison.compare`.
+W&B knows test cases by numbers, counted in the order of their ids, and two sha256: where that of all test files is equal, so are
+the cases, and where that of the ids is, so are the numbers.
+
+Pictures, speed and receipts need the runs themselves: `finetune.comparison.compare`.
 """
 
 import json
@@ -14,7 +16,7 @@ from finetune.comparison.arms import Scored, differing_values, numbered, read_ar
 from finetune.comparison.compare import paired_picture, verdict
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.statistics import figure, paired_difference
-from finetune.mirrored import CASES, case_columns_of
+from finetune.mirrored import CASES, ORDER, case_columns_of, order_of
 from resunet.errors import EnvironmentFault, InputError
 from resunet.files import folder_aside, refuse_taken
 from resunet.mirror import without_paths
@@ -37,10 +39,12 @@ class ApiRun(Protocol):
 
 @dataclass(frozen=True)
 class Mirrored(Scored):
-    """A run as W&B knows it. test: sha256 over the test files; figures: metric → mean."""
+    """A run as W&B knows it. test: sha256 over the test files; order: over their ids, '' of earlier versions; figures: metric →
+    mean."""
 
     values: dict[str, Any]
     test: str
+    order: str
     figures: dict[str, float]
     curves: dict[str, Curve]
 
@@ -98,6 +102,7 @@ def of_api(runs: Iterable[ApiRun]) -> list[Mirrored]:
                 columns=columns,
                 values=values,
                 test=str(values.pop("inputs", {}).get("test")),
+                order=str(summary.get(ORDER, "")),
                 figures={name: float(summary[f"test/{name}"]) for name in METRICS if f"test/{name}" in summary},
                 its_curves={
                     key: ([line["_step"] for line in lines if key in line], [line[key] for line in lines if key in line])
@@ -117,6 +122,7 @@ def of_folder(folder: Path, name: str) -> Mirrored:
         columns=case_columns_of([(case, arm.groups[case], its, dice) for (case, its), dice in arm.scores.items()], arm.groups),
         values=without_paths(json.loads(arm.recipe.model_dump_json())),
         test=str(arm.record["inputs"]["test"]),
+        order=order_of(arm.groups),
         figures={name: arm.summary[name]["mean"] for name in METRICS if arm.summary[name]["mean"] is not None},
         its_curves={key: metrics[key] for key in _CURVES if key in metrics},
     )
@@ -140,7 +146,7 @@ def write_comparison(runs: Sequence[Mirrored], group: str, out: Path) -> Path:
     sections = [
         Section(
             lead=[verdict(first.name, name, its) for name, its in differences.items()],
-            notes=[f"Read from the W&B group {group}; the test cases are known to be the same by the sha256 of their files."],
+            notes=[f"Read from the W&B group {group}; the test cases are known to be the same by the sha256 of files and ids."],
         ),
         Section("On the test cases", table=table),
         Section("Paired", pictures=[paired_picture(first, other, differences[other.name]) for other in runs[1:]]),
@@ -165,6 +171,7 @@ def _mirrored(
     columns: Mapping[str, Sequence[Any]],
     values: dict[str, Any],
     test: str,
+    order: str,
     figures: dict[str, float],
     its_curves: dict[str, Curve],
 ) -> Mirrored:
@@ -175,6 +182,7 @@ def _mirrored(
         groups={str(case): str(group) for case, group, _, _ in rows},
         values=values,
         test=test,
+        order=order,
         figures=figures,
         curves=its_curves,
     )
@@ -190,6 +198,16 @@ def _refuse_other_cases(first: Mirrored, other: Mirrored) -> None:
         raise InputError(
             f"{first.name} and {other.name} were evaluated on different test cases: {len(first.groups)} with sha256 "
             f"{first.test[:12]}, {len(other.groups)} with {other.test[:12]}. Evaluate both on the same split of the same source."
+        )
+    if not first.order or first.order != other.order:
+        raise InputError(
+            f"{first.name} and {other.name}: which test case of one is which of the other is not known: their ids were made with "
+            "different salts, of other paths, or mirrored by an earlier version. Evaluate both with one RESUNET_SALT."
+        )
+    if first.groups != other.groups:
+        raise InputError(
+            f"{first.name} and {other.name} group the same test cases otherwise, and what is paired are groups. Give both sources "
+            "the same groups.csv, and evaluate both again."
         )
 
 

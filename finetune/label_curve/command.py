@@ -41,9 +41,12 @@ def label_curve(recipe: LabelCurveRecipe) -> Path:
     try:
         recipe = _in_its_group(recipe)
         points = points_of(recipe)
-        _begin(recipe, locks)
-        refuse_other_models(points)
-        look_for_leaks(points, locks)
+        _refuse_other_folder(recipe, locks)
+        with locked(locks / "config.lock", wait=True):
+            _refuse_other_recipe(recipe)
+            refuse_other_models(points)
+            look_for_leaks(points, locks)
+            _write_config(recipe)  # what was refused leaves no trace: the curve goes on without it
     except (InputError, CheckFailed) as error:  # which every process of a launcher finds
         error.known_to_all = not main
         raise
@@ -68,42 +71,42 @@ def _in_its_group(recipe: LabelCurveRecipe) -> LabelCurveRecipe:
     return recipe.in_group((_read_config(recipe) if begun else recipe).group)
 
 
-def _begin(recipe: LabelCurveRecipe, locks: Path) -> None:
-    """The folder with its config.json: a new one, or with `resume` that of the same recipe."""
-    config = recipe.out / "config.json"
+def _refuse_other_folder(recipe: LabelCurveRecipe, locks: Path) -> None:
+    """Raises InputError unless the folder is new, or with `resume` a label curve."""
     if not recipe.resume or not recipe.out.exists():
         refuse_taken(recipe.out, "out=", otherwise="continue it with resume=true, or delete it")
-    if recipe.out.exists() and not config.is_file() and not locks.is_dir() and any(recipe.out.iterdir()):
+    elif not (recipe.out / "config.json").is_file() and not locks.is_dir() and any(recipe.out.iterdir()):
         raise InputError(f"out={recipe.out}: cannot be continued, it is not a label curve (no config.json).")
-    with locked(locks / "config.lock", wait=True):
-        if not config.is_file():
-            _write_config(recipe, config)
-            return
-        begun = _read_config(recipe)
-        before = begun.in_group(begun.group).model_dump(exclude=_FREE_ON_RESUME)
-        now = recipe.model_dump(exclude=_FREE_ON_RESUME)
-        differing = [key for key in now if before[key] != now[key] and not _grown(key, before[key], now[key])]
-        if differing:
-            lines = "\n".join(f"  {key}: {before[key]} then, {now[key]} now" for key in differing)
-            raise InputError(
-                f"out={recipe.out}: was started with another recipe:\n{lines}\nName another out. A curve grows by draws, budgets "
-                "and arms only."
-            )
-        _write_config(recipe, config)
 
 
-def _write_config(recipe: LabelCurveRecipe, config: Path) -> None:
-    write_text(config, recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+def _refuse_other_recipe(recipe: LabelCurveRecipe) -> None:
+    """Raises InputError if the curve was begun with another recipe, of which this one is no more of the same."""
+    if not (recipe.out / "config.json").is_file():
+        return
+    begun = _read_config(recipe)
+    before = begun.in_group(begun.group).model_dump(exclude=_FREE_ON_RESUME)
+    now = recipe.model_dump(exclude=_FREE_ON_RESUME)
+    differing = [key for key in now if before[key] != now[key] and not _grown(key, before[key], now[key], recipe.out / "cells")]
+    if differing:
+        lines = "\n".join(f"  {key}: {before[key]} then, {now[key]} now" for key in differing)
+        raise InputError(
+            f"out={recipe.out}: was started with another recipe:\n{lines}\nName another out. A curve grows by draws, budgets and "
+            f"arms only; an arm goes, or changes, once {recipe.out / 'cells'} has no folder of it."
+        )
+
+
+def _write_config(recipe: LabelCurveRecipe) -> None:
+    write_text(recipe.out / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
     note_work(recipe.out, "label-curve", recipe.seed, "running", {})
 
 
-def _grown(key: str, before: Any, now: Any) -> bool:
+def _grown(key: str, before: Any, now: Any, cells: Path) -> bool:
     """More of what a curve may have more of. Not of steps: among them val chose what test was read for."""
     if key == "draws":
         return bool(now > before)
     if key == "budgets":
         return set(before) <= set(now)
-    return key == "arms" and all(arm in now and now[arm] == values for arm, values in before.items())
+    return key == "arms" and all(now.get(arm) == values or not (cells / arm).exists() for arm, values in before.items())
 
 
 def _write(recipe: LabelCurveRecipe, points: list[Point]) -> Curve:

@@ -1,6 +1,7 @@
 """Doing the cells of a label curve: one after another, or shared by as many processes as are started on one folder."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -73,7 +74,8 @@ def look_for_leaks(points: Sequence[Point], locks: Path) -> None:
     """
     for arm in dict.fromkeys(point.arm for point in points if not point.done):
         point = max((one for one in points if one.arm == arm), key=lambda one: (one.labelled, -one.draw))
-        looked = locks / f"{arm}-{point.labelled}.no-leak"
+        values = hashlib.sha256(point.cells[0].recipe.model_dump_json().encode()).hexdigest()  # an arm without cells may change
+        looked = locks / f"{arm}-{point.labelled}-{values[:12]}.no-leak"
         with locked(locks / f"{arm}-leak.lock", wait=True):
             if not looked.exists():
                 say(f"label-curve: looking for copies of test behind {arm}")

@@ -230,8 +230,10 @@ def _compare(folder: Path, facts: Quantised, rounded: Engine, batches: Sequence[
         engine = open_engine(folder, facts, graph)
         largest = 0.0
         for image in images:
-            wanted = rounded(image)
-            largest = max(largest, float(np.abs(engine(image) - wanted).max() / max(1.0, float(np.abs(wanted).max()))))
+            wanted, found_here = rounded(image), engine(image)
+            if not (np.isfinite(wanted).all() and np.isfinite(found_here).all()):
+                raise CheckFailed(f"{graph.runtime}: logits of it or of the rounded network are not finite.")
+            largest = max(largest, float(np.abs(found_here - wanted).max() / max(1.0, float(np.abs(wanted).max()))))
         found[graph.runtime] = round(largest, 6)
         say(f"{graph.runtime}: logits are within {largest:.2g} of the rounded network's in PyTorch, on training patches")
         if largest > graph.tolerance:

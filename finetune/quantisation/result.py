@@ -11,10 +11,10 @@ from finetune.quantisation.settings import Method
 from resunet.bundle.contract import FileFacts, FootprintFacts, Golden, Graph, InputFacts, OutputFacts
 from resunet.bundle.engines import open_engine, version_of
 from resunet.bundle.scorer import EngineScorer
-from resunet.bundle.seal import described
+from resunet.bundle.seal import described, file_faults
 from resunet.bundle.typed import build
 from resunet.errors import CheckFailed, EnvironmentFault, InputError
-from resunet.files import sha256, write_text
+from resunet.files import write_text
 from resunet.inference.window import Footprint
 
 FOLDER = "quantised"
@@ -71,11 +71,10 @@ def read_quantised(folder: Path) -> Quantised:
         raise CheckFailed(f"{path}: {error}. Quantise the run again.") from error
     if facts.schema_version != SCHEMA_VERSION:
         raise CheckFailed(f"{path}: schema_version={facts.schema_version}; this version reads {SCHEMA_VERSION}.")
-    changed = [
-        name for name, its in facts.files.items() if not (folder / name).is_file() or sha256(folder / name) != its.sha256
-    ]
-    if changed:
-        raise CheckFailed(f"{folder}: {', '.join(sorted(changed))}: missing or changed since it was quantised. Quantise again.")
+    named = [graph.file for graph in facts.graphs] + [golden.file for golden in facts.golden]
+    if faults := file_faults(folder, facts.files, named, FACTS, {FACTS}):
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise CheckFailed(f"{folder}: is not as it was quantised; quantise again:\n{listed}")
     return facts
 
 

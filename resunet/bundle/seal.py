@@ -6,7 +6,7 @@ makes another bundle that is in order. Compare its digest with the one that was 
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from resunet.bundle.contract import CONTRACT, SEAL, Contract, FileFacts, parse
@@ -60,22 +60,30 @@ def read_sealed(folder: Path) -> tuple[Contract, str]:
 
 
 def _refuse_files(folder: Path, contract: Contract) -> None:
-    there = set(_names(folder)) - {CONTRACT, SEAL}
-    faults = [f"{name}: is missing" for name in sorted(contract.files.keys() - there)]
-    faults += [f"{name}: is not in the contract" for name in sorted(there - contract.files.keys())]
-    for name in sorted(there & contract.files.keys()):
-        path, facts = folder / name, contract.files[name]
+    named = [graph.file for graph in contract.graphs] + [golden.file for golden in contract.golden]
+    if faults := file_faults(folder, contract.files, named, "the contract", {CONTRACT, SEAL}):
+        raise CheckFailed("the bundle is not the one that was exported:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def file_faults(folder: Path, files: Mapping[str, FileFacts], named: Sequence[str], facts_in: str, own: set[str]) -> list[str]:
+    """How a folder differs from what was written of its files: missing, too many, changed, or named and not among them.
+
+    Args:
+        named: files and folders that the facts speak of. facts_in: what holds the facts, in words. own: its files.
+    """
+    there = set(_names(folder)) - own
+    faults = [f"{name}: is missing" for name in sorted(files.keys() - there)]
+    faults += [f"{name}: is not in {facts_in}" for name in sorted(there - files.keys())]
+    for name in sorted(there & files.keys()):
+        path, facts = folder / name, files[name]
         # sizes first: of what was cut short or blown up nothing is read
         if path.is_symlink() or path.stat().st_size != facts.bytes or sha256(path) != facts.sha256:
-            faults.append(f"{name}: was changed, its sha256 is not the contract's")
-    named = [graph.file for graph in contract.graphs] + [golden.file for golden in contract.golden]
-    faults += [
-        f"{name}: named in the contract, and not among its files"
+            faults.append(f"{name}: was changed, its sha256 is not that of {facts_in}")
+    return faults + [
+        f"{name}: named in {facts_in}, and not among its files"
         for name in named
-        if name not in contract.files and not any(file.startswith(f"{name}/") for file in contract.files)
+        if name not in files and not any(file.startswith(f"{name}/") for file in files)
     ]
-    if faults:
-        raise CheckFailed("the bundle is not the one that was exported:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from resunet.checkpoint import (
     SCHEMA_VERSION,
     WEIGHTS,
     FeatureCheck,
+    LabelledGroups,
     ModelConfig,
     Provenance,
     cast_to,
@@ -18,6 +19,7 @@ from resunet.checkpoint import (
     model_folder,
     read_config,
     read_weights,
+    without_patients,
     write_weights,
 )
 from resunet.config import FixedNormalisation
@@ -120,10 +122,15 @@ def test_push_to_hub_uploads_the_model_directory(monkeypatch):
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     model = ResUNet(channels=(4, 6))
     assert isinstance(model, ModelHubMixin)
-    model.push_to_hub("someone/some-model")
+    groups = LabelledGroups(groups=("5ec2e7",), salt_fingerprint="f1n9e2")
+    model.config = model.config.model_copy(update={"provenance": Provenance(data_sha256="ab", labels=(groups,), probe=groups)})
+    model.push_to_hub("someone/some-model", private=True)
     assert uploaded["to"] == "someone/some-model"
     assert {CONFIG, WEIGHTS, "README.md"} <= set(uploaded)
-    assert ModelConfig.model_validate_json(uploaded[CONFIG]) == model.config
+    assert model.config.provenance.labels == (groups,)
+    pushed = ModelConfig.model_validate_json(uploaded[CONFIG])
+    assert pushed == without_patients(model.config) and pushed.provenance.data_sha256 == "ab"
+    assert not any(secret in uploaded[name] for name in (CONFIG, WEIGHTS, "README.md") for secret in (b"5ec2e7", b"f1n9e2"))
 
 
 NAME = "encoder.levels.1.0.conv1.weight"

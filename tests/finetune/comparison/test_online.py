@@ -1,5 +1,5 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -7,6 +7,7 @@ from finetune.comparison.arms import read_arm
 from finetune.comparison.compare import compare
 from finetune.comparison.online import of_api, of_folder, runs_of_group, write_comparison
 from finetune.loop import finetune
+from finetune.mirrored import case_columns_of
 from resunet.errors import EnvironmentFault, InputError
 
 pytestmark = pytest.mark.filterwarnings("default")  # wandb's own
@@ -80,6 +81,26 @@ def test_other_cases_other_classes_and_too_few_are_refused(uploaded, tmp_path):
     assert not (tmp_path / "out").exists()
     twice = write_comparison([first, second, *of_api([runs[0]])], "e/p/g", tmp_path / "twice")
     assert json.loads((twice / "compare.json").read_text(encoding="utf-8"))["runs"] == ["first", "second", "first-2"]
+
+
+def test_cases_that_have_other_numbers_are_not_paired(uploaded, tmp_path):
+    """Numbers are counted in the order of ids, which another salt makes another; a group may be called after a path."""
+    folders, runs = uploaded
+    first, second = of_api(runs)
+    for order in ("ab" * 32, ""):
+        with pytest.raises(InputError, match="which test case of one is which of the other is not known"):
+            write_comparison([first, replace(second, order=order)], "e/p/g", tmp_path / "out")
+        with pytest.raises(InputError, match="which test case of one is which of the other is not known"):
+            write_comparison([replace(first, order=""), replace(second, order="")], "e/p/g", tmp_path / "out")
+    grouped = replace(second, groups=second.groups | {"0": "5"})
+    with pytest.raises(InputError, match="group the same test cases otherwise"):
+        write_comparison([first, grouped], "e/p/g", tmp_path / "out")
+
+    arm = read_arm(folders[0], "here")
+    rows = [(case, arm.groups[case], its, dice) for (case, its), dice in arm.scores.items()]
+    elsewhere = {group: f"{hash(group)}" for group in arm.groups.values()}
+    moved = [(case, elsewhere[group], its, dice) for case, group, its, dice in rows]
+    assert case_columns_of(rows, arm.groups) == case_columns_of(moved, {c: elsewhere[g] for c, g in arm.groups.items()})
 
 
 @pytest.mark.parametrize("group", ["project/group", "a//c", "a/b/c/d", ""])

@@ -90,8 +90,8 @@ def test_an_evaluation_writes_its_files(runs):
     assert {path.name for path in out.iterdir()} == {"summary.json", "cases.csv", "overlays"}
     summary = summary_of(out)
     assert set(summary) == {
-        "schema_version", "split", "arithmetic", "cases", "groups", "in_mm", "surface_tolerance_mm", *METRICS, "volume_error", "classes",
-        "lesions", "false_alarms", "calibration", "policy", "notes",
+        "schema_version", "split", "arithmetic", "cases", "groups", "in_mm", "surface_tolerance_mm", *METRICS, "volume_error",
+        "classes", "lesions", "false_alarms", "calibration", "policy", "notes",
     }  # fmt: skip
     assert (summary["schema_version"], summary["split"], summary["cases"], summary["groups"]) == (1, "test", 6, 6)
     assert summary["policy"] == policy(TOLERANCE) and summary["notes"] == []

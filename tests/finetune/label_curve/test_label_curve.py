@@ -115,9 +115,23 @@ def test_draws_are_nested(curve):
 def test_test_is_read_for_what_val_chose_only(curve):
     for point in points_of(curve):
         val = {one.steps: read(one.folder / "run.json")["best_val_dice"] for one in point.cells}
-        best = min(steps for steps, dice in val.items() if dice == max(val.values()))
+        best = max(steps for steps, dice in val.items() if dice == max(val.values()))
         evaluated = [one.steps for one in point.cells if (one.folder / "evaluation").exists()]
         assert evaluated == [best]
+
+
+def test_of_equals_on_val_the_judged_one_is_chosen_then_the_one_with_most_steps(curve, tmp_path):
+    copied = curve.model_copy(update={"out": shutil.copytree(curve.out, tmp_path / "curve")})
+    point = points_of(copied)[0]
+    for one in point.cells:
+        path = one.folder / "run.json"
+        path.write_text(json.dumps(read(path) | {"best_val_dice": 0.25}))
+        shutil.rmtree(one.folder / "evaluation", ignore_errors=True)
+    assert tuple(one.steps for one in point.cells) == STEPS and points_of(copied)[0].chosen.steps == max(STEPS)
+    judged = point.cells[0].folder / "evaluation"
+    judged.mkdir()
+    (judged / "summary.json").write_text("{}")
+    assert points_of(copied)[0].chosen.steps == min(STEPS)
 
 
 def test_the_evaluation_is_what_the_run_itself_would_have_written(curve, tmp_path):
@@ -230,6 +244,34 @@ def test_a_leak_is_found_before_anything_is_trained(recipe, tmp_path, monkeypatc
     with pytest.raises(CheckFailed, match="in the archive"):
         label_curve(recipe())
     assert asked == [(3, True)] and not (tmp_path / "curve" / "cells").exists()
+
+
+def test_a_new_arm_that_is_refused_leaves_the_curve_as_it_was(curve, tmp_path, monkeypatch):
+    out = shutil.copytree(curve.out, tmp_path / "curve")
+    before = (out / "config.json").read_bytes()
+
+    def grown(**values) -> LabelCurveRecipe:
+        arms = curve.arms | {"new": values}
+        return curve.model_copy(update={"resume": True, "out": out, "arms": arms})
+
+    def leaking(finetuning, quiet):
+        raise CheckFailed("test cases are in the archive")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.label_curve.work.read_labelled", leaking)
+        with pytest.raises(CheckFailed, match="in the archive"):
+            label_curve(grown(batch=2))
+    assert (out / "config.json").read_bytes() == before
+    asked = []
+    monkeypatch.setattr("finetune.label_curve.work.read_labelled", lambda finetuning, quiet: asked.append(finetuning.batch))
+    monkeypatch.setattr("finetune.label_curve.command.do_all", lambda points, locks: pytest.fail("trained", pytrace=False))
+    for batch in (2, 4, 4):  # what never trained may change, and is looked at again only then
+        with pytest.raises(pytest.fail.Exception, match="trained"):
+            label_curve(grown(batch=batch))
+    assert asked == [2, 4]
+    (out / "cells" / "new").mkdir()
+    with pytest.raises(InputError, match=r"an arm goes, or changes, once .*cells has no folder of it"):
+        label_curve(grown(batch=2))
 
 
 def test_a_curve_that_grew_says_that_it_was_read_before(curve, tmp_path):

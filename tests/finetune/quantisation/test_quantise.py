@@ -85,8 +85,24 @@ def test_a_changed_byte(bundle, run, tmp_path, capsys):
     assert "graphs/int8/model.onnx: was changed" in capsys.readouterr().err
     other = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
     (other / "quantised" / "model.onnx").write_bytes(data)
-    with pytest.raises(CheckFailed, match=r"model\.onnx: missing or changed"):
+    with pytest.raises(CheckFailed, match=r"model\.onnx: was changed, its sha256 is not that of quantised\.json"):
         export(other, tmp_path / "out", ExportRequest(precisions=("int8",)))
+
+
+def test_facts_that_name_or_leave_out_files_are_refused(run, tmp_path):
+    other = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    path = other / "quantised" / "quantised.json"
+    said = json.loads(path.read_text())
+    (tmp_path / "planted").write_text("as it was")
+    elsewhere = [said["golden"][0] | {"file": "../../planted"}, *said["golden"][1:]]
+    for changes, message in (
+        ({"files": {}}, r"model\.onnx: is not in quantised\.json"),
+        ({"golden": elsewhere}, r"\.\./\.\./planted: named in quantised\.json, and not among its files"),
+    ):
+        path.write_text(json.dumps(said | changes))
+        with pytest.raises(CheckFailed, match=message):
+            export(other, tmp_path / "out", ExportRequest(precisions=("int8",)))
+    assert (tmp_path / "planted").read_text() == "as it was" and not (tmp_path / "out").exists()
 
 
 def test_a_contract_that_contradicts_itself(bundle):

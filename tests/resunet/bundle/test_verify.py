@@ -149,6 +149,16 @@ def test_a_mask_that_the_logits_do_not_make(bundle):
         verify(bundle, told=lambda line: None)
 
 
+def test_logits_that_are_not_finite_hide_nothing(bundle):
+    path = bundle / "golden" / "64x64.npz"
+    case = read_golden(path)
+    case.logits[0, 3, 3] = np.nan
+    write_golden(path, case)
+    reseal(bundle)
+    with pytest.raises(CheckFailed, match=r"64x64\.npz: its logits are not finite"):
+        verify(bundle, told=lambda line: None)
+
+
 def test_a_golden_case_is_not_unpickled(bundle):
     np.savez(bundle / "golden" / "64x64.npz", values=np.array([object()]), spacing=1, logits=1, mask=1)
     reseal(bundle)
