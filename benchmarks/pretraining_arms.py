@@ -88,6 +88,7 @@ def arms_of(options: argparse.Namespace, encoders: dict[str, Path]) -> dict[str,
     if options.norm == "batch":
         arms["scratch-group"] = group
     arms |= {name: {"encoder": str(run)} | (_SLOW if name == "dense" else {}) for name, run in encoders.items()}
+    arms["large-batch"] |= group  # which its encoder has, whatever the others have
     if options.slow_encoder:
         arms["plain-slow"] = {"encoder": str(encoders["plain"])} | _SLOW
     return arms

@@ -8,6 +8,7 @@ from finetune.labelled import LabelledData
 from finetune.recipe import FinetuneRecipe
 from finetune.settings import PatchIntensities
 from resunet.data.cases import IGNORE, LoadedCase
+from resunet.intensity import idle_intensities
 from resunet.plain import number_of
 from resunet.progress import say
 
@@ -63,16 +64,14 @@ def is_blind(val: Sequence[LoadedCase]) -> bool:
 
 def idle_keys(recipe: FinetuneRecipe) -> list[tuple[str, str]]:
     """Keys that were set and have no effect beside the others, and why."""
-    augment, usual = recipe.augment, PatchIntensities()
-    changed = [name for name in type(usual).model_fields if getattr(augment.intensity, name) != getattr(usual, name)]
-    of = {"blur_sigma": "blur", "noise_sigma": "noise"} | dict.fromkeys(
-        ("intensity_scale", "intensity_shift", "gamma"), "intensity"
-    )
-    found = [
-        (f"augment.intensity.{name}", f"as augment.intensity.{of[name]}, its probability, is 0")
-        for name in changed
-        if name in of and not getattr(augment.intensity, of[name])
-    ]
+    augment, loss = recipe.augment, recipe.loss
+    found = idle_intensities(augment.intensity, PatchIntensities(), "augment.intensity")
+    if loss.class_weights is not None and not (loss.focal_weight or loss.dice_weight):
+        found.append(("loss.class_weights", "as loss.focal_weight and loss.dice_weight are 0"))
+    if loss.gamma != type(loss)().gamma and not loss.focal_weight:
+        found.append(("loss.gamma", "as loss.focal_weight is 0"))
+    if recipe.model.statistics != "precise" and recipe.model.statistics_batches != type(recipe.model)().statistics_batches:
+        found.append(("model.statistics_batches", "as model.statistics is not precise"))
     if recipe.model.name == "unet" and recipe.optimizer.encoder_lr_factor != 1:
         found.append(("optimizer.encoder_lr_factor", "as the plain U-Net has no encoder that could have a rate of its own"))
     if recipe.foreground_by == "object" and not recipe.foreground:

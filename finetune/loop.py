@@ -30,6 +30,7 @@ from finetune.step import (
     prepare,
     refresh_statistics,
     start_step,
+    told,
 )
 from finetune.training.batch_statistics import share_statistics
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
@@ -122,7 +123,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
                 best = max(score, best)
                 metrics["val_dice"] = figures["val_dice"] = score
             if done % recipe.log_every == 0 or validating:
-                writing(partial(run.log, done, mean_over_ranks(metrics, accelerator) | {"learning_rate": lr}))
+                writing(partial(run.log, done, told(mean_over_ranks(metrics, accelerator)) | {"learning_rate": lr}))
             if validating or stopping or done % recipe.checkpoint_every == 0:
                 state = training_state(done, model, optimizer, accelerator, beside)
                 state |= {"best": best, "val_dice": score} | clock.state()
@@ -132,6 +133,8 @@ def finetune(recipe: FinetuneRecipe) -> Path:
 
         stop.release()
         spent = clock.record(accelerator)
+        # accelerate puts its autocast into the model's own forward: what judges from here on decides itself in which precision
+        accelerator.unwrap_model(learner.wrapped, keep_fp32_wrapper=False)
         accelerator.wait_for_everyone()  # the best checkpoint is on disk
         chosen = on_every_rank(partial(_checkpoint, run, recipe), accelerator)
         if average is None:

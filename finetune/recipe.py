@@ -179,6 +179,11 @@ class FinetuneRecipe(Recipe):
             raise ValueError(
                 "consistency: is with the moving average of the weights, and ema is null; set ema=0.99, for example"
             )
+        if self.model.statistics == "precise":
+            raise ValueError(
+                "model.statistics='precise' with consistency: recomputed for validation, they would change the average that "
+                "teaches, and how often val is looked at what is learned; use 'running'"
+            )
         if self.teacher is not None:
             raise ValueError(f"teacher={self.teacher}: and consistency are two teachers of the same scans; leave one out")
         if not min(round(self.consistency.unlabelled * self.batch), self.batch - 1):
@@ -203,7 +208,7 @@ class FinetuneRecipe(Recipe):
 
     @model_validator(mode="after")
     def _frozen_statistics_come_from_somewhere(self) -> "FinetuneRecipe":
-        if self.model.statistics == "frozen" and self.encoder is None and self.start is None:
+        if self.model.statistics == "frozen" and self.encoder is None and self.start is None and self.model.weights is None:
             raise ValueError("model.statistics='frozen': keeps an encoder's, and there is none; use 'precise' or an encoder")
         if self.model.statistics == "frozen" and self.model.name == "unet":
             raise ValueError("model.statistics='frozen': is of an encoder, and the plain U-Net has none; use 'precise'")

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +41,9 @@ from resunet.transfer import Receipt, transfer_encoder
 
 # Names of the random streams: of training, and of the batches that statistics are recomputed from.
 _TRAINING, _STATISTICS = (2, 3), (4, 5)
+
+# Of a batch: the sum of the squared rms displacements of its deformed patches, in pixels, and how many these are.
+ELASTIC = ("elastic_squares", "elastic_patches")
 
 
 def build(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt | None]:
@@ -186,7 +189,7 @@ def forward_backward(
     accelerator: Accelerator,
     teacher: Teacher | MeanTeacher | None = None,
 ) -> dict[str, float]:
-    """The gradients of one optimiser step, accumulated; its losses and the rms elastic displacement in pixels.
+    """The gradients of one optimiser step, accumulated; its losses and ELASTIC of this rank's patches, for `told`.
 
     wrapped: what `attending` gives, if there is a teacher.
     """
@@ -202,10 +205,17 @@ def forward_backward(
                 made = wrapped(seen)
             terms = _terms(recipe, made, images, labels, step, accelerator, teacher)
             accelerator.backward(terms["loss"] / recipe.accumulate)
-        values = {name: float(term.detach()) for name, term in terms.items()} | {"elastic_rms": moved}
+        values = {name: float(term.detach()) for name, term in terms.items()} | dict(zip(ELASTIC, moved, strict=True))
         for name, value in values.items():
             metrics[name] = metrics.get(name, 0.0) + value / recipe.accumulate
     return metrics
+
+
+def told(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics, of all ranks, as they are logged: the rms elastic displacement in pixels in place of ELASTIC."""
+    squares, moved = (metrics[name] for name in ELASTIC)
+    kept = {name: value for name, value in metrics.items() if name not in ELASTIC}
+    return kept | {"elastic_rms": math.sqrt(squares / moved) if moved else 0.0}
 
 
 def apply_gradients(
@@ -286,8 +296,8 @@ def refresh_statistics(
 
 def _batch(
     recipe: FinetuneRecipe, sampler: Batches, index: int, accelerator: Accelerator, streams: tuple[int, int]
-) -> tuple[Tensor, Tensor, float]:
-    """This rank's share of the `index`-th batch, augmented, and the rms elastic displacement.
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """This rank's share of the `index`-th batch, augmented, and ELASTIC.
 
     Every patch has random streams of its own, named by its place in the whole batch: the batch is the same on any number of ranks.
     """
@@ -297,9 +307,9 @@ def _batch(
         images, labels, spacing = sampler.batch(1, (recipe.seed, streams[0], index, patch))
         generator = step_generator(device, recipe.seed, streams[1], index, patch)
         made.append(augment(images.to(device), labels.to(device), recipe.augment, generator, spacing.to(device)))
-    moved = [squares**2 for *_, squares in made if squares]
-    rms = math.sqrt(sum(moved) / len(moved)) if moved else 0.0
-    return channels_last(torch.cat([images for images, *_ in made])), torch.cat([labels for _, labels, _ in made]), rms
+    moved = [rms**2 for *_, rms in made if rms]
+    images, labels = torch.cat([images for images, *_ in made]), torch.cat([labels for _, labels, _ in made])
+    return channels_last(images), labels, (sum(moved), float(len(moved)))
 
 
 def _first(recipe: FinetuneRecipe, accelerator: Accelerator) -> int:

@@ -202,6 +202,15 @@ class OptimizerSettings(Frozen):
     )
     weight_decay: float = Field(1e-4, ge=0, description="not on norms and biases")
 
+    @model_validator(mode="after")
+    def _lars_decays(self) -> "OptimizerSettings":
+        if self.name == "lars" and not self.weight_decay:
+            raise ValueError(
+                "name=lars with weight_decay=0 is plain momentum: lightly's LARS adapts the rate of what decays only. Set "
+                "weight_decay=1e-6, as SimCLR has it"
+            )
+        return self
+
 
 class PretrainRecipe(Recipe):
     """Everything `resunet pretrain` reads."""

@@ -1,8 +1,9 @@
-"""What of a recipe only its archive can refuse."""
+"""What of a recipe only its archive can refuse, and keys that do nothing."""
 
 from pretrain.archive import Archive
-from pretrain.recipe import PretrainRecipe
+from pretrain.recipe import PretrainRecipe, ViewSettings
 from resunet.errors import InputError
+from resunet.intensity import idle_intensities
 from resunet.progress import say
 
 
@@ -13,6 +14,8 @@ def refuse_impossible(recipe: PretrainRecipe, archive: Archive, speaks: bool) ->
         InputError: a batch larger than the archive; same_group=ignore where all scans are of one group, so that nothing would be
             left to tell apart.
     """
+    for key, why in idle_keys(recipe) if speaks else ():
+        say(f"{key}: does nothing here, {why}.")
     scans = archive.scans
     if scans.num_items < recipe.batch:
         raise InputError(
@@ -34,3 +37,15 @@ def refuse_impossible(recipe: PretrainRecipe, archive: Archive, speaks: bool) ->
             f"objective.memory_bank={bank}: more than half of the {scans.num_items:,} {scans.items} of the archive; scans are then "
             "repelled by their own earlier projections, and such training has been unstable"
         )
+
+
+def idle_keys(recipe: PretrainRecipe) -> list[tuple[str, str]]:
+    """Keys that were set and have no effect beside the others, and why."""
+    found = idle_intensities(recipe.views, ViewSettings(), "views")
+    probe, fields = recipe.probe, type(recipe).model_fields
+    if probe is not None and probe.kind == "prototype" and probe.neighbours != type(probe).model_fields["neighbours"].default:
+        found.append(("probe.neighbours", "as probe.kind is prototype"))
+    if not recipe.objective.weight:
+        changed = [key for key in ("temperature", "head") if getattr(recipe, key) != fields[key].default]
+        found += [(key, "as objective.weight is 0") for key in changed]
+    return found

@@ -9,12 +9,12 @@ from torch import Tensor
 from pretrain.archive import Archive
 from pretrain.probe.scans import ProbeScans
 from pretrain.recipe import PretrainRecipe
-from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, load_exactly, model_folder, read_config, write_weights
+from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, Provenance, load_exactly, model_folder, read_config, write_weights
 from resunet.data.leakage import ARCHIVE, merge_archives, write_archive
 from resunet.data.manifest_source import ManifestCases
 from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
 from resunet.errors import InputError
-from resunet.files import folder_aside, refuse_taken, sha256
+from resunet.files import folder_aside, refuse_taken, sha256, write_text
 from resunet.model import NETWORKS
 from resunet.runs import Run, versions
 from resunet.transfer import DECODER, describe_decoder, fingerprint
@@ -51,10 +51,16 @@ def save_encoder(
         allowed=archive.allowed,
     )
     with folder_aside(recipe.out / "model") as aside:
-        encoder.save_pretrained(aside)
-        if decoder is not None:
-            write_weights(aside / DECODER, decoder.state_dict())
+        save_with_decoder(aside, encoder, decoder)
         write_archive(aside / ARCHIVE, merge_archives(archive.evidence, probe.evidence if probe is not None else None))
+
+
+def save_with_decoder(folder: Path, encoder: AnyEncoder, decoder: AnyDecoder | None) -> None:
+    """A model directory, with what was trained of a decoder."""
+    encoder.save_pretrained(folder)
+    if decoder is not None:
+        write_weights(folder / DECODER, decoder.state_dict())
+        write_text(folder / CONFIG, encoder.config.model_dump_json(indent=2) + "\n")
 
 
 def encoder_of_checkpoint(run: Path, step: int, out: Path) -> Path:
@@ -85,9 +91,7 @@ def encoder_of_checkpoint(run: Path, step: int, out: Path) -> Path:
         changed["decoder"] = describe_decoder(encoder, decoder, part.squeeze_excite)
     encoder.config = config.model_copy(update=changed)
     with folder_aside(out) as aside:
-        encoder.save_pretrained(aside)
-        if decoder is not None:
-            write_weights(aside / DECODER, decoder.state_dict())
+        save_with_decoder(aside, encoder, decoder)
         shutil.copyfile(final / ARCHIVE, aside / ARCHIVE)
     return out
 

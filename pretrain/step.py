@@ -99,7 +99,7 @@ def matches_of_set(
 
 def _draws(recipe: PretrainRecipe, stream: int, windows: ContrastiveSet, index: int, accelerator: Accelerator) -> Draws:
     """One stream of random numbers for the `index`-th set, of which each rank takes its share."""
-    generator = step_generator(accelerator.device, recipe.seed, stream, index, rank=0)
+    generator = step_generator(accelerator.device, recipe.seed, stream, index, place=0)
     share = len(windows.sizes)
     first = accelerator.process_index * share
     return Draws(generator, range(first, first + share), recipe.batch)

@@ -175,7 +175,9 @@ class Checkpointed(
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         write_weights(save_directory / WEIGHTS, self.state_dict())
-        write_text(save_directory / CONFIG, self.config.model_dump_json(indent=2) + "\n")
+        # what an encoder's pretraining trained of a decoder is not in this network: `save_with_decoder` of pretraining writes both
+        written = self.config.model_copy(update={"decoder": None})
+        write_text(save_directory / CONFIG, written.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from resunet.config import Frozen, Probability, Range
 from resunet.draws import Draws
 
-_BLUR_RADIUS = 4  # pixels: covers 2.5 standard deviations of the widest default blur
+_SMALLEST_RADIUS = 4  # pixels of a blur's kernel
+_RADIUS = 8 / 3  # standard deviations of the widest blur that the kernel reaches at least
 
 
 class IntensitySettings(Frozen):
@@ -39,6 +40,18 @@ class IntensitySettings(Frozen):
         return self
 
 
+def idle_intensities(settings: IntensitySettings, usual: IntensitySettings, where: str) -> list[tuple[str, str]]:
+    """Keys that were set and have no effect, as their probability is 0, and why. where: the key of the settings."""
+    of = {"blur_sigma": "blur", "noise_sigma": "noise"} | dict.fromkeys(
+        ("intensity_scale", "intensity_shift", "gamma"), "intensity"
+    )
+    return [
+        (f"{where}.{name}", f"as {where}.{probability}, its probability, is 0")
+        for name, probability in of.items()
+        if not getattr(settings, probability) and getattr(settings, name) != getattr(usual, name)
+    ]
+
+
 def change_intensity(view: Tensor, settings: IntensitySettings, draws: Draws) -> Tensor:
     """(N, C, *size) → the same; each scan's own change, of all its channels alike."""
     each = (-1, *[1] * (view.ndim - 1))
@@ -54,7 +67,8 @@ def change_intensity(view: Tensor, settings: IntensitySettings, draws: Draws) ->
     changed = curved * per_scan(settings.intensity_scale) + per_scan(settings.intensity_shift)
     view = sometimes(settings.intensity, changed, view)
     if settings.blur:
-        view = sometimes(settings.blur, _blur(view, per_scan(settings.blur_sigma).flatten()), view)
+        blurred = _blur(view, per_scan(settings.blur_sigma).flatten(), settings.blur_sigma[1])
+        view = sometimes(settings.blur, blurred, view)
     if settings.noise:
         noise = draws.normal(*view.shape[1:])
         view = sometimes(settings.noise, view + noise * per_scan(settings.noise_sigma), view)
@@ -69,18 +83,19 @@ def _gamma(view: Tensor, gamma: Tensor) -> Tensor:
     return ((view - low) / span).clamp_min(0) ** gamma * span + low
 
 
-def _blur(view: Tensor, sigma: Tensor) -> Tensor:
-    """A Gaussian of each scan's own width, separable. view (N, C, *size), sigma (N,) in voxels."""
+def _blur(view: Tensor, sigma: Tensor, widest: float) -> Tensor:
+    """A Gaussian of each scan's own width, separable. view (N, C, *size), sigma (N,) in voxels, of which none is above `widest`."""
     *size, height, width = view.shape[1:]
-    offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, device=view.device)
+    radius = min(max(_SMALLEST_RADIUS, math.ceil(_RADIUS * widest)), min(view.shape[2:]) - 1)  # what is mirrored is inside
+    offsets = torch.arange(-radius, radius + 1, device=view.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     planes = math.prod(size)  # of a scan: channels, times the slices of a volume
-    flat = F.pad(view.reshape(1, -1, height, width), [_BLUR_RADIUS] * 4, mode="reflect")
+    flat = F.pad(view.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
     flat = _convolve(flat, kernel.repeat_interleave(planes, dim=0)[..., None])
     flat = _convolve(flat, kernel.repeat_interleave(planes, dim=0)[..., None, :])
     if view.ndim == 5:  # across the slices, as the rows of an image; faster than a convolution of volumes
-        flat = F.pad(flat.reshape(1, -1, view.shape[2], height * width), [0, 0, _BLUR_RADIUS, _BLUR_RADIUS], mode="reflect")
+        flat = F.pad(flat.reshape(1, -1, view.shape[2], height * width), [0, 0, radius, radius], mode="reflect")
         flat = _convolve(flat, kernel.repeat_interleave(view.shape[1], dim=0)[..., None])
     return flat.reshape(view.shape)
 

@@ -99,9 +99,9 @@ def parameter_groups(modules: Mapping[str, nn.Module], weight_decay: float) -> l
     return [group for group in groups if group["params"]]
 
 
-def step_generator(device: torch.device, seed: int, stage: int, step: int, rank: int) -> torch.Generator:
-    """The random generator of one step on one rank, a pure function of its arguments."""
-    entropy = np.random.SeedSequence([seed, stage, step, rank]).generate_state(2, np.uint32)
+def step_generator(device: torch.device, seed: int, stream: int, index: int, place: int) -> torch.Generator:
+    """The random generator of one place in the `index`-th batch or set, a pure function of its arguments: no rank is among them."""
+    entropy = np.random.SeedSequence([seed, stream, index, place]).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(entropy[0]) << 32 | int(entropy[1]))
 
 

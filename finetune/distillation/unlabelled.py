@@ -16,7 +16,7 @@ from resunet.progress import progress
 def unlabelled_cases(recipe: FinetuneRecipe, source: Source, train: Sequence[Case], val: Sequence[Case]) -> list[Case]:
     """The pool's cases but those to train on, and those of groups to choose by; of a manifest those without a mask, too.
 
-    None where the recipe learns from labelled ones only.
+    Empty where the recipe learns from labelled ones only.
 
     Args:
         source: with its parts, before the draw.

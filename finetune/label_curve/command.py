@@ -6,11 +6,11 @@ from typing import Any
 from finetune.label_curve.cells import Point, points_of
 from finetune.label_curve.page import write_report
 from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.refusals import refuse_other_models, refuse_unequal_arms
 from finetune.label_curve.result import (
     Curve,
     curve_text,
     read_curve,
-    refuse_other_models,
     summarise,
     with_looks,
     write_cases,
@@ -45,6 +45,7 @@ def label_curve(recipe: LabelCurveRecipe) -> Path:
         with locked(locks / "config.lock", wait=True):
             _refuse_other_recipe(recipe)
             refuse_other_models(points)
+            refuse_unequal_arms(recipe, points)
             look_for_leaks(points, locks)
             _write_config(recipe)  # what was refused leaves no trace: the curve goes on without it
     except (InputError, CheckFailed) as error:  # which every process of a launcher finds

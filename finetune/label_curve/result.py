@@ -17,9 +17,10 @@ from finetune.evaluation.summary import COUNTS
 from finetune.label_curve.cells import Budget, Cell, Point, count_labels
 from finetune.label_curve.cost import Cost, cost_of
 from finetune.label_curve.recipe import LabelCurveRecipe
+from finetune.label_curve.refusals import refuse_other_models
 from finetune.label_curve.statistics import LEVEL, difference, holm, labels_needed, score
 from resunet.errors import InputError
-from resunet.files import file_aside, sha256
+from resunet.files import file_aside
 
 SCHEMA_VERSION = 1
 Scores = NDArray[np.float64]  # (B budgets, P groups, D draws)
@@ -91,30 +92,6 @@ def _refuse_other_draws(recipe: LabelCurveRecipe, points: Sequence[Point]) -> No
                     "changed while the curve ran (with data.draw_by: or machines that share it round differently). Delete one of "
                     "the two, and continue with resume=true on one machine."
                 )
-
-
-def refuse_other_models(points: Sequence[Point]) -> None:
-    """Raise InputError if the cells of an arm rest on different encoders, starts or teachers, or would from here on.
-
-    A file that is no longer there is not missed, unless a cell has to be trained: that will say so itself.
-    """
-    for arm in dict.fromkeys(point.arm for point in points):
-        cells = [cell for point in points if point.arm == arm for cell in point.cells]
-        done = [cell for cell in cells if cell.done]
-        for cell in done:
-            differing = [name for name, digest in cell.models.items() if done[0].models.get(name) != digest]
-            if differing:
-                raise InputError(
-                    f"{cell.folder}: rests on another {differing[0]} than {done[0].folder}, of the same arm. Give the other model "
-                    "an arm of its own: name another, and delete the cells that are not of this one."
-                )
-        if 0 < len(done) < len(cells):
-            for name, digest in done[0].models.items():
-                if (file := done[0].file_of(name)) is not None and sha256(file) != digest:
-                    raise InputError(
-                        f"arms.{arm}: {file} is not what the cells that are done rest on. Give the new one an arm of its own, or "
-                        "name another out."
-                    )
 
 
 def summarise(curve: Curve) -> dict[str, Any]:

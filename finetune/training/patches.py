@@ -1,4 +1,4 @@
-"""Training patches: which slice or volume, which place, as a pure function of (seed, step, rank)."""
+"""Training patches: which slice or volume, which place, as a pure function of the seed, the batch and the place in it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -83,6 +83,7 @@ def level_weights(count: int) -> list[float]:
 def coarser(labels: Tensor, level: int) -> Tensor:
     """(N, *size) → (N, *ceil(size / 2^level)): the label, `IGNORE` too, of the pixel on which a coarse one is centred.
 
-    The networks' strided convolutions put the output i on the input 2^level · i.
+    Strided convolutions put the output i on the input 2^level · i; those of the plain U-Net, which pools, lie half a coarse pixel
+    further.
     """
     return labels[(slice(None), *[slice(None, None, 2**level)] * (labels.ndim - 1))]

@@ -39,6 +39,12 @@ def test_what_is_not_as_one_expects_is_told(runs, recipe, capsys):
             {"model": {"name": "unet", "channels": [4, 8], "units": 2}, "optimizer": {"encoder_lr_factor": 0.3}},
             "optimizer.encoder_lr_factor",
         ),
+        (
+            {"loss": {"class_weights": {"lesion": 2}, "focal_weight": 0, "dice_weight": 0, "component_weight": 1}},
+            "loss.class_weights",
+        ),
+        ({"loss": {"gamma": 1, "focal_weight": 0}}, "loss.gamma"),
+        ({"model": {"statistics_batches": 7}}, "model.statistics_batches"),
         ({"foreground_by": "object", "foreground": 0}, "foreground_by"),
         ({"augment": {"zoom": [0.5, 1]}}, "augment.zoom"),
         ({"augment": {"intensity": {"gamma": [0.5, 1], "blur": 1}}}, "augment.intensity.gamma"),

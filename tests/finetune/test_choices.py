@@ -51,9 +51,10 @@ def with_rule(runs, tmp_path):
     return run
 
 
-def test_a_run_chooses_on_val_and_its_test_figures_are_those_of_its_model(recipe, source, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # in which it is trained: a threshold is chosen and applied in fp32
+def test_a_run_chooses_on_val_and_its_test_figures_are_those_of_its_model(recipe, source, tmp_path, precision):
     empty_some(source, "c05a", "c06a", "c09a", "c10a")
-    made = recipe(steps=6, postprocess="validate", false_alarms_per_1000=400)
+    made = recipe(steps=6, postprocess="validate", false_alarms_per_1000=400, precision=precision)
     run = finetune(made)
     config, model = read_config(run / "model"), load_model(run)
     data = read_labelled(resolve(made), quiet=True)

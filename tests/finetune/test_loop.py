@@ -302,5 +302,5 @@ def test_masks_of_another_size_are_the_users_fault(recipe, source):
 def test_training_images_without_contrast_are_the_users_fault(recipe, source):
     for i, path in enumerate(sorted((source / "images").glob("c0[0-4]*.png"))):
         Image.fromarray(np.full((24, 24), i, np.uint8)).save(path)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="no slice with any contrast"):
         finetune(recipe())

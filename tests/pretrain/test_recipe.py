@@ -30,6 +30,7 @@ FAULTS = {
     "no channels": ({"model": {"channels": []}}, r"model\.channels=\[\]: "),
     "zero width": ({"model": {"channels": [4, 0]}}, r"model\.channels\.1=0: "),
     "norm": ({"model": {"norm": "layer"}}, r"model\.norm='layer': .*'batch', 'instance' or 'group'"),
+    "lars without decay": ({"optimizer": {"name": "lars", "weight_decay": 0}}, "plain momentum: .*weight_decay=1e-6"),
     "optimizer": ({"optimizer": {"name": "sgd"}}, r"optimizer\.name='sgd': .*'adamw' or 'lars'"),
     "lr": ({"optimizer": {"lr": 0}}, r"optimizer\.lr=0: .*greater than 0"),
     "allow": ({"allow": ["input_channels"]}, r"allow\.0='input_channels': .*'leak'"),

@@ -224,12 +224,18 @@ def test_gamma_keeps_the_range_and_the_order():
     torch.testing.assert_close(_gamma(flat, torch.full((1, 1, 1, 1), 0.7)), flat)
 
 
-def test_blur_is_that_of_scipy():
-    view, sigma = random_scans(3, 2, 20, 20), [0.3, 0.9, 1.5]
-    blurred = _blur(view, torch.tensor(sigma))
+@pytest.mark.parametrize("sigma, radius", [([0.3, 0.9, 1.5], 4), ([0.5, 2.0, 4.0], 11)])
+def test_blur_is_that_of_scipy(sigma, radius):
+    view = random_scans(3, 2, 40, 40)
+    blurred = _blur(view, torch.tensor(sigma), max(sigma))
     for one, oracle, s in zip(blurred, view.double().numpy(), sigma, strict=True):
-        wanted = scipy.ndimage.gaussian_filter(oracle, (0, s, s), mode="mirror", radius=(0, 4, 4))
+        wanted = scipy.ndimage.gaussian_filter(oracle, (0, s, s), mode="mirror", radius=(0, radius, radius))
         np.testing.assert_allclose(one.numpy(), wanted, atol=1e-5)
+    impulse = torch.zeros(1, 1, 41, 41)
+    impulse[0, 0, 20, 20] = 1
+    spread = _blur(impulse, torch.tensor([max(sigma)]), max(sigma))[0, 0].sum(dim=0)
+    assert float((spread * (torch.arange(41) - 20) ** 2).sum().sqrt()) == pytest.approx(max(sigma), rel=0.04)
+    assert _blur(view[..., :3, :3], torch.tensor(sigma), max(sigma)).shape == (3, 2, 3, 3)
 
 
 def test_noise_has_the_standard_deviation_it_is_given():

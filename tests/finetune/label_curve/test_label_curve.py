@@ -225,7 +225,7 @@ def finetune_inputs(curve, tmp_path) -> dict:
 def test_an_encoder_that_was_pretrained_again_needs_an_arm_of_its_own(curve, tmp_path, monkeypatch):
     out = shutil.copytree(curve.out, tmp_path / "curve")
     grown = curve.model_copy(update={"resume": True, "out": out, "draws": 3})
-    monkeypatch.setattr("finetune.label_curve.result.sha256", lambda path: "cd" * 32)
+    monkeypatch.setattr("finetune.label_curve.refusals.sha256", lambda path: "cd" * 32)
     monkeypatch.setattr("finetune.label_curve.command.do_all", lambda points, locks: pytest.fail("trained"))
     with pytest.raises(
         InputError, match=r"arms\.pretrained: .*/encoder/config\.json is not what the cells that are done rest on"
@@ -244,6 +244,34 @@ def test_a_leak_is_found_before_anything_is_trained(recipe, tmp_path, monkeypatc
     with pytest.raises(CheckFailed, match="in the archive"):
         label_curve(recipe())
     assert asked == [(3, True)] and not (tmp_path / "curve" / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    "made, key, given",
+    [
+        ({"architecture": {"norm": "group"}}, "model.norm", {"model": {"norm": "group"}}),
+        ({"normalisation": {"high": 100.0}}, "normalisation", None),
+    ],
+)
+def test_arms_that_differ_in_what_nobody_named_are_refused(recipe, values, tmp_path, monkeypatch, made, key, given):
+    """An arm with an encoder takes its kind of norm layer and its normalisation; scratch would have the defaults."""
+    other = Path(shutil.copytree(values["arms"]["pretrained"]["encoder"], tmp_path / "other"))
+    path = other / "config.json"
+    config = read(path)
+    path.write_text(json.dumps(config | {name: config[name] | its for name, its in made.items()}))
+    monkeypatch.setattr(
+        "finetune.label_curve.command.look_for_leaks", lambda points, locks: pytest.fail("begun", pytrace=False)
+    )
+    shared = values["finetune"]
+    ours = recipe(finetune=shared | {"normalisation": None, "model": shared["model"] | {"norm": None}})
+    arms = ours.arms | {"pretrained": ours.arms["pretrained"] | {"encoder": str(other)}}
+    with pytest.raises(InputError, match=rf"arms\.pretrained: has {key}=.* by its encoder or teacher, scratch has"):
+        label_curve(ours.model_copy(update={"arms": arms}))
+    assert not (ours.out / "config.json").exists()
+    said = given or {"normalisation": config["normalisation"] | made["normalisation"]}
+    ours = ours.model_copy(update={"arms": {arm: its | said for arm, its in arms.items()}, "out": tmp_path / "again"})
+    with pytest.raises(pytest.fail.Exception, match="begun"):
+        label_curve(ours)
 
 
 def test_a_new_arm_that_is_refused_leaves_the_curve_as_it_was(curve, tmp_path, monkeypatch):
