@@ -10,6 +10,8 @@ from pathlib import Path
 
 from resunet.errors import EnvironmentFault, InputError
 
+_PARTIAL = ".partial."
+
 
 def refuse_taken(out: Path, key: str = "--out ", what: str = "folder", otherwise: str = "or delete it") -> None:
     """Refuse a place for a new file or folder before work is done that could not be kept.
@@ -48,17 +50,30 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_aside(folder: Path) -> Iterator[Path]:
-    """A new folder that stands at `folder` once the block has ended, whole or not at all; one that stands is replaced."""
+    """A new folder that stands at `folder` once the block has ended, whole or not at all; one that stands is replaced.
+
+    An empty one is filled instead, which may be a mount point, a link or the working directory: it cannot be taken away.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    fills = is_empty(folder)
+    aside = folder / f"{_PARTIAL}{uuid.uuid4().hex}" if fills else folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     aside.mkdir()
     try:
         yield aside
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+        if fills:
+            for child in sorted(aside.iterdir()):
+                os.replace(child, folder / child.name)
+        else:
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_empty(folder: Path) -> bool:
+    """A folder that holds nothing, but for what a killed `folder_aside` left."""
+    return folder.is_dir() and all(child.name.startswith(_PARTIAL) for child in folder.iterdir())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from finetune.evaluation.targets import targets_of
 from finetune.recipe import FinetuneRecipe
 from resunet.errors import InputError
 from resunet.mirror import without_paths
-from resunet.runs import stage_of
+from resunet.runs import is_done, stage_of
 from resunet.transfer import Receipt
 
 _NEEDED = ("config.json", "run.json", "evaluation/summary.json", "evaluation/cases.csv")
@@ -54,6 +54,12 @@ class Arm(Scored):
     summary: dict[str, Any]
     receipt: Receipt | None
 
+    @property
+    def test_digest(self) -> str:
+        """sha256 over the files that it was evaluated on."""
+        # of a run that did not read test itself, its own is of nothing; evaluations of earlier versions say none
+        return str(self.summary.get("cases_sha256", self.record["inputs"]["test"]))
+
 
 def read_arm(folder: Path, name: str) -> Arm:
     """A finished run.
@@ -64,6 +70,11 @@ def read_arm(folder: Path, name: str) -> Arm:
     if (folder / "run.json").is_file() and stage_of(folder) != "finetune":
         raise InputError(f"{folder}: is a run of {stage_of(folder)}, and what is compared are fine-tuning runs. Leave it out.")
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    if missing == list(_NEEDED[2:]) and is_done(folder):
+        raise InputError(
+            f"{folder}: was not evaluated on test (evaluate_test=false, or no test cases). Do that first: resunet evaluate "
+            f"{folder} --data SOURCE --out {folder / 'evaluation'}"
+        )
     if missing:
         what = (
             f"its run is not finished: {', '.join(missing)} is not there" if len(missing) < len(_NEEDED) else "no run directory"
@@ -109,7 +120,7 @@ def refuse_other_cases(first: Arm, other: Arm) -> None:
             f"{first.folder} and {other.folder} were evaluated on different test cases:\n" + "\n".join(lines) + "\n"
             "Evaluate both on the same split of the same source, with the same data.names."
         )
-    digests = [str(arm.record["inputs"]["test"])[:12] for arm in (first, other)]
+    digests = [arm.test_digest[:12] for arm in (first, other)]
     if digests[0] != digests[1]:
         raise InputError(
             f"{first.folder} and {other.folder} were evaluated on other images or masks of the same names: sha256 {digests[0]} and "

@@ -121,7 +121,7 @@ def of_folder(folder: Path, name: str) -> Mirrored:
         name=name,
         columns=case_columns_of([(case, arm.groups[case], its, dice) for (case, its), dice in arm.scores.items()], arm.groups),
         values=without_paths(json.loads(arm.recipe.model_dump_json())),
-        test=str(arm.record["inputs"]["test"]),
+        test=arm.test_digest,
         order=order_of(arm.groups),
         figures={name: arm.summary[name]["mean"] for name in METRICS if arm.summary[name]["mean"] is not None},
         its_curves={key: metrics[key] for key in _CURVES if key in metrics},

@@ -56,6 +56,7 @@ def compress(recipe: CompressRecipe) -> Path:
             note_work(aside, "compress", recipe.seed, "running", weights)
     elif (out / "compress.json").is_file():
         record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
+        note_work(out, "compress", recipe.seed, "done", weights)  # whatever happened after it was written
         _refuse_nothing(record, out)
         return out
     else:

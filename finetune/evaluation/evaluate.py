@@ -31,13 +31,13 @@ from finetune.evaluation.predictions import evaluate_masks
 from finetune.evaluation.summary import NO_POSTPROCESSING
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import Targets, targets_of
+from finetune.evaluation.unseen import refuse_seen
 from finetune.inference.predict import predict_case
 from finetune.inference.window import predict_values
 from resunet.bundle import is_bundle
 from resunet.checkpoint import CONFIG, ModelConfig, model_folder
 from resunet.config import Precision
 from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
-from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, evidence_of_cases, find_leaks, read_archive, refuse_leaks
 from resunet.data.source import Source, open_source
 from resunet.decision import OperatingPoint
 from resunet.errors import InputError
@@ -82,6 +82,11 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     precision = _precision_of_model(model, request)
     folder = model_folder(model)
     if folder.is_dir() and not (folder / CONFIG).is_file():
+        for flag, given in (("--allow-leak", allow_leak), (f"--precision {request.precision}", request.precision is not None)):
+            if given:
+                raise InputError(
+                    f"{flag}: {model} holds masks that another program made, of which nobody knows more; leave it out."
+                )
         return evaluate_masks(folder, request, out)
     out = new_folder(out if out is not None else model / f"evaluation-{request.split}")
     network, config = load_finetuned(folder)
@@ -141,13 +146,7 @@ def _load_unseen(
         progress=lambda items, total: progress(items, total, "read"),
     )
     refuse_images(loaded, config.architecture.spatial_dims)
-    notes: list[str] = []
-    if (folder / ARCHIVE).exists():
-        archive = read_archive(folder)
-        if archive.salt_fingerprint != source.salt_fingerprint:
-            notes.append(NO_GROUP_EVIDENCE)
-        leaks = find_leaks(archive, evidence_of_cases(loaded, source.salt_fingerprint))
-        notes += refuse_leaks(leaks, cases, split, "the model's training data", allowed, by="--allow-leak")
+    notes = refuse_seen(folder, config, loaded, source.salt_fingerprint, split, allowed, by="--allow-leak")
     return loaded, notes
 
 

@@ -31,7 +31,7 @@ from finetune.evaluation.summary import NO_POSTPROCESSING, case_rows, summarise
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import Targets
 from resunet.config import Called, DataSettings, Precision
-from resunet.data.cases import Case, LoadedCase, take_slice
+from resunet.data.cases import Case, LoadedCase, source_digest, take_slice
 from resunet.data.source import Source
 from resunet.decision import OperatingPoint
 from resunet.errors import InputError
@@ -129,6 +129,7 @@ def write(
         "arithmetic": precision,
         "cases": len(rows),
         "groups": len({group for _, group, _ in rows}),
+        "cases_sha256": source_digest([one.case for one in measured]),
         "in_mm": any(one.case.in_mm for one in measured),
         **summarise(rows, targets, rows[0][2].tolerance, postprocessing),
         "calibration": summarise_calibration(_by_group(measured)),

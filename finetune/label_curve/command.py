@@ -68,8 +68,14 @@ def _read_config(recipe: LabelCurveRecipe) -> LabelCurveRecipe:
 
 def _in_its_group(recipe: LabelCurveRecipe) -> LabelCurveRecipe:
     """With the W&B group that the curve began with, which it keeps when it grows."""
-    begun = (recipe.out / "config.json").is_file() and recipe.resume
-    return recipe.in_group((_read_config(recipe) if begun else recipe).group)
+    if not recipe.resume or not (recipe.out / "config.json").is_file():
+        return recipe.in_group(recipe.group)
+    begun, given = _read_config(recipe).group, recipe.finetune.get("wandb", {}).get("group")
+    if given not in (None, begun):
+        raise InputError(
+            f"finetune.wandb.group={given}: the curve in {recipe.out} began with {begun}, and keeps it. Leave it out."
+        )
+    return recipe.in_group(begun)
 
 
 def _refuse_other_folder(recipe: LabelCurveRecipe, locks: Path) -> None:

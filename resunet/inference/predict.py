@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from resunet.data.cases import read_case
 from resunet.errors import InputError
-from resunet.files import refuse_taken
+from resunet.files import is_empty, refuse_taken
 from resunet.inference.inputs import Input
 from resunet.inference.masks import Prediction, write_prediction
 from resunet.inference.window import Scorer, Settings, predict_values
@@ -60,7 +60,7 @@ def refuse_full(out: Path) -> None:
     """Raises InputError unless `out` is a folder that does not exist, or is empty."""
     if not out.is_dir():
         refuse_taken(out)
-    elif any(out.iterdir()):
+    elif not is_empty(out):
         raise InputError(f"--out {out}: exists already, and is not empty. Name another folder, or empty it.")
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from resunet.config import FixedNormalisation
 from resunet.decision import ClassRule, OperatingPoint, Postprocessing
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
-from resunet.files import folder_aside, sha256, write_text
+from resunet.files import folder_aside, is_empty, sha256, write_text
 from resunet.model import ResUNet, UNet
 from resunet.runtime import ObjectRule
 
@@ -249,6 +250,26 @@ def test_a_text_that_cannot_be_written_leaves_nothing_beside(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "text", "half of it is fine \ud800")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_filled_and_not_taken_away(tmp_path, monkeypatch):
+    """It may be a mount point, a link or the working directory."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    before = (tmp_path / "there").stat().st_ino
+    (tmp_path / "there" / ".partial.of-a-killed-one").mkdir()
+    for folder in (tmp_path / "link", tmp_path / "there", Path()):
+        monkeypatch.chdir(tmp_path / "there")
+        with folder_aside(folder) as aside:
+            (aside / "sub").mkdir()
+            (aside / "sub" / "file").write_text("x")
+            (aside / "other").write_text("y")
+            assert is_empty(folder)
+        assert sorted(one.name for one in folder.iterdir()) == [".partial.of-a-killed-one", "other", "sub"]
+        assert (folder / "sub" / "file").read_text() == "x" and not is_empty(folder)
+        assert (tmp_path / "there").stat().st_ino == before and (tmp_path / "link").is_symlink()
+        shutil.rmtree(folder / "sub")
+        (folder / "other").unlink()
 
 
 def test_a_folder_aside_replaces_the_one_that_stands(tmp_path):

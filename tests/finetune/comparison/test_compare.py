@@ -11,6 +11,7 @@ from PIL import Image
 
 from finetune.comparison.arms import numbered, read_arm, recipe_differences
 from finetune.comparison.compare import compare, verdict
+from finetune.evaluation.evaluate import EvaluateRequest, evaluate
 from finetune.evaluation.overlay import error_picture
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
@@ -191,8 +192,8 @@ def test_files_that_differ_are_listed_by_their_digests(runs, tmp_path):
 
 def test_other_masks_of_the_same_names_are_refused(runs, tmp_path):
     changed = copy_of(runs[0], tmp_path / "changed")
-    record = json.loads((changed / "run.json").read_text(encoding="utf-8"))
-    (changed / "run.json").write_text(json.dumps(record | {"inputs": record["inputs"] | {"test": "ab" * 32}}))
+    path = changed / "evaluation" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"cases_sha256": "ab" * 32}))
     with pytest.raises(InputError, match=r"other images or masks of the same names: sha256 .* and abababababab"):
         compare([runs[0], changed], tmp_path / "out")
 
@@ -239,3 +240,12 @@ def test_every_run_is_pictured_with_its_own_normalisation(recipe, tmp_path, plac
         # blue over grey is blue: what is called missed in the picture is what the run missed
         missed = panel[..., 2].astype(int) - panel[..., 0] > 20
         assert (missed == (wanted[..., 2] > wanted[..., 0])).all(), name
+
+
+def test_a_run_that_did_not_read_test_is_told_how_it_may(runs, recipe, tmp_path):
+    run = finetune(recipe(name="unread", steps=2, evaluate_test=False))
+    with pytest.raises(InputError, match=r"unread: was not evaluated on test .* resunet evaluate .*unread --data SOURCE --out"):
+        compare([runs[0], run], tmp_path / "out")
+    settings = recipe().data.model_dump(include={"source", "salt_file", "names"})
+    evaluate(run, EvaluateRequest(**settings), run / "evaluation")
+    assert (compare([runs[0], run], tmp_path / "out") / "report.html").is_file()

@@ -22,7 +22,9 @@ from finetune.quantisation.sensitivity import RoundingSensitivity
 from finetune.step import forward_backward
 from finetune.training.patches import PatchSampler
 from resunet.cli import main
-from resunet.config import load_recipe, validate
+from resunet.config import DataSettings, load_recipe, validate
+from resunet.data.leakage import ARCHIVE, evidence_of_groups, merge_archives, read_archive, write_archive
+from resunet.data.source import open_source
 from resunet.ensemble import Ensemble
 from resunet.errors import CheckFailed, EnvironmentFault, InputError
 from resunet.model import load_model
@@ -104,7 +106,10 @@ def test_what_is_finished_stays_and_the_rest_is_the_same(run: Path, compressed: 
     again = json.loads((out / "compress.json").read_text())
     assert {key: again[key] for key in same if key != "cost"} == {key: same[key] for key in same if key != "cost"}
     assert (out / "steps" / "01" / "run.json").read_text() == trained
+    failed = json.loads((out / "run.json").read_text()) | {"status": "failed"}  # after compress.json was written
+    (out / "run.json").write_text(json.dumps(failed))
     assert compress(made) == out  # nothing is left to do
+    assert json.loads((out / "run.json").read_text())["status"] == "done"
     with pytest.raises(InputError, match="was started with another recipe:\n  seed: 0 then, 1 now"):
         compress(made.model_copy(update={"seed": 1}))
     with pytest.raises(InputError, match="exists already"):
@@ -114,6 +119,34 @@ def test_what_is_finished_stays_and_the_rest_is_the_same(run: Path, compressed: 
     (out / "run.json").write_text(json.dumps(record | {"inputs": {"run/model.safetensors": "0" * 64}}))
     with pytest.raises(InputError, match="was started with other weights than"):
         compress(made)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_test_is_not_read_of_patients_that_the_runs_encoder_has_seen(
+    run: Path, compressed: Path, tmp_path: Path, allowed: bool
+):
+    """Of a run that did not read test itself nobody has looked; what its network began with is known to its model alone."""
+    out = Path(shutil.copytree(compressed, tmp_path / "again"))
+    for name in ("compress.json", "test.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "evaluation")
+    began = Path(shutil.copytree(run, tmp_path / "run"))
+    recipe = json.loads((began / "config.json").read_text())
+    test = open_source(DataSettings(source=recipe["data"]["source"], salt_file=recipe["data"]["salt_file"]), masks=True)
+    group = test.part("test")[0].group_hmac
+    own = read_archive(began / "model")
+    write_archive(began / "model" / ARCHIVE, merge_archives(evidence_of_groups([group], own.salt_fingerprint), own))
+    (began / "config.json").write_text(json.dumps(recipe | ({"allow": ["leak"]} if allowed else {})))
+    config = json.loads((out / "config.json").read_text()) | {"run": str(began)}
+    (out / "config.json").write_text(json.dumps(config))
+    made = settings(began, out, gate={"dice": 0.99, "recall": 0.99}, resume=True)
+    if not allowed:
+        with pytest.raises(CheckFailed, match="1 test cases are among the model's training data"):
+            compress(made)
+        assert not (out / "evaluation").exists()
+        return
+    summary = json.loads((compress(made) / "evaluation" / "summary.json").read_text())
+    assert any("1 test cases are among the model's training data" in note for note in summary["notes"])
 
 
 def test_what_costs_too_much_is_taken_back_by_half_a_bite(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -90,8 +90,8 @@ def test_an_evaluation_writes_its_files(runs):
     assert {path.name for path in out.iterdir()} == {"summary.json", "cases.csv", "overlays"}
     summary = summary_of(out)
     assert set(summary) == {
-        "schema_version", "split", "arithmetic", "cases", "groups", "in_mm", "surface_tolerance_mm", *METRICS, "volume_error",
-        "classes", "lesions", "false_alarms", "calibration", "policy", "notes",
+        "schema_version", "split", "arithmetic", "cases", "groups", "cases_sha256", "in_mm", "surface_tolerance_mm", *METRICS,
+        "volume_error", "classes", "lesions", "false_alarms", "calibration", "policy", "notes",
     }  # fmt: skip
     assert (summary["schema_version"], summary["split"], summary["cases"], summary["groups"]) == (1, "test", 6, 6)
     assert summary["policy"] == policy(TOLERANCE) and summary["notes"] == []
@@ -134,6 +134,8 @@ def test_a_source_without_splits_is_evaluated_whole_and_says_so(runs, tmp_path):
     assert summary["cases"] == 15 and summary["groups"] == 14
     assert "--split test: without splits.json all 15 cases were evaluated." in summary["notes"]
     assert any("leak: 6 test cases are among the model's training data" in note for note in summary["notes"])
+    chosen_by = "leak: 3 test cases are among the scans whose labels trained or chose the model"
+    assert chosen_by in summary["notes"], "val of the run"
 
 
 def test_what_the_model_was_trained_on_is_no_test_case(runs, tmp_path):
@@ -142,6 +144,23 @@ def test_what_the_model_was_trained_on_is_no_test_case(runs, tmp_path):
     assert not (tmp_path / "out").exists()
     summary = summary_of(evaluate(runs[0], request_for(runs[0], split="pool"), tmp_path / "out", allow_leak=True))
     assert summary["notes"] == ["leak: 6 pool cases are among the model's training data"]
+
+
+def test_what_the_model_was_chosen_by_is_no_test_case_and_a_lost_record_is_told(runs, tmp_path):
+    """Another split is made later, and the training cases are kept out of its test: the old val is not."""
+    source = copy_of_source(runs[0], tmp_path / "source")
+    splits = json.loads((source / "splits.json").read_text(encoding="utf-8"))
+    (source / "splits.json").write_text(json.dumps(splits | {"val": splits["test"][:1], "test": splits["val"]}))
+    request = request_for(runs[0], source=source)
+    with pytest.raises(CheckFailed, match="3 test cases are among the scans whose labels trained or chose the model"):
+        evaluate(runs[0], request, tmp_path / "out")
+    bare = tmp_path / "bare"
+    shutil.copytree(runs[0] / "model", bare)
+    (bare / "archive.parquet").unlink()
+    with pytest.raises(CheckFailed, match="3 test cases are among the scans whose labels"):
+        evaluate(bare, request, tmp_path / "out")
+    summary = summary_of(evaluate(bare, request_for(runs[0]), tmp_path / "out"))
+    assert any(note.startswith("The model has no archive.parquet beside it") for note in summary["notes"])
 
 
 def test_an_empty_split_and_an_encoder_are_the_users_fault(runs, tmp_path, encoder):
@@ -294,6 +313,18 @@ def test_missing_masks_are_listed_and_nothing_is_written(runs, tmp_path, capsys)
     empty.mkdir()
     with pytest.raises(InputError, match=r"empty: holds neither a model \(config\.json\) nor masks"):
         evaluate(empty, request_for(runs[0]))
+
+
+@pytest.mark.parametrize(
+    "changes, leak, flag", [({}, True, "--allow-leak"), ({"precision": "bf16"}, False, "--precision bf16")]
+)
+def test_flags_of_models_are_not_of_masks(runs, tmp_path, changes, leak, flag):
+    masks = masks_of(runs[0], tmp_path / "masks")
+    with pytest.raises(
+        InputError, match=rf"{flag}: .*masks holds masks of another program|{flag}: .* holds masks that another"
+    ):
+        evaluate(masks, request_for(runs[0], **changes), tmp_path / "out", allow_leak=leak)
+    assert not (tmp_path / "out").exists()
 
 
 def test_extra_masks_are_named_where_names_may_be_kept(runs, tmp_path):
