@@ -7,11 +7,11 @@ Found and matched as `finetune.evaluation.metrics` does: connected components of
 from dataclasses import dataclass
 from typing import Literal
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from finetune.evaluation.lesions import components_of
 from resunet.data.cases import IGNORE
 
 Kind = Literal["missed", "false"]
@@ -51,7 +51,7 @@ def wrong_lesions(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], axis: 
 
 
 def _wrong(kind: Kind, labels: NDArray[np.uint8], other: NDArray[np.uint8], axis: int | None) -> list[WrongLesion]:
-    components = cc3d.connected_components(labels, connectivity=8 if labels.ndim == 2 else 26)
+    components = components_of(labels)
     right = set(np.unique(components[(labels > 0) & (labels == other)]).tolist())
     found = []
     for number, box in enumerate(ndimage.find_objects(components), 1):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from pretrain.loop import pretrain
+from pretrain.network import build_network, build_optimizer
 from pretrain.objective import contrast, nt_xent
 from pretrain.planning.plan import make_plan
 from resunet.checkpoint import read_config
@@ -179,13 +181,25 @@ def test_accumulation_logs_the_mean_over_its_sets(recipe, tmp_path):
         assert two[0][name] == pytest.approx((one[0][name] + one[1][name]) / 2, rel=1e-5)
 
 
-def test_lars_learns(recipe):
-    out = pretrain(recipe(steps=2, warmup=0, optimizer={"name": "lars", "lr": 0.3}))
-    before = ResidualEncoder.from_pretrained(out / "model").state_dict()
-    assert read_metrics(out)["learning_rate"][1][0] == pytest.approx(0.3)
-    torch.manual_seed(0)
-    fresh = ResidualEncoder(1, (4, 8), units=1).state_dict()
-    assert not torch.equal(before["levels.0.0.conv1.weight"], fresh["levels.0.0.conv1.weight"])
+def test_lars_adapts_the_rate_of_each_tensor(recipe):
+    """One step against You et al. 2017 (arXiv 1708.03888, equation 6): trust times ‖w‖ over ‖g‖ + decay times ‖w‖."""
+    ours = recipe(optimizer={"name": "lars", "lr": 0.3, "weight_decay": 0.01})
+    network = build_network(ours, Accelerator(cpu=True))
+    optimizer = build_optimizer(ours, network)
+    weights = [network.encoder.levels[0][0].conv1.weight, network.head.layers[0].weight]
+    scale = network.encoder.levels[0][0].norm1.weight  # does not decay, and has the rate itself
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [one.detach().clone() for one in (scale, *weights)]
+    optimizer.step()
+    torch.testing.assert_close(scale.detach(), before[0] - 0.3 * scale.grad)
+    for parameter, old in zip(weights, before[1:], strict=True):
+        trust = 0.001 * old.norm() / (parameter.grad.norm() + 0.01 * old.norm())
+        torch.testing.assert_close(parameter.detach(), old - 0.3 * trust * (parameter.grad + 0.01 * old))
+    assert (
+        read_metrics(pretrain(recipe(steps=2, warmup=0, optimizer={"name": "lars", "lr": 0.3})))["learning_rate"][1][0] == 0.3
+    )
 
 
 def test_the_loss_that_is_logged_is_the_objective(recipe):

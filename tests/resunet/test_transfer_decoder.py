@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, write_weights
+from pretrain.save import save_with_decoder
+from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig, read_config
 from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
@@ -36,8 +37,7 @@ def trained(finest: int = 1, squeeze_excite: bool = False, **arguments) -> tuple
 def save(encoder: ResidualEncoder, decoder: ProgressiveDecoder, folder: Path, squeeze_excite: bool = False) -> Path:
     part = describe_decoder(encoder, decoder, squeeze_excite)
     encoder.config = ModelConfig(architecture=encoder.config.architecture, feature_check=fingerprint(encoder), decoder=part)
-    encoder.save_pretrained(folder)
-    write_weights(folder / DECODER, decoder.state_dict())
+    save_with_decoder(folder, encoder, decoder)
     return folder
 
 
@@ -114,6 +114,18 @@ def test_the_encoder_alone_if_asked(folder):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if not name.startswith("encoder."))
     assert receipt.decoder_feature_error is None and "decoder" not in receipt.line()
     assert {tensor.state for tensor in receipt.tensors if tensor.name.startswith("decoder.")} == {"fresh"}
+
+
+def test_a_loaded_encoder_that_is_saved_again_is_an_encoder_alone(folder, tmp_path):
+    assert read_config(folder).decoder is not None
+    again = tmp_path / "again"
+    ResidualEncoder.from_pretrained(folder).save_pretrained(again)
+    assert read_config(again).decoder is None and not (again / DECODER).exists()
+    network = ResUNet(channels=WIDTHS)
+    before = state_of(network.decoder)
+    transfer_encoder(again, network)
+    assert same(before, state_of(network.decoder))
+    assert same(state_of(ResidualEncoder.from_pretrained(folder)), state_of(network.encoder))
 
 
 def test_an_encoder_without_decoder_is_as_before_unless_both_are_asked_for(folder):
