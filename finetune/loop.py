@@ -39,20 +39,14 @@ from resunet.data.leakage import ARCHIVE, evidence_of_cases, merge_archives, wri
 from resunet.files import folder_aside, sha256, write_text
 from resunet.gradients import GradientRecord
 from resunet.light_weights import weights_input
+from resunet.machine import versions
 from resunet.model import Segmenter
 from resunet.progress import progress
 from resunet.ranks import by_main_rank, on_every_rank, other_folder, refuse_other_steps
-from resunet.runs import Run, check_out, is_done, versions
-from resunet.training import (
-    StepClock,
-    any_rank,
-    failing_as,
-    mean_over_ranks,
-    restore_training,
-    start_ranks,
-    stop_on_sigterm,
-    training_state,
-)
+from resunet.runs import Run, check_out, is_done
+from resunet.step_clock import StepClock
+from resunet.stopping import failing_as, stop_on_sigterm
+from resunet.training import any_rank, mean_over_ranks, restore_training, start_ranks, training_state
 from resunet.transfer import Receipt
 
 

@@ -197,9 +197,9 @@ def forward_backward(
     for part in range(recipe.accumulate):
         index = step * recipe.accumulate + part
         images, labels, moved = _batch(recipe, sampler, index, accelerator, _TRAINING)
-        seen = (
-            teacher.harder(images, labels, index, _first(recipe, accelerator)) if isinstance(teacher, MeanTeacher) else images
-        )
+        seen = images
+        if isinstance(teacher, MeanTeacher):
+            seen = teacher.strong_augmentation(images, labels, index, _first(recipe, accelerator))
         with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
                 made = wrapped(seen)

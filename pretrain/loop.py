@@ -24,18 +24,9 @@ from resunet.light_weights import weights_input
 from resunet.progress import progress
 from resunet.ranks import by_main_rank, on_every_rank, refuse_other_steps
 from resunet.runs import Run, check_out, is_done
-from resunet.training import (
-    StepClock,
-    any_rank,
-    failing_as,
-    learning_rate,
-    mean_over_ranks,
-    restore_training,
-    start_ranks,
-    stop_on_sigterm,
-    take_step,
-    training_state,
-)
+from resunet.step_clock import StepClock
+from resunet.stopping import failing_as, stop_on_sigterm
+from resunet.training import any_rank, learning_rate, mean_over_ranks, restore_training, start_ranks, take_step, training_state
 
 _TOLD = ("loss", "projection_std", "embedding_std")  # beside the progress
 

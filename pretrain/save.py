@@ -15,9 +15,11 @@ from resunet.data.manifest_source import ManifestCases
 from resunet.decoders import AnyDecoder, AnyEncoder, decoder_of
 from resunet.errors import InputError
 from resunet.files import folder_aside, refuse_taken, sha256, write_text
+from resunet.fingerprint import describe_decoder, fingerprint
+from resunet.machine import versions
 from resunet.model import NETWORKS
-from resunet.runs import Run, versions
-from resunet.transfer import DECODER, describe_decoder, fingerprint
+from resunet.runs import Run
+from resunet.transfer import DECODER
 
 
 def mirror_encoder(run: Run, archive: Archive) -> None:

@@ -34,7 +34,7 @@ WEIGHTS = "model.safetensors"
 
 
 class FeatureCheck(Frozen):
-    """Features of a fixed input as the live network gave them; see `resunet.transfer.fingerprint`."""
+    """Features of a fixed input as the live network gave them; see `resunet.fingerprint.fingerprint`."""
 
     seed: int
     size: int

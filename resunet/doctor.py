@@ -11,8 +11,8 @@ from torch import nn
 
 from resunet.config import Precision
 from resunet.data.identity import default_salt_file
+from resunet.machine import git_commit, machine, versions
 from resunet.mirror import wandb_state
-from resunet.runs import git_commit, machine, versions
 
 _REPEATS = 5
 

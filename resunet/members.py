@@ -13,8 +13,8 @@ from resunet.data.leakage import ARCHIVE, NO_GROUP_EVIDENCE, merge_archives, rea
 from resunet.ensemble import Ensemble
 from resunet.errors import InputError
 from resunet.files import folder_aside, joined_sha256, refuse_taken, sha256
+from resunet.machine import versions
 from resunet.model import load_model
-from resunet.runs import versions
 
 # What members may differ in; all else of their config.json must be equal. What each one's val chose for it says nothing of all.
 _OWN = {"spacing", "provenance", "allowed", "postprocessing", "operating_point"}

@@ -12,15 +12,12 @@ The local record is complete without W&B.
 import errno
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +28,9 @@ from safetensors import SafetensorError
 from resunet.config import Recipe
 from resunet.errors import EnvironmentFault, InputError, ResUNetError
 from resunet.files import folder_aside, refuse_taken, write_text
+from resunet.machine import git_commit, machine, versions
 from resunet.mirror import Mirror, start_mirror, without_paths
 
-PACKAGES = ("resunet", "torch", "lightly", "accelerate", "numpy", "SimpleITK")
 # Keys that may differ when a run is resumed.
 _FREE_ON_RESUME = frozenset(
     {
@@ -316,37 +313,6 @@ class Run:
         for path in steps[: -self._kept]:
             if path.name not in pointed:
                 shutil.rmtree(path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the run ran on; no host and no user name."""
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this package runs from; None for an installed copy."""
-    here = Path(__file__).parent
-    if not (here.parent / ".git").exists():
-        return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 def _point(link: Path, target: str) -> None:

@@ -1,15 +1,10 @@
-"""What both training loops need and neither should repeat: ranks and precision, the schedule, order, progress, SIGTERM.
+"""What both training loops need and neither should repeat: ranks and precision, the schedule, order, state, reduced figures.
 
 The loops themselves stay visible in pretrain/loop.py and finetune/loop.py.
 """
 
 import math
-import os
-import signal
-import time
-import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -26,10 +21,9 @@ from torch.optim import Optimizer
 
 from resunet.checkpoint import load_exactly
 from resunet.config import Recipe
-from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
+from resunet.errors import CheckFailed, EnvironmentFault, InputError
 from resunet.plain import number_of
 from resunet.progress import say
-from resunet.runs import Run, disk_faults
 
 Decay = Literal["cosine", "polynomial"]
 _POWER = 0.9
@@ -221,105 +215,3 @@ def take_step(optimizer: Optimizer, norm: float, step: int, accelerator: Acceler
     assert isinstance(optimizer, AcceleratedOptimizer)
     metrics = {"loss_scale": scale, "skipped": float(optimizer.step_was_skipped)}
     return metrics | ({"gradient_norm": norm} if math.isfinite(norm) else {})
-
-
-class StepClock:
-    """Seconds of a run so far, and of its steps, the first of a process left out: it allocates and compiles."""
-
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        """state: what `state` gave of the processes before; in a checkpoint of an earlier version cpu_seconds are missing."""
-        state = {"seconds": 0.0, "cpu_seconds": 0.0} if state is None else state
-        self._before, self._cpu_before = state["seconds"], state.get("cpu_seconds")
-        self._started, self._cpu_started = time.perf_counter(), _cpu_seconds()
-        self._times: list[float] = []
-
-    def state(self) -> dict[str, float]:
-        """seconds by the clock on the wall, and cpu_seconds of all threads and of the processes that read and have ended: what a
-        run costs where others use the machine, too."""
-        found = {"seconds": self._before + time.perf_counter() - self._started}
-        if self._cpu_before is not None:
-            found["cpu_seconds"] = self._cpu_before + _cpu_seconds() - self._cpu_started
-        return found
-
-    def record(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """The same for run.json, cpu_seconds of all ranks, with seconds_per_step. All ranks call it."""
-        found = self.state()
-        if "cpu_seconds" in found and accelerator.num_processes > 1:
-            spent = torch.tensor(found["cpu_seconds"], device=accelerator.device)
-            found["cpu_seconds"] = float(accelerator.reduce(spent, reduction="sum"))
-        return {name: round(value, 1) for name, value in found.items()} | {"seconds_per_step": self.seconds_per_step()}
-
-    def tick(self) -> None:
-        """Once at the end of every step."""
-        self._times.append(time.perf_counter())
-
-    def seconds_per_step(self) -> float | None:
-        """The median over the steps of this process; None before two have ended."""
-        steps = np.diff(self._times)
-        return round(float(np.median(steps)), 5) if len(steps) else None
-
-
-def _cpu_seconds() -> float:
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
-
-
-class StopRequest:
-    """Becomes true when SIGTERM or Ctrl-C arrives; the loop saves and leaves at its next step. A second Ctrl-C does not wait."""
-
-    def __init__(self) -> None:
-        self._received: signal.Signals | None = None
-        self._before = {one: signal.signal(one, self._receive) for one in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, signum: int, frame: types.FrameType | None) -> None:
-        if signum == signal.SIGINT:
-            if self._received is not None:
-                raise KeyboardInterrupt
-            say("stopping after this step; Ctrl-C again does not wait for what is saved")
-        self._received = signal.Signals(signum)
-
-    def release(self) -> None:
-        """After the last step: what is left can be done again, and signals end the process as they do elsewhere."""
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
-
-    def __bool__(self) -> bool:
-        return self._received is not None
-
-    def stop(self, run: Run, step: int) -> None:
-        """Close the run and leave with 143, after Ctrl-C with 130.
-
-        Raises:
-            Stopped: always.
-        """
-        run.finish("stopped", step=step)
-        received = self._received or signal.SIGTERM  # by which another rank was stopped
-        by = "Ctrl-C" if received == signal.SIGINT else "SIGTERM"
-        stopped = Stopped(f"stopped by {by} after step {step}; continue with resume=true")
-        stopped.exit_code = 128 + received
-        raise stopped
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """SIGTERM and Ctrl-C set the request; the handlers before are restored at the end."""
-    request = StopRequest()
-    try:
-        yield request
-    finally:
-        request.release()
-
-
-@contextmanager
-def failing_as(run: Run) -> Iterator[None]:
-    """Whatever leaves the block as an error leaves the run as failed; a stopped run stays stopped."""
-    try:
-        with disk_faults(run.folder):
-            yield
-    except (Stopped, KeyboardInterrupt):
-        run.finish("stopped")
-        raise
-    except BaseException:
-        with suppress(OSError, EnvironmentFault):  # a full disk must not hide what went wrong
-            run.finish("failed")
-        raise

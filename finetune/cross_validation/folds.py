@@ -51,7 +51,8 @@ from resunet.progress import say
 from resunet.report import read_metrics
 from resunet.runs import Run, check_out, is_done
 from resunet.runtime import remove_objects
-from resunet.training import failing_as, start_ranks
+from resunet.stopping import failing_as
+from resunet.training import start_ranks
 
 
 def train(recipe: FinetuneRecipe) -> Path:

@@ -18,18 +18,18 @@ from resunet.model import ResUNet, UNet
 
 
 def soft_target_loss(
-    logits: Tensor, taught: Tensor, inside: Tensor, temperature: float = 1.0, total: Total = one_rank
+    logits: Tensor, teacher_logits: Tensor, inside: Tensor, temperature: float = 1.0, total: Total = one_rank
 ) -> Tensor:
     """T² times the mean over pixels of KL(teacher ‖ student), both of logits / T (Hinton et al. 2015, arXiv 1503.02531, section 2).
 
     The factor keeps the gradient's size whatever the temperature. One logit z stands for two classes, as a softmax of (0, z).
 
     Args:
-        logits: the student's, (N, 1 or K, *size), any float dtype; taught: the teacher's, alike.
+        logits: the student's, (N, 1 or K, *size), any float dtype; teacher_logits: the teacher's, alike.
         inside: (N, *size), the pixels that count.
         total: the sum over the ranks of a tensor of any shape.
     """
-    ours, theirs = (_log_probabilities(one.float() / temperature) for one in (logits, taught))
+    ours, theirs = (_log_probabilities(one.float() / temperature) for one in (logits, teacher_logits))
     divergence = (theirs.exp() * (theirs - ours)).sum(dim=1)
     summed, count = total(torch.stack([(divergence * inside).sum(), inside.sum().float()])).unbind()
     return temperature**2 * summed / count.clamp_min(1)
@@ -51,7 +51,7 @@ def attention_maps(levels: Sequence[Tensor]) -> list[Tensor]:
     return [F.normalize(level.float().square().mean(dim=1).flatten(1), dim=1).view_as(level[:, 0]) for level in levels]
 
 
-def attention_loss(maps: Sequence[Tensor], taught: Sequence[Tensor], total: Total = one_rank) -> Tensor:
+def attention_loss(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], total: Total = one_rank) -> Tensor:
     """The mean over patches and levels of the squared distance of `attention_maps`, between 0 and 2.
 
     Zagoruyko & Komodakis 2017, equation 2, with the square that their code has. Levels meet by their size, so that networks of
@@ -60,7 +60,7 @@ def attention_loss(maps: Sequence[Tensor], taught: Sequence[Tensor], total: Tota
     Raises:
         InputError: no level of one has the size of any level of the other.
     """
-    by_size = {one.shape[1:]: one for one in taught}
+    by_size = {one.shape[1:]: one for one in teacher_maps}
     pairs = [(ours, by_size[ours.shape[1:]]) for ours in maps if ours.shape[1:] in by_size]
     if not pairs:
         raise InputError(

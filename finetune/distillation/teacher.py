@@ -46,10 +46,10 @@ class Teacher:
         """
         settings, total = self.settings, partial(sum_over_ranks, accelerator=accelerator)
         with torch.no_grad(), accelerator.autocast():
-            taught, shown = _seen(self.network, images, maps is not None)
+            teacher_logits, shown = _seen(self.network, images, maps is not None)
         terms, weights = {}, {}
         if settings.logits_weight:
-            terms["soft_targets"] = soft_target_loss(logits, taught, inside, settings.temperature, total)
+            terms["soft_targets"] = soft_target_loss(logits, teacher_logits, inside, settings.temperature, total)
             weights["soft_targets"] = settings.logits_weight
         if maps is not None:
             terms["attention"] = attention_loss(maps, shown, total)

@@ -1,7 +1,7 @@
 """An operating point: the threshold that keeps false alarms on val within a budget, and what it does on other cases."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,32 @@ def choose_threshold(peaks: Sequence[float], budget: float) -> OperatingPoint:
     threshold = falling[allowed] if allowed < len(falling) else 0.0
     alarmed = sum(peak > threshold for peak in peaks)
     return OperatingPoint(threshold=threshold, budget=budget, clean=len(peaks), alarmed=alarmed)
+
+
+def point_on_val(
+    budget: float,
+    split: str,
+    has_splits: bool,
+    read_val: Callable[[], Sequence[LoadedCase]],
+    peaks: Callable[[Sequence[LoadedCase]], list[float]],
+) -> OperatingPoint:
+    """`choose_threshold` on the val part of a source, of which `split` is to be evaluated.
+
+    Args:
+        read_val: its cases. peaks: the greatest foreground probability of each without target.
+
+    Raises:
+        InputError: val is what is evaluated, or has no case without target.
+    """
+    named = f"--false-alarms-per-1000 {budget:g}"
+    if not has_splits or split == "val":
+        raise InputError(
+            f"{named}: its threshold is chosen on the val part, and --split {split} of this source is not evaluated apart from it. "
+            "Give the source a splits.json, and evaluate test."
+        )
+    val = read_val()
+    refuse_val_without_clean(val, named)
+    return choose_threshold(peaks(val), budget)
 
 
 def summarise_operating_point(point: OperatingPoint, cases: Sequence[tuple[str, bool, Probabilities]]) -> dict[str, Any]:

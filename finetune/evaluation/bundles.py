@@ -1,13 +1,14 @@
 """A bundle on labelled scans, through its own runtime: the same figures, files and page as of a model."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.evaluation.alarms import choose_threshold, notes_of, refuse_val_without_clean
+from finetune.evaluation.alarms import notes_of, point_on_val
 from finetune.evaluation.evaluate import clean_peaks, measure_cases
 from finetune.evaluation.outputs import FLAGS, EvaluateRequest, cases_of_split, new_folder, write
 from finetune.evaluation.summary import NO_POSTPROCESSING
@@ -20,7 +21,6 @@ from resunet.config import FixedNormalisation, Normalisation, PercentileZScore
 from resunet.data.cases import Case, LoadedCase, load_cases, refuse_images
 from resunet.data.source import open_source
 from resunet.decision import OperatingPoint
-from resunet.errors import InputError
 from resunet.progress import progress, say
 from resunet.runtime import remove_objects
 
@@ -46,14 +46,9 @@ def evaluate_bundle(path: Path, request: EvaluateRequest, out: Path | None) -> P
     notes += [f"Predicted by {name_of(graph.runtime)} {version_of(graph.runtime)} in {graph.precision}.", _UNSEEN]
     point = None if contract.operating_point is None else OperatingPoint(**vars(contract.operating_point))
     if (budget := request.false_alarms_per_1000) is not None:
-        if not source.has_splits or request.split == "val":
-            raise InputError(
-                f"--false-alarms-per-1000 {budget:g}: its threshold is chosen on the val part, and --split {request.split} of this "
-                "source is not evaluated apart from it. Give the source a splits.json, and evaluate test."
-            )
-        val = _load(contract, source.part("val"), request)
-        refuse_val_without_clean(val, f"--false-alarms-per-1000 {budget:g}")
-        point = choose_threshold(clean_peaks(scorer, val, _CPU, "fp32"), budget)
+        read_val = partial(_load, contract, source.part("val"), request)
+        peaks = partial(clean_peaks, scorer, device=_CPU, precision="fp32")
+        point = point_on_val(budget, request.split, source.has_splits, read_val, peaks)
     notes += notes_of(point) if point is not None else []
     for note in notes:
         say(note)

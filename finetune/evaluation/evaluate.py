@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import nn
 
-from finetune.evaluation.alarms import choose_threshold, is_without_target, notes_of, refuse_val_without_clean
+from finetune.evaluation.alarms import is_without_target, notes_of, point_on_val
 from finetune.evaluation.calibration import Probabilities, decide_by, foreground_of
 from finetune.evaluation.metrics import measure_targets
 from finetune.evaluation.outputs import (
@@ -104,16 +104,15 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = place(network, device)
     point = config.operating_point
-    if (budget := request.false_alarms_per_1000) is not None:
-        if not source.has_splits or request.split == "val":
-            raise InputError(
-                f"--false-alarms-per-1000 {budget:g}: its threshold is chosen on the val part, and --split {request.split} of this "
-                "source is not evaluated apart from it. Give the source a splits.json, and evaluate test."
-            )
+
+    def read_val() -> Sequence[LoadedCase]:
         val, remarks = load(source.part("val"), "val")
-        refuse_val_without_clean(val, f"--false-alarms-per-1000 {budget:g}")
-        point = choose_threshold(clean_peaks(network, val, device, precision), budget)
-        notes += remarks
+        notes.extend(remarks)
+        return val
+
+    if (budget := request.false_alarms_per_1000) is not None:
+        peaks = partial(clean_peaks, network, device=device, precision=precision)
+        point = point_on_val(budget, request.split, source.has_splits, read_val, peaks)
     notes += notes_of(point) if point is not None else []
     loaded, remarks = load(cases, request.split)
     notes = list(dict.fromkeys(notes + remarks))  # val and test may have one in common

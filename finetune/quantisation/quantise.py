@@ -31,9 +31,9 @@ from resunet.ensemble import Ensemble
 from resunet.errors import CheckFailed, EnvironmentFault, InputError
 from resunet.files import folder_aside, refuse_taken, sha256
 from resunet.inference.window import Floats
+from resunet.machine import versions
 from resunet.model import Segmenter, load_finetuned
 from resunet.progress import say
-from resunet.runs import versions
 from resunet.training import start_ranks
 
 # Of logits, over max(1, the largest of them): an engine's integer kernels round a value that lies between two to the other one now

@@ -40,7 +40,7 @@ class MeanTeacher:
         done = min(1.0, step / ramp) if ramp else 1.0
         return self.settings.weight * math.exp(-5 * (1 - done) ** 2)
 
-    def harder(self, images: Tensor, labels: Tensor, index: int, first: int) -> Tensor:
+    def strong_augmentation(self, images: Tensor, labels: Tensor, index: int, first: int) -> Tensor:
         """The patches of unlabelled scans with their intensities changed, the others as they are.
 
         Args:
@@ -58,14 +58,16 @@ class MeanTeacher:
         """consistency, weighted; of the unlabelled pixels of the batch of all ranks, a float32 scalar.
 
         Args:
-            images: (N, C, *size), as they were before `harder`. logits: what the network made of them afterwards.
+            images: (N, C, *size), as they were before `strong_augmentation`. logits: what the network made of them afterwards.
         """
         before = self.average.training
         self.average.eval()
         with torch.no_grad(), accelerator.autocast():
-            taught = self.average(images)
+            teacher_logits = self.average(images)
         self.average.train(before)
-        loss = soft_target_loss(logits, taught, labels == UNLABELLED, total=partial(sum_over_ranks, accelerator=accelerator))
+        loss = soft_target_loss(
+            logits, teacher_logits, labels == UNLABELLED, total=partial(sum_over_ranks, accelerator=accelerator)
+        )
         return {"consistency": self.weight(step) * loss}
 
 

@@ -18,7 +18,7 @@ from resunet.data.evidence import SCHEMA, Evidence
 from resunet.data.leakage import ARCHIVE, write_archive
 from resunet.data.perceptual import HASH_BYTES
 from resunet.encoder import ResidualEncoder
-from resunet.transfer import fingerprint
+from resunet.fingerprint import fingerprint
 
 SIZE = 24
 NOBODY = ("group", "file", "pixels", b"\xff" * HASH_BYTES)  # what no scan looks like

@@ -19,11 +19,11 @@ from finetune.training.supervision import Supervised, coarser, supervised_loss
 from resunet.checkpoint import ModelConfig, read_config
 from resunet.config import validate
 from resunet.errors import InputError
+from resunet.fingerprint import fingerprint
 from resunet.light_model import MobileResUNet
 from resunet.losses import segmentation_loss
 from resunet.mobile import MobileEncoder
 from resunet.model import load_finetuned
-from resunet.transfer import fingerprint
 from tests.finetune.conftest import NOBODY, write_record
 
 TINY = "mobilenetv3_small_050"

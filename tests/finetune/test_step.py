@@ -16,9 +16,9 @@ from resunet.checkpoint import ModelConfig
 from resunet.config import FixedNormalisation
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
+from resunet.fingerprint import fingerprint
 from resunet.model import ResUNet
 from resunet.training import restore_training, training_state
-from resunet.transfer import fingerprint
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from resunet.checkpoint import read_config, read_weights, write_weights
 from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
-from resunet.transfer import DECODER, Receipt, describe_decoder, fingerprint
+from resunet.fingerprint import describe_decoder, fingerprint
+from resunet.transfer import DECODER, Receipt
 
 
 def test_a_pretrained_decoder_comes_with_its_encoder_unless_it_is_left(recipe, encoder):

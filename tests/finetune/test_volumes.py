@@ -28,9 +28,10 @@ from resunet.config import validate
 from resunet.data.leakage import ARCHIVE
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
+from resunet.fingerprint import fingerprint
 from resunet.model import ResUNet, load_model
 from resunet.runtime import normalise, percentile_intensity
-from resunet.transfer import Receipt, fingerprint
+from resunet.transfer import Receipt
 
 SIZE = (9, 20, 18)  # z, y, x
 SPACING = (1.0, 1.2, 4.0)  # x, y, z: thick slices

@@ -11,7 +11,7 @@ from PIL import Image
 
 from resunet.cli import main
 from resunet.encoder import ResidualEncoder
-from resunet.transfer import fingerprint
+from resunet.fingerprint import fingerprint
 
 Break = Callable[[Path], list[str]]
 

@@ -18,7 +18,7 @@ from resunet.checkpoint import read_config
 from resunet.data.leakage import read_archive
 from resunet.encoder import ResidualEncoder
 from resunet.errors import EnvironmentFault, InputError
-from resunet.transfer import feature_error
+from resunet.fingerprint import feature_error
 
 
 def kept(out: Path) -> list[int]:

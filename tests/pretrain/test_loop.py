@@ -17,8 +17,8 @@ from resunet.checkpoint import read_config
 from resunet.data.leakage import read_archive
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
+from resunet.fingerprint import feature_error
 from resunet.report import read_metrics
-from resunet.transfer import feature_error
 
 
 def metrics_of(folder) -> list[dict]:

@@ -23,8 +23,9 @@ from resunet.data.index import IndexRequest, index
 from resunet.data.leakage import read_archive as read_record
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
+from resunet.fingerprint import feature_error
 from resunet.model import ResUNet
-from resunet.transfer import feature_error, transfer_encoder
+from resunet.transfer import transfer_encoder
 
 Make = Callable[..., PretrainRecipe]
 SHAPE = {"channels": [4, 8], "units": 1, "norm": "group"}

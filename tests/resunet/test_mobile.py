@@ -18,11 +18,12 @@ from resunet.decoders import decoder_of
 from resunet.ensemble import Ensemble
 from resunet.errors import CheckFailed, InputError
 from resunet.files import sha256
+from resunet.fingerprint import describe_decoder, fingerprint
 from resunet.gradients import gradient_norms
 from resunet.light_weights import load_weights, weights_input
 from resunet.mobile import backbones, channels_of
 from resunet.model import ResUNet, build_model
-from resunet.transfer import DECODER, describe_decoder, fingerprint, transfer_encoder
+from resunet.transfer import DECODER, transfer_encoder
 
 TINY = "mobilenetv3_small_050"
 

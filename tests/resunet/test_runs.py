@@ -8,7 +8,8 @@ import torch
 
 from resunet.config import DataSettings, Recipe, WandbSettings
 from resunet.errors import EnvironmentFault, InputError
-from resunet.runs import Run, check_out, git_commit, machine, versions
+from resunet.machine import git_commit, machine, versions
+from resunet.runs import Run, check_out
 
 
 class SmallRecipe(Recipe):

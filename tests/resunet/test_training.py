@@ -13,10 +13,10 @@ from torch import nn
 from resunet.config import Recipe
 from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
 from resunet.runs import Run
+from resunet.step_clock import StepClock
+from resunet.stopping import failing_as, stop_on_sigterm
 from resunet.training import (
-    StepClock,
     any_rank,
-    failing_as,
     learning_rate,
     mean_over_ranks,
     parameter_groups,
@@ -24,7 +24,6 @@ from resunet.training import (
     restore_training,
     start_ranks,
     step_generator,
-    stop_on_sigterm,
     sum_over_ranks,
     training_state,
 )

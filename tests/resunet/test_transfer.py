@@ -9,8 +9,9 @@ from resunet.checkpoint import CONFIG, WEIGHTS, ModelConfig
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
 from resunet.files import sha256
+from resunet.fingerprint import feature_error, fingerprint
 from resunet.model import ResUNet
-from resunet.transfer import adapt_input, feature_error, fingerprint, transfer_encoder
+from resunet.transfer import adapt_input, transfer_encoder
 
 WIDTHS = (4, 6, 8)
 

@@ -14,8 +14,9 @@ from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
 from resunet.feature_extractor import FeatureExtractor
 from resunet.files import sha256
+from resunet.fingerprint import describe_decoder, fingerprint
 from resunet.model import ResUNet
-from resunet.transfer import DECODER, describe_decoder, fingerprint, transfer_encoder
+from resunet.transfer import DECODER, transfer_encoder
 
 WIDTHS = (4, 6, 8)
 

@@ -36,7 +36,7 @@ from resunet.data.leakage import ARCHIVE, write_archive
 from resunet.data.perceptual import HASH_BYTES
 from resunet.encoder import ResidualEncoder
 from resunet.errors import CheckFailed, InputError
-from resunet.transfer import fingerprint
+from resunet.fingerprint import fingerprint
 
 ARMS, TRAIN, DRAWS, STEPS = ("scratch", "pretrained"), (1, 3), (0, 1), (2, 3)
 

@@ -45,14 +45,14 @@ def test_the_weight_rises_over_the_ramp():
 def test_only_unlabelled_patches_become_harder_whoever_makes_them():
     teacher, (images, labels) = mean_teacher(intensity=1), batch()
     before = images.clone()
-    whole = teacher.harder(images, labels, index=5, first=0)
+    whole = teacher.strong_augmentation(images, labels, index=5, first=0)
     assert torch.equal(images, before) and unlabelled_patches(labels).tolist() == [False, True, False, True]
     assert torch.equal(whole[::2], images[::2])
     changed = (whole[1::2] - images[1::2]).flatten(1).abs().mean(dim=1)
     assert (changed > 0.05).all() and changed[0] != changed[1]
-    halves = [teacher.harder(images[part], labels[part], 5, part.start) for part in (slice(0, 2), slice(2, 4))]
+    halves = [teacher.strong_augmentation(images[part], labels[part], 5, part.start) for part in (slice(0, 2), slice(2, 4))]
     assert torch.equal(torch.cat(halves), whole), "two ranks make what one makes"
-    assert not torch.equal(teacher.harder(images, labels, 6, 0)[1], whole[1])
+    assert not torch.equal(teacher.strong_augmentation(images, labels, 6, 0)[1], whole[1])
 
 
 def test_it_is_the_divergence_over_unlabelled_pixels():
