@@ -137,14 +137,14 @@ def _refuse_wrong(out: Path, request: ExportRequest) -> tuple[tuple[Format, ...]
         formats = tuple(one for one in formats if one != "pytorch")
         if not formats:
             raise InputError("--precision int8: is of graphs. Add onnx or openvino to --formats.")
+    if "bf16" in precisions and "openvino" not in formats:
+        raise InputError(
+            "--precision bf16: of the formats OpenVINO alone computes in it. Add openvino to --formats, or take fp16."
+        )
     if precisions == ("bf16",) and (others := [one for one in formats if one in ("onnx", "tensorrt")]):
         raise InputError(
             f"--formats {','.join(request.formats)}: {' and '.join(others)} would have no graph, as of the formats OpenVINO alone "
             "computes in bf16. Leave them out, or add fp32 or fp16 to --precision."
-        )
-    if "bf16" in precisions and "openvino" not in formats:
-        raise InputError(
-            "--precision bf16: of the formats OpenVINO alone computes in it. Add openvino to --formats, or take fp16."
         )
     if "fp16" in precisions and not {"onnx", "openvino", "tensorrt"} & set(formats):
         raise InputError("--precision fp16: is of graphs. Add onnx or openvino to --formats.")

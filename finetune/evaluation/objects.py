@@ -15,6 +15,7 @@ from finetune.evaluation.targets import Targets
 from finetune.evaluation.wrong import WrongLesion, wrong_lesions
 from resunet.data.cases import IGNORE, LoadedCase, take_slice
 from resunet.pictures import COLOURS, side_by_side
+from resunet.plain import number_of
 
 SHOWN = 12  # of each kind
 _PANEL = 112  # pixels a side of a thumbnail's parts
@@ -139,7 +140,7 @@ def _outline(
 def caption_of(one: WrongObject, targets: Targets) -> str:
     """An object in words: what it is, size, case."""
     unit = "mm³" if one.is_volume else "mm²"
-    voxels = "voxels" if one.is_volume else "pixels"
+    size = number_of(one.size, "voxel" if one.is_volume else "pixel")
     place = "" if one.index is None else f", slice {one.index}"
     volume = "" if one.volume is None else f", {one.volume:,.4g} {unit}"
-    return f"{targets.names[one.target]}: {one.size:,} {voxels}{volume}; {one.case_id}{place}"
+    return f"{targets.names[one.target]}: {size}{volume}; {one.case_id}{place}"

@@ -45,7 +45,7 @@ def test_the_page_of_an_evaluation_lists_what_is_missed_and_false(runs, tmp_path
     assert [int(name.split(": ")[2].split(" ")[0]) for name in missed] == sorted(sizes, reverse=True)
     assert all(any(f"; {stem}" in name for name in missed) for stem in ("c08a", "c09a", "c10a"))
     (false,) = [one["name"] for one in seen.pictures if "a false alarm" in one["name"]]
-    assert false.endswith("255: 1 pixels, 1 mm²; c11a")
+    assert false.endswith("255: 1 pixel; c11a")
     assert "6 true objects, 3 found, 3 missed." in seen.text and "3 in all." in seen.text
 
 

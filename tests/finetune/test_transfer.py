@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from finetune.loop import finetune
-from resunet.checkpoint import read_config, read_weights, write_weights
+from pretrain.save import save_with_decoder
+from resunet.checkpoint import read_config, read_weights
 from resunet.decoder import ProgressiveDecoder
 from resunet.encoder import ResidualEncoder
 from resunet.errors import InputError
@@ -22,8 +23,7 @@ def test_a_pretrained_decoder_comes_with_its_encoder_unless_it_is_left(recipe, e
             "decoder": describe_decoder(network, decoder, squeeze_excite=False),
         }
     )
-    network.save_pretrained(encoder)
-    write_weights(encoder / DECODER, decoder.state_dict())
+    save_with_decoder(encoder, network, decoder)
     ours = {"encoder": str(encoder), "model": {"channels": [4, 8, 8]}, "steps": 1, "optimizer": {"lr": 1e-12}}
     for transfer, state in (("both", "loaded"), ("encoder", "fresh")):
         out = finetune(recipe(**ours, transfer=transfer, name=f"run-{transfer}"))

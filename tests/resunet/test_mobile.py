@@ -12,6 +12,7 @@ from torch import nn
 from finetune.settings import NetworkSettings
 from pretrain.network import PretrainingNetwork, synchronised
 from pretrain.recipe import HeadSettings
+from pretrain.save import save_with_decoder
 from resunet import FeatureExtractor, MobileEncoder, MobileResUNet, load_model
 from resunet.checkpoint import ModelConfig, write_weights
 from resunet.decoders import decoder_of
@@ -23,7 +24,7 @@ from resunet.gradients import gradient_norms
 from resunet.light_weights import load_weights, weights_input
 from resunet.mobile import backbones, channels_of
 from resunet.model import ResUNet, build_model
-from resunet.transfer import DECODER, transfer_encoder
+from resunet.transfer import transfer_encoder
 
 TINY = "mobilenetv3_small_050"
 
@@ -250,8 +251,7 @@ def pretrained(folder: Path, in_channels: int = 1, finest: int = 1) -> MobileRes
         feature_check=fingerprint(encoder),
         decoder=describe_decoder(encoder, decoder, squeeze_excite=False),
     )
-    encoder.save_pretrained(folder)
-    write_weights(folder / DECODER, decoder.state_dict())
+    save_with_decoder(folder, encoder, decoder)
     return network
 
 

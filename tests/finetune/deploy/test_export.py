@@ -138,6 +138,10 @@ def test_synthetic_scans_are_no_noise_and_are_the_same_again():
         (dict(formats=("onnx", "caffe")), r"--formats onnx,caffe: \['caffe'\] is no format; there are onnx, openvino"),
         (dict(precisions=("int4",)), r"--precision int4: \['int4'\] is no precision"),
         (dict(formats=("onnx",), precisions=("bf16",)), "--precision bf16: of the formats OpenVINO alone"),
+        (
+            dict(formats=("openvino", "onnx", "tensorrt"), precisions=("bf16",)),
+            "--formats openvino,onnx,tensorrt: onnx and tensorrt would have no graph",
+        ),
         (dict(formats=("pytorch",), precisions=("fp16",)), "--precision fp16: is of graphs"),
     ],
 )
