@@ -23,9 +23,9 @@ class StepClock:
     def state(self) -> dict[str, float]:
         """seconds by the clock on the wall, and cpu_seconds of all threads and of the processes that read and have ended: what a
         run costs where others use the machine, too."""
-        found = {"seconds": self._before + time.perf_counter() - self._started}
+        found = {"seconds": self._before + (time.perf_counter() - self._started)}
         if self._cpu_before is not None:
-            found["cpu_seconds"] = self._cpu_before + _cpu_seconds() - self._cpu_started
+            found["cpu_seconds"] = self._cpu_before + (_cpu_seconds() - self._cpu_started)
         return found
 
     def record(self, accelerator: Accelerator) -> dict[str, float | None]:
