@@ -80,9 +80,11 @@ def _in_its_group(recipe: LabelCurveRecipe) -> LabelCurveRecipe:
 
 def _refuse_other_folder(recipe: LabelCurveRecipe, locks: Path) -> None:
     """Raises InputError unless the folder is new, or with `resume` a label curve."""
+    if recipe.out.is_dir() and {child.name for child in recipe.out.iterdir()} <= {locks.name}:  # of one that was refused
+        return
     if not recipe.resume or not recipe.out.exists():
         refuse_taken(recipe.out, "out=", otherwise="continue it with resume=true, or delete it")
-    elif not (recipe.out / "config.json").is_file() and not locks.is_dir() and any(recipe.out.iterdir()):
+    elif not (recipe.out / "config.json").is_file():
         raise InputError(f"out={recipe.out}: cannot be continued, it is not a label curve (no config.json).")
 
 
