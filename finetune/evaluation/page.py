@@ -26,9 +26,11 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     first = next(iter(summaries.values()))
     rows = [["", *(name or "mean [95 % interval], groups" for name in summaries)]]
     in_mm = first.get("in_mm", True)  # runs of earlier versions do not say
-    length = "mm" if in_mm else "pixels"
+    length, within = "mm" if in_mm else "pixels", first["surface_tolerance_mm"]
     labels = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall", "hd95": f"HD95, {length}"}
-    for key, label in (labels | {"surface_dice": f"Surface Dice within {first['surface_tolerance_mm']:g} {length}"}).items():
+    for key, label in (
+        labels | {"surface_dice": f"Surface Dice within {within:g} {length if within != 1 or in_mm else 'pixel'}"}
+    ).items():
         rows.append([label, *(_cell(summary[key]) for summary in summaries.values())])
     unit = first["volume_error"]["unit"] if in_mm else "pixels"
     for key, label in (("absolute", f"Volume error, {unit}"), ("relative", "Volume error, share of the truth's volume")):

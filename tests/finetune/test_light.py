@@ -81,6 +81,8 @@ def test_weights_come_from_a_file_or_from_an_encoder(recipe, tmp_path):
     given = LIGHT | {"weights": str(tmp_path / "net.pth")}
     model, _ = build(resolve(recipe(model=given, patch=[40, 40])))
     assert all(torch.equal(one, model.encoder.state_dict()[name]) for name, one in first.state_dict().items())
+    kept, _ = build(resolve(recipe(model=given | {"statistics": "frozen"}, patch=[40, 40])))  # those of the weights
+    assert all(torch.equal(one, kept.encoder.state_dict()[name]) for name, one in first.state_dict().items())
     with pytest.raises(InputError, match="brings weights of its own; leave one of them out"):
         recipe(model=given, patch=[40, 40], encoder=str(tmp_path))
 

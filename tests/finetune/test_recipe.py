@@ -44,6 +44,10 @@ FAULTS = {
     "decoder_first": ({"optimizer": {"decoder_first": 1}}, r"optimizer\.decoder_first=1: .*less than 1"),
     "encoder_lr_factor": ({"optimizer": {"encoder_lr_factor": 0}}, r"optimizer\.encoder_lr_factor=0: .*greater than 0"),
     "consistency without an average": ({"consistency": {}}, r"consistency: is with the moving average.*set ema=0\.99"),
+    "consistency and precise statistics": (
+        {"consistency": {}, "ema": 0.9, "model": {"statistics": "precise"}},
+        r"model\.statistics='precise' with consistency: .*use 'running'",
+    ),
     "consistency and a teacher": ({"consistency": {}, "ema": 0.9, "teacher": "run"}, r"teacher=run: and consistency are two"),
     "consistency of no patch": (
         {"consistency": {"unlabelled": 0.05}, "ema": 0.9},

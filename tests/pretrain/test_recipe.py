@@ -1,6 +1,7 @@
 import pytest
 
 from pretrain.recipe import PretrainRecipe
+from pretrain.refusals import idle_keys
 from resunet.config import load_recipe, validate
 from resunet.errors import InputError
 
@@ -174,3 +175,16 @@ def test_the_classes_of_the_data_are_the_probes_where_it_has_none():
     recipe = validate(PretrainRecipe, LEAST | {"data": data, "probe": {"classes": own, "ignore": []}}, "recipe")
     assert recipe.probe is not None and (recipe.probe.classes, recipe.probe.ignore) == (own, ())
     assert validate(PretrainRecipe, LEAST | {"data": data}, "recipe").probe is None
+
+
+@pytest.mark.parametrize(
+    "changes, keys",
+    [
+        ({"views": {"blur": 0, "blur_sigma": [1, 2], "intensity": 0, "gamma": [1, 2]}}, ["views.blur_sigma", "views.gamma"]),
+        ({"dense": {}, "objective": {"weight": 0}, "temperature": 0.3}, ["temperature"]),
+        ({"probe": {"classes": {0: "b", 1: "l"}, "kind": "prototype", "neighbours": 3}}, ["probe.neighbours"]),
+        ({}, []),
+    ],
+)
+def test_keys_that_do_nothing_are_known(changes, keys):
+    assert [key for key, _ in idle_keys(validate(PretrainRecipe, LEAST | changes, "recipe"))] == keys

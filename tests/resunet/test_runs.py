@@ -38,6 +38,7 @@ def lines(run: Run) -> list[dict]:
 def test_a_new_folder_is_fine(tmp_path):
     check_out(small_recipe(tmp_path / "new"))
     check_out(small_recipe(tmp_path / "new", resume=True))
+    assert list(tmp_path.iterdir()) == [], "looking makes nothing"
 
 
 def test_an_existing_folder_is_refused(tmp_path):
@@ -60,7 +61,9 @@ def test_a_run_cannot_be_resumed_with_another_recipe(run):
 
 
 def test_some_keys_are_free_on_resume(run):
+    before = (run.folder / "config.json").read_bytes()
     check_out(small_recipe(run.folder, resume=True, log_every=3, checkpoint_every=5, wandb=WandbSettings()))
+    assert (run.folder / "config.json").read_bytes() == before
 
 
 def test_another_number_of_ranks_is_refused_on_resume(run):
@@ -83,6 +86,8 @@ def test_another_number_of_ranks_is_refused_on_resume(run):
 def test_a_run_directory_may_move(run, tmp_path):
     run.folder.rename(tmp_path / "moved")
     check_out(small_recipe(tmp_path / "moved", resume=True))
+    with pytest.raises(InputError, match="seed: 0 then, 1 now"):  # and is the same run there
+        check_out(small_recipe(tmp_path / "moved", resume=True, seed=1))
 
 
 def test_config_json_is_the_recipe_and_is_never_edited(run):

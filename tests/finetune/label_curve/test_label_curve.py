@@ -302,6 +302,13 @@ def test_a_new_arm_that_is_refused_leaves_the_curve_as_it_was(curve, tmp_path, m
         label_curve(grown(batch=2))
 
 
+def test_the_wandb_group_that_a_curve_began_with_stays(curve, tmp_path):
+    out = shutil.copytree(curve.out, tmp_path / "curve")
+    finetuning = curve.finetune | {"wandb": {"mode": "disabled", "group": "another"}}
+    with pytest.raises(InputError, match=r"finetune\.wandb\.group=another: the curve in .* began with label-curve-"):
+        label_curve(curve.model_copy(update={"resume": True, "out": out, "finetune": finetuning}))
+
+
 def test_a_curve_that_grew_says_that_it_was_read_before(curve, tmp_path):
     out = shutil.copytree(curve.out, tmp_path / "curve")
     grown = curve.model_copy(update={"resume": True, "out": out, "arms": curve.arms | {"again": curve.arms["scratch"]}})
