@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.sources import without_leaks
 from resunet.cli import main as resunet
 
 SETS = {
@@ -94,10 +95,11 @@ def main() -> None:
     lines = []
     for seed in range(options.seeds):
         for name in options.sets:
+            source = without_leaks(options.data / name, options.out / f"{name}-source")
             for network in options.networks:
                 run = options.out / f"{name}-{network}-{seed}"
                 shape = [*SETS[name], *NETWORKS[network], f"steps={options.steps}", f"validate_every={options.steps // 10}"]
-                common = [f"data.source={options.data / name}", "data.labelled=null", f"seed={seed}", "wandb.mode=disabled"]
+                common = [f"data.source={source}", "data.labelled=null", f"seed={seed}", "wandb.mode=disabled"]
                 ensure(run, "run.json", "finetune", "brain_tumor", *common, *shape)
                 for arm, extra in ARMS.items():
                     if network == "light" and arm == "pruned":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.brain_tumor import ensure
+from benchmarks.sources import without_leaks
 from finetune.label_curve.cells import points_of
 from finetune.label_curve.command import label_curve
 from finetune.label_curve.recipe import LabelCurveRecipe
@@ -32,15 +33,19 @@ SETS: dict[str, tuple[Values, list[Any], int]] = {
 }
 
 
+def source_of(options: argparse.Namespace, name: str) -> Path:
+    return without_leaks(options.data / name, options.out / f"{name}-source")
+
+
 def pretrained(options: argparse.Namespace, name: str) -> Path:
-    keys = [f"data.source={options.data / name}", f"steps={options.pretrain_steps}", "wandb.mode=disabled"]
+    keys = [f"data.source={source_of(options, name)}", f"steps={options.pretrain_steps}", "wandb.mode=disabled"]
     return ensure(options.out / f"{name}-pretrain", "pretrain", "brain_tumor_dense", *keys)
 
 
 def curve_of(options: argparse.Namespace, name: str, encoder: Path) -> LabelCurveRecipe:
     data, budgets, draws = SETS[name]
     finetune = {
-        "data": {"source": str(options.data / name)} | data,
+        "data": {"source": str(source_of(options, name))} | data,
         "batch": options.batch,
         "checkpoint": "last",
         "validate_every": max(options.steps),  # once, at the end

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.sources import without_leaks
 from resunet.runs import is_done
 
 RECIPES = {"brain_tumor_128": "brain_tumor_light", "neu_seg": "neu_seg_light"}
@@ -49,11 +50,14 @@ class Settings:
     def encoder(self, data: str) -> Path:
         return self.out / f"{data}-encoder"
 
+    def source(self, data: str) -> Path:
+        return without_leaks(self.data / data, self.out / f"{data}-source")
+
 
 def run(settings: Settings, cell: Cell) -> None:
     """The fine-tuning of a cell, in a process of its own."""
     values = [
-        f"data.source={settings.data / cell.data}",
+        f"data.source={settings.source(cell.data)}",
         f"data.labelled={SHARES[cell.share]}",
         f"data.draw={cell.seed}",
         f"seed={cell.seed}",
@@ -74,7 +78,7 @@ def run(settings: Settings, cell: Cell) -> None:
 
 def pretrain(settings: Settings, data: str) -> None:
     """The light encoder of a data set, once for all seeds and shares: from the pool without its masks."""
-    values = [f"data.source={settings.data / data}", f"steps={settings.pretrain_steps}", f"out={settings.encoder(data)}"]
+    values = [f"data.source={settings.source(data)}", f"steps={settings.pretrain_steps}", f"out={settings.encoder(data)}"]
     command = [sys.executable, "-P", "-m", "pretrain", "brain_tumor_light", *values, "resume=true", "wandb.mode=disabled"]
     subprocess.run(command, check=True)
 

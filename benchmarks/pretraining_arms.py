@@ -22,13 +22,13 @@ patients. What position positives could do with real volumes this does not show.
 import argparse
 import csv
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.brain_tumor import ensure
+from benchmarks.sources import linked_source
 from finetune.label_curve.cells import points_of
 from finetune.label_curve.command import label_curve
 from finetune.label_curve.recipe import LabelCurveRecipe
@@ -44,11 +44,7 @@ _SLOW = {"optimizer": {"encoder_lr_factor": 0.33}}
 
 def with_positions(data: Path, out: Path) -> Path:
     """A source with the images, masks and split of another, and groups.csv with the number of each slice within its group."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("images", "masks"):
-        if not (out / name).exists():
-            (out / name).symlink_to((data / name).resolve(), target_is_directory=True)
-    shutil.copyfile(data / "splits.json", out / "splits.json")
+    linked_source(data, out)
     with open(data / "groups.csv", newline="", encoding="utf-8-sig") as file:
         rows = sorted((row["group"], row["stem"]) for row in csv.DictReader(file))
     lines, before, number = ["stem,group,position"], "", 0
