@@ -78,6 +78,11 @@ def idle_keys(recipe: FinetuneRecipe) -> list[tuple[str, str]]:
         found.append(("foreground_by", "as foreground, the share of patches that are centred on a class, is 0"))
     if augment.zoom != type(augment)().zoom and not augment.zoom_probability:
         found.append(("augment.zoom", "as augment.zoom_probability is 0"))
-    if recipe.consistency is not None and not recipe.consistency.changes:
-        found.append(("consistency", "or little, as network and average see the same intensities"))
+    if (steady := recipe.consistency) is not None:
+        if not steady.changes and not steady.cutmix:
+            found.append(("consistency", "or little, as network and average see the same patches"))
+        if not steady.cutmix and steady.cutmix_area != type(steady)().cutmix_area:
+            found.append(("consistency.cutmix_area", "as consistency.cutmix, its probability, is 0"))
+        if steady.cutmix and min(round(steady.unlabelled * recipe.batch), recipe.batch - 1) < 2:
+            found.append(("consistency.cutmix", "as a batch has one unlabelled patch, and a box comes from another"))
     return found

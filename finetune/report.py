@@ -79,9 +79,10 @@ def _checkpoint(recipe: FinetuneRecipe, metrics: Mapping[str, tuple[list[float],
 def _taught(recipe: FinetuneRecipe, config: ModelConfig) -> list[str]:
     """Who else taught it, and how."""
     if (steady := recipe.consistency) is not None:
+        boxes = f", {steady.cutmix:.0%} of them with a box of another" if steady.cutmix else ""
         return [
-            f"Unlabelled scans were {steady.unlabelled:.0%} of a batch, learned from the moving average of the weights (decay "
-            f"{recipe.ema:g}), weight {steady.weight:g}."
+            f"Unlabelled scans were {steady.unlabelled:.0%} of a batch{boxes}, learned from the moving average of the weights "
+            f"(decay {recipe.ema:g}), weight {steady.weight:g}."
         ]
     if (digest := config.provenance.teacher_sha256) is None:
         return []

@@ -259,13 +259,24 @@ class ConsistencySettings(IntensitySettings):
     what the network sees, in standard deviations of the scan."""
 
     weight: float = Field(1.0, gt=0, description="of the divergence from the moving average's probabilities")
+    dice_weight: float = Field(
+        0.0, ge=0, description="beside the divergence, of the relative difference of the probabilities, as Dice counts it"
+    )
     ramp: Probability = Field(0.3, description="share of steps over which the weight rises from nearly 0")
     unlabelled: float = Field(
         0.5, gt=0, lt=1, description="share of a batch that is cut from scans of the pool that this draw did not label"
     )
+    cutmix: Probability = Field(0.5, description="of a box of another unlabelled patch of the batch, pasted into one")
+    cutmix_area: Range = Field((0.02, 0.4), description="of the box, as a share of the patch")
     intensity_scale: Range = (0.5, 1.5)
     intensity_shift: Range = (-0.5, 0.5)
     noise_sigma: Range = (0.0, 0.3)
+
+    @model_validator(mode="after")
+    def _boxes_within(self) -> "ConsistencySettings":
+        if not 0 < self.cutmix_area[0] <= self.cutmix_area[1] <= 1:
+            raise ValueError(f"cutmix_area={list(self.cutmix_area)} must lie above 0 and not above 1")
+        return self
 
 
 class OptimizerSettings(Frozen):

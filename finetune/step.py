@@ -24,7 +24,7 @@ from finetune.start import load_start
 from finetune.training.augment import augment
 from finetune.training.averaging import averaged
 from finetune.training.batch_statistics import batch_norms, moving, recompute_statistics, refuse_without_batch_norm
-from finetune.training.consistency import MeanTeacher
+from finetune.training.consistency import HardView, MeanTeacher
 from finetune.training.patches import UNLABELLED, Batches
 from finetune.training.schedule import encoder_stands_still, rates
 from finetune.training.supervision import Supervised, supervised_loss
@@ -197,13 +197,13 @@ def forward_backward(
     for part in range(recipe.accumulate):
         index = step * recipe.accumulate + part
         images, labels, moved = _batch(recipe, sampler, index, accelerator, _TRAINING)
-        seen = images
+        view = None
         if isinstance(teacher, MeanTeacher):
-            seen = teacher.strong_augmentation(images, labels, index, _first(recipe, accelerator))
+            view = teacher.hard_view(images, labels, index, _first(recipe, accelerator))
         with nullcontext() if part == recipe.accumulate - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
-                made = wrapped(seen)
-            terms = _terms(recipe, made, images, labels, step, accelerator, teacher)
+                made = wrapped(images if view is None else view.images)
+            terms = _terms(recipe, made, images, labels, step, accelerator, teacher, view)
             accelerator.backward(terms["loss"] / recipe.accumulate)
         values = {name: float(term.detach()) for name, term in terms.items()} | dict(zip(ELASTIC, moved, strict=True))
         for name, value in values.items():
@@ -261,8 +261,12 @@ def _terms(
     step: int,
     accelerator: Accelerator,
     teacher: Teacher | MeanTeacher | None,
+    view: HardView | None,
 ) -> dict[str, Tensor]:
-    """`loss_of` a batch, and what is learned from the teacher. made: what the network, as `attending` gives it, made of it."""
+    """`loss_of` a batch, and what is learned from the teacher.
+
+    made: what the network, as `attending` gives it, made of the images, or of the mean teacher's view of them.
+    """
     attentive = isinstance(teacher, Teacher) and recipe.distillation.attention_weight
     logits, maps = made if attentive else (made, None)
     terms = loss_of(recipe, logits, labels.masked_fill(labels == UNLABELLED, IGNORE), accelerator)
@@ -270,7 +274,8 @@ def _terms(
         return terms
     finest = crop_to(logits if isinstance(logits, Tensor) else logits[0], images.shape[2:])
     if isinstance(teacher, MeanTeacher):
-        learned = teacher.terms(images, finest, labels, step, accelerator)
+        assert view is not None
+        learned = teacher.terms(images, finest, view, step, accelerator)
         return terms | learned | {"loss": terms["loss"] + learned["consistency"]}
     learned = teacher.terms(images, finest, maps, labels != IGNORE, accelerator)
     return terms | learned | {"loss": terms["loss"] + learned["distillation"]}

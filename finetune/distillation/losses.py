@@ -35,6 +35,18 @@ def soft_target_loss(
     return temperature**2 * summed / count.clamp_min(1)
 
 
+def relative_difference(logits: Tensor, teacher_logits: Tensor, inside: Tensor, total: Total = one_rank) -> Tensor:
+    """Σ|p − q| / Σ(p + q) of the probabilities p and q of a class, over all pixels; the mean over the classes but background.
+
+    For masks it is 1 − Dice, and for soft targets it is 0 where both agree, as Dice is not: a Dice semimetric loss (Wang et al.
+    2023, arXiv 2303.16296, section 3). Arguments as `soft_target_loss`.
+    """
+    ours, theirs = (_log_probabilities(one.float()).exp()[:, 1:] * inside[:, None] for one in (logits, teacher_logits))
+    over = (0, *range(2, ours.ndim))
+    difference, both = total(torch.stack([(ours - theirs).abs().sum(over), (ours + theirs).sum(over)])).unbind()
+    return (difference / both.clamp_min(torch.finfo(both.dtype).tiny)).mean()
+
+
 def _log_probabilities(logits: Tensor) -> Tensor:
     """(N, 1 or K, *size) → (N, 2 or K, *size)."""
     if logits.shape[1] == 1:

@@ -48,7 +48,9 @@ def test_what_is_not_as_one_expects_is_told(runs, recipe, capsys):
         ({"foreground_by": "object", "foreground": 0}, "foreground_by"),
         ({"augment": {"zoom": [0.5, 1]}}, "augment.zoom"),
         ({"augment": {"intensity": {"gamma": [0.5, 1], "blur": 1}}}, "augment.intensity.gamma"),
-        ({"consistency": {"intensity": 0, "blur": 0, "noise": 0}, "ema": 0.9}, "consistency"),
+        ({"consistency": {"intensity": 0, "blur": 0, "noise": 0, "cutmix": 0}, "ema": 0.9, "batch": 4}, "consistency"),
+        ({"consistency": {"cutmix": 0, "cutmix_area": [0.1, 0.2]}, "ema": 0.9, "batch": 4}, "consistency.cutmix_area"),
+        ({"consistency": {}, "ema": 0.9, "batch": 2}, "consistency.cutmix"),
     ],
 )
 def test_keys_that_do_nothing_are_told(recipe, changes, key):

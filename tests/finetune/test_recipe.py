@@ -53,6 +53,7 @@ FAULTS = {
         {"consistency": {"unlabelled": 0.05}, "ema": 0.9},
         r"consistency\.unlabelled=0\.05: of a batch of \d+ that is no patch",
     ),
+    "boxes of nothing": ({"consistency": {"cutmix_area": [0, 0.4]}}, r"cutmix_area=\[0\.0, 0\.4\] must lie above 0"),
     "consistency upside down": ({"consistency": {"gamma": [2, 1]}}, r"consistency\.gamma=.*the first not above the second"),
     "sawtooth without a first tooth": (
         {"optimizer": {"sawtooth": True}},

@@ -43,34 +43,93 @@ def test_the_weight_rises_over_the_ramp():
 
 
 def test_only_unlabelled_patches_become_harder_whoever_makes_them():
-    teacher, (images, labels) = mean_teacher(intensity=1), batch()
+    teacher, (images, labels) = mean_teacher(intensity=1, cutmix=0), batch()
     before = images.clone()
-    whole = teacher.strong_augmentation(images, labels, index=5, first=0)
+    whole = teacher.hard_view(images, labels, index=5, first=0).images
     assert torch.equal(images, before) and unlabelled_patches(labels).tolist() == [False, True, False, True]
     assert torch.equal(whole[::2], images[::2])
     changed = (whole[1::2] - images[1::2]).flatten(1).abs().mean(dim=1)
     assert (changed > 0.05).all() and changed[0] != changed[1]
-    halves = [teacher.strong_augmentation(images[part], labels[part], 5, part.start) for part in (slice(0, 2), slice(2, 4))]
+    halves = [teacher.hard_view(images[part], labels[part], 5, part.start).images for part in (slice(0, 2), slice(2, 4))]
     assert torch.equal(torch.cat(halves), whole), "two ranks make what one makes"
-    assert not torch.equal(teacher.strong_augmentation(images, labels, 6, 0)[1], whole[1])
+    assert not torch.equal(teacher.hard_view(images, labels, 6, 0).images[1], whole[1])
 
 
-def test_it_is_the_divergence_over_unlabelled_pixels():
-    teacher, (images, labels) = mean_teacher(ramp=0, weight=3.0), batch()
+STILL = {"intensity": 0, "blur": 0, "noise": 0}
+
+
+def test_boxes_come_from_the_other_of_a_pair():
+    images, labels = batch(8)
+    view = mean_teacher(cutmix=1, cutmix_area=[0.2, 0.3], **STILL).hard_view(images, labels, 5, 0)
+    assert view.partner.tolist() == [0, 3, 2, 1, 4, 7, 6, 5] and not view.box[::2].any()
+    for place in (1, 3, 5, 7):
+        box = view.box[place]
+        rows, columns = box.any(dim=1), box.any(dim=0)
+        assert torch.equal(box, rows[:, None] & columns) and 0.15 <= box.float().mean() <= 0.35
+        for side in (rows, columns):
+            assert (side.int().diff().abs().sum() + side[0] + side[-1]) == 2, "one stretch of pixels"
+        assert torch.equal(view.images[place, 0][box], images[view.partner[place], 0][box])
+        assert torch.equal(view.images[place, 0][~box], images[place, 0][~box])
+        assert torch.equal(view.inside[place], (labels == UNLABELLED)[place]), "partners lie within their scans alike"
+    assert torch.equal(view.images[::2], images[::2]) and not view.inside[::2].any()
+    assert len({tuple(view.box[place].flatten().tolist()) for place in (1, 3, 5, 7)}) == 4
+    halves = [
+        mean_teacher(cutmix=1, cutmix_area=[0.2, 0.3], **STILL).hard_view(images[part], labels[part], 5, part.start)
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    assert torch.equal(torch.cat([half.images for half in halves]), view.images), "two ranks make what one makes"
+
+
+def test_boxes_are_as_frequent_and_as_large_as_is_said():
+    images, labels = torch.randn(400, 1, 32, 32), torch.full((400, 32, 32), UNLABELLED, dtype=torch.uint8)
+    box = mean_teacher(cutmix=0.25, cutmix_area=[0.1, 0.4], **STILL).hard_view(images, labels, 5, 0).box
+    share = box.float().mean(dim=(1, 2))
+    assert (share > 0).float().mean() == pytest.approx(0.25, abs=0.07)
+    assert share[share > 0].min() > 0.08 and share.max() < 0.45 and share[share > 0].mean() == pytest.approx(0.25, abs=0.03)
+    volume = torch.full((2, 8, 8, 8), UNLABELLED, dtype=torch.uint8)
+    view = mean_teacher(cutmix=1, cutmix_area=[1, 1], **STILL).hard_view(torch.randn(2, 1, 8, 8, 8), volume, 5, 0)
+    assert view.box.flatten(1).float().mean(dim=1).min() > 0.2, "boxes of volumes have three sides"
+
+
+def test_one_without_a_partner_has_no_box():
+    images, labels = batch(6)
+    view = mean_teacher(cutmix=1, **STILL).hard_view(images, labels, 5, 0)
+    assert view.partner.tolist() == [0, 3, 2, 1, 4, 5] and torch.equal(view.images[5], images[5])
+    assert torch.equal(view.mixed(images), view.images), "the average's answers are mixed alike"
+
+
+def test_what_lies_beyond_a_scan_stays_out_of_the_boxes():
+    images, labels = batch(2)
+    labels[:] = UNLABELLED
+    labels[0, :8] = IGNORE
+    view = mean_teacher(cutmix=1, cutmix_area=[0.5, 0.6], **STILL).hard_view(images, labels, 5, 0)
+    inside = labels == UNLABELLED
+    for place in (0, 1):
+        assert torch.equal(view.inside[place], torch.where(view.box[place], inside[1 - place], inside[place]))
+    assert view.box.any(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize("cutmix, dice_weight", [(0, 0.0), (1, 0.0), (1, 2.0)])
+def test_it_is_the_divergence_over_unlabelled_pixels(cutmix, dice_weight):
+    teacher, (images, labels) = mean_teacher(ramp=0, weight=3.0, cutmix=cutmix, dice_weight=dice_weight), batch()
     accelerator = Accelerator(cpu=True)
+    view = teacher.hard_view(images, labels, 5, 0)
     logits = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    loss = teacher.terms(images, logits, labels, 0, accelerator)["consistency"]
+    loss = teacher.terms(images, logits, view, 0, accelerator)["consistency"]
     teacher.average.eval()
     with torch.no_grad():
-        p = teacher.average(images)[:, 0].sigmoid().double()
+        p = view.mixed(teacher.average(images))[:, 0].sigmoid().double()
     q = logits[:, 0].detach().sigmoid().double()
     each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    assert loss.item() == pytest.approx(3 * each[labels == UNLABELLED].mean().item(), rel=1e-4)
+    p, q = p[view.inside], q[view.inside]
+    assert loss.item() == pytest.approx(
+        3 * (each[view.inside].mean() + dice_weight * (p - q).abs().sum() / (p + q).sum()).item(), rel=1e-4
+    )
     loss.backward()
-    assert (logits.grad[:, 0][labels != UNLABELLED] == 0).all() and (logits.grad[:, 0][labels == UNLABELLED] != 0).all()
+    assert (logits.grad[:, 0][~view.inside] == 0).all() and (logits.grad[:, 0][view.inside] != 0).all()
     assert all(parameter.grad is None for parameter in teacher.average.parameters())
     with torch.no_grad():
-        assert teacher.terms(images, teacher.average(images), labels, 0, accelerator)["consistency"].abs() < 1e-6
+        assert teacher.terms(images, view.mixed(teacher.average(images)), view, 0, accelerator)["consistency"].abs() < 1e-6
 
 
 def test_the_mode_of_the_average_comes_back():
@@ -78,7 +137,7 @@ def test_the_mode_of_the_average_comes_back():
     for training in (True, False):
         teacher.average.train(training)
         statistics = teacher.average.encoder.levels[0][0].norm1.running_mean.clone()
-        teacher.terms(images, torch.zeros(4, 1, 16, 16), labels, 0, Accelerator(cpu=True))
+        teacher.terms(images, torch.zeros(4, 1, 16, 16), teacher.hard_view(images, labels, 0, 0), 0, Accelerator(cpu=True))
         assert teacher.average.training is training
         assert torch.equal(teacher.average.encoder.levels[0][0].norm1.running_mean, statistics)
 
@@ -90,7 +149,10 @@ def test_a_run_and_its_records(recipe):
     parts = np.sum([metrics[name][1] for name in ("focal", "dice", "consistency")], axis=0)
     assert metrics["loss"][1] == pytest.approx(parts) and min(metrics["consistency"][1]) > 0
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
-    assert "Unlabelled scans were 50% of a batch, learned from the moving average of the weights (decay 0.5), weight 1." in page
+    assert (
+        "Unlabelled scans were 50% of a batch, 50% of them with a box of another, learned from the moving average of the weights "
+        "(decay 0.5), weight 1." in page
+    )
     assert "unlabelled scans of 3 groups are learned from, too." in page and page.count(">consistency<") == 1, (
         "in the plot of losses"
     )
