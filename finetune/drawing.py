@@ -54,7 +54,7 @@ def pool_groups(model: Path, source: Source) -> Groups:
     Raises:
         InputError: no such encoder, a scan of the pool that it does not take, or one that is gone.
     """
-    return groups_of(_embeddings(model, source, source.part("pool")), labelled=set())
+    return groups_of(_embeddings(model, source, source.part("pool")), masked=set(), held_out=set())
 
 
 def _embeddings(model: Path, source: Source, pool: Sequence[Case]) -> Embeddings:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_PART = 2**22  # values at a time, of what is made of a scan and as long as it
+
 
 @dataclass(frozen=True)
 class Intensity:
@@ -48,11 +50,27 @@ def percentile_intensity(scan: NDArray, low: float, high: float) -> list[Intensi
     for channel in scan:
         values, counts = _distinct(channel)
         bottom, top = _percentiles(values, counts, [low, high])
-        clipped = np.clip(values.astype(np.float64), bottom, top)
-        mean = np.average(clipped, weights=counts)
-        std = np.sqrt(np.average((clipped - mean) ** 2, weights=counts))
-        found.append(Intensity(float(bottom), float(top), float(mean), float(std)))
+        mean, std = _moments(values, counts, bottom, top)
+        found.append(Intensity(float(bottom), float(top), mean, std))
     return found
+
+
+def _moments(values: NDArray, counts: NDArray[np.int64] | None, bottom: float, top: float) -> tuple[float, float]:
+    """Mean and standard deviation of values clipped to [bottom, top], a part at a time: of a scan that barely fits into memory,
+    too. counts: how often each occurs; None for once each."""
+    parts = [slice(start, start + _PART) for start in range(0, len(values), _PART)]
+    weights = [None if counts is None else counts[part] for part in parts]
+    many = len(values) if counts is None else counts.sum()
+
+    def clipped(part: slice) -> NDArray[np.float64]:
+        return np.clip(values[part].astype(np.float64), bottom, top)
+
+    def summed(of: NDArray[np.float64], weight: NDArray[np.int64] | None) -> float:
+        return float(of.sum() if weight is None else (of * weight).sum())
+
+    mean = sum(summed(clipped(part), weight) for part, weight in zip(parts, weights, strict=True)) / many
+    squares = sum(summed((clipped(part) - mean) ** 2, weight) for part, weight in zip(parts, weights, strict=True))
+    return float(mean), float(np.sqrt(squares / many))
 
 
 def intensities_by(scan: NDArray, rule: Intensity | Percentiles) -> list[Intensity]:
@@ -80,7 +98,9 @@ def _distinct(values: NDArray) -> tuple[NDArray, NDArray[np.int64] | None]:
         if flat.size % 2:
             counts[flat[-1]] += 1
     else:
-        counts = np.bincount(flat if lowest == 0 else flat.astype(np.int32) - lowest)
+        counts = np.zeros(int(flat.max()) - lowest + 1, np.int64)
+        for start in range(0, flat.size, _PART):  # bincount copies what it counts to 64 bits
+            counts += np.bincount(flat[start : start + _PART].astype(np.int64) - lowest, minlength=len(counts))
     present = np.flatnonzero(counts)
     return present + lowest, counts[present]
 

@@ -30,8 +30,10 @@ from finetune.compression.steps import kept, prune_steps
 from finetune.compression.subject import Subject, read_subject
 from finetune.quantisation.quantise import refuse_missing
 from resunet.checkpoint import WEIGHTS, model_folder
+from resunet.data.cases import source_digest
 from resunet.errors import CheckFailed, InputError, Stopped
 from resunet.files import folder_aside, refuse_taken, sha256, write_text
+from resunet.progress import say
 from resunet.runs import Status, note_work
 
 _WEIGHTS = "run/model.safetensors"  # of run.json's inputs
@@ -45,23 +47,31 @@ def compress(recipe: CompressRecipe) -> Path:
         ResUNetError: input, environment, or SIGTERM; finished steps stay.
         CheckFailed: no step passed the gate; the report says what each would have cost.
     """
+    recipe = recipe.model_copy(update={"out": recipe.out.absolute()})  # the trainings between bites note where they began
     out = recipe.out
     if recipe.quantise is not None:
         refuse_missing(recipe.quantise)
     weights = {_WEIGHTS: sha256(model_folder(recipe.run) / WEIGHTS)}
-    if not _is_begun(recipe, weights):
-        subject = read_subject(recipe)
-        with folder_aside(out) as aside:
-            write_text(aside / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
-            note_work(aside, "compress", recipe.seed, "running", weights)
-    elif (out / "compress.json").is_file():
+    noted = _noted(recipe, weights)
+    if noted is not None and (out / "compress.json").is_file():
         record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
-        note_work(out, "compress", recipe.seed, "done", weights)  # whatever happened after it was written
+        note_work(out, "compress", recipe.seed, "done", noted)  # whatever happened after it was written
         _refuse_nothing(record, out)
         return out
+    subject = read_subject(recipe)
+    inputs = weights | {"train": source_digest(subject.data.train), "val": source_digest(subject.data.val)}
+    if noted is None:
+        _tell_changed(recipe.run, inputs)
+        with folder_aside(out) as aside:
+            write_text(aside / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
+            note_work(aside, "compress", recipe.seed, "running", inputs)
     else:
-        subject = read_subject(recipe)
-        note_work(out, "compress", recipe.seed, "running", weights)
+        if changed := [name for name, digest in inputs.items() if noted.get(name, digest) != digest]:
+            raise InputError(
+                f"out={out}: cannot be resumed, its inputs have changed since it was started: {', '.join(changed)}. Restore "
+                "images and masks, or name another out."
+            )
+        note_work(out, "compress", recipe.seed, "running", inputs)
     status: Status = "failed"
     try:
         record = _compress(subject)
@@ -70,7 +80,7 @@ def compress(recipe: CompressRecipe) -> Path:
         status = "stopped"
         raise
     finally:
-        note_work(out, "compress", recipe.seed, status, weights)
+        note_work(out, "compress", recipe.seed, status, inputs)
     _refuse_nothing(record, out)
     return out
 
@@ -92,8 +102,18 @@ def _compress(subject: Subject) -> Record:
     return record
 
 
-def _is_begun(recipe: CompressRecipe, weights: Mapping[str, str]) -> bool:
-    """Whether the folder holds a compression by the same recipe that is to be continued.
+def _tell_changed(run: Path, inputs: Mapping[str, str]) -> None:
+    """What the gate compares is measured on the labels as they are now; the run's own figures may be of others."""
+    before = json.loads((run / "run.json").read_text(encoding="utf-8"))["inputs"]
+    if changed := [name for name in ("train", "val") if before.get(name, inputs[name]) != inputs[name]]:
+        say(
+            f"run={run}: images or masks of {' and '.join(changed)} are not those that it was trained with. The network before and "
+            "after is measured on those of now."
+        )
+
+
+def _noted(recipe: CompressRecipe, weights: Mapping[str, str]) -> dict[str, str] | None:
+    """The inputs of the compression by the same recipe that the folder holds and that is to be continued; None: there is none.
 
     Raises:
         InputError: it exists, and is not to be continued, is no compression or one by another recipe.
@@ -101,19 +121,19 @@ def _is_begun(recipe: CompressRecipe, weights: Mapping[str, str]) -> bool:
     out = recipe.out
     if not recipe.resume or not out.exists():
         refuse_taken(out, "out=", otherwise="continue it with resume=true, or delete it")
-        return False
+        return None
     try:
         before = CompressRecipe.model_validate_json((out / "config.json").read_text(encoding="utf-8"))
-        noted = json.loads((out / "run.json").read_text(encoding="utf-8"))["inputs"]
+        noted: dict[str, str] = json.loads((out / "run.json").read_text(encoding="utf-8"))["inputs"]
     except (OSError, ValueError) as error:
         raise InputError(f"out={out}: cannot be continued, it is no compression: {error}") from error
     then, now = before.model_dump(exclude=_FREE_ON_RESUME), recipe.model_dump(exclude=_FREE_ON_RESUME)
     if differing := [key for key in now if then[key] != now[key]]:
         lines = "\n".join(f"  {key}: {then[key]} then, {now[key]} now" for key in differing)
         raise InputError(f"out={out}: was started with another recipe:\n{lines}\nName another out.")
-    if noted != weights:
+    if any(noted.get(name) != digest for name, digest in weights.items()):
         raise InputError(f"out={out}: was started with other weights than {recipe.run} holds now. Name another out.")
-    return True
+    return noted
 
 
 def _refuse_nothing(record: Record, out: Path) -> None:

@@ -207,12 +207,13 @@ def _proof(contract: Contract, rows: Sequence[Row]) -> str:
             name_of(row.graph.runtime),
             row.version or "–",
             row.graph.precision,
-            _number(row.difference),
+            _number(None if row.answers is None else row.answers.difference),
             f"{row.graph.tolerance:g}",
+            "–" if row.answers is None else f"{row.answers.decided:.2%}",
         )
         for row in rows
     ]
-    head = ("runtime", "version", "precision", "largest difference", "tolerance")
+    head = ("runtime", "version", "precision", "largest difference", "tolerance", "pixels decided otherwise")
     return (
         "## Proof\n\n`resunet verify` compares every file with `contract.json` and replays `golden/`: synthetic scans with the "
         "answers of the live PyTorch network in fp32, for graphs in int8 of the rounded one. Differences are of logits, over "

@@ -45,6 +45,12 @@ def evaluate_bundle(path: Path, request: EvaluateRequest, out: Path | None) -> P
     cases, notes = cases_of_split(source, request)
     notes += [f"Predicted by {name_of(graph.runtime)} {version_of(graph.runtime)} in {graph.precision}.", _UNSEEN]
     point = None if contract.operating_point is None else OperatingPoint(**vars(contract.operating_point))
+    if point is not None and graph.precision == "int8":
+        point = None
+        notes.append(
+            "The operating point was chosen on the network before it was rounded to INT8, which has other probabilities: there are "
+            "no figures at it. --false-alarms-per-1000 finds one for this graph."
+        )
     if (budget := request.false_alarms_per_1000) is not None:
         read_val = partial(_load, contract, source.part("val"), request)
         peaks = partial(clean_peaks, scorer, device=_CPU, precision="fp32")

@@ -16,7 +16,9 @@ from finetune.explanation.gradcam import cascade
 from finetune.explanation.page import sanity_table, write_explain_page
 from finetune.explanation.request import ExplainRequest, cases_of, classes_of, remarks_of
 from resunet.data.cases import Case, LoadedCase, take_slice
+from resunet.errors import InputError
 from resunet.files import folder_aside, refuse_taken
+from resunet.plain import number_of
 from resunet.progress import progress, say
 
 SCHEMA_VERSION = 1
@@ -43,7 +45,9 @@ def explain(model: Path, request: ExplainRequest, out: Path) -> Path:
     for note in notes:
         say(note)
     with folder_aside(out) as aside:
-        entries, wrong, checks = _explain_cases(explainer, cases, classes, request, aside)
+        entries, wrong, checks, lost = _explain_cases(explainer, cases, classes, request, aside)
+        if lost:
+            notes.append(f"{number_of(lost, 'input')} could not be read or predicted: left out.")
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "layer": explainer.layer.name,
@@ -75,16 +79,28 @@ def chosen_slices(there: NDArray[np.bool_], axis: int | None, most: int | None) 
 
 def _explain_cases(
     explainer: Explainer, cases: Sequence[Case], classes: Sequence[int], request: ExplainRequest, aside: Path
-) -> tuple[list[dict[str, Any]], Wrong, list[dict[str, float | None]]]:
-    """What explain.json says of the cases, the lesions that are wrong, and checks of the first maps."""
+) -> tuple[list[dict[str, Any]], Wrong, list[dict[str, float | None]], int]:
+    """What explain.json says of the cases, the lesions that are wrong, checks of the first maps, and how many cases were lost.
+
+    Raises:
+        InputError: none could be read and predicted; the fault of the last.
+    """
     (aside / "overlays").mkdir()
     entries: list[dict[str, Any]] = []
     wrong: Wrong = {"missed": [], "false": []}
     checks: list[dict[str, float | None]] = []
+    lost = 0
     for number in progress(range(len(cases)), len(cases), "explain"):
-        case = explainer.load(cases[number])
-        predicted = explainer.predict(case)
-        tiling = explainer.tiling(case)
+        try:
+            case = explainer.load(cases[number])
+            predicted = explainer.predict(case)
+            tiling = explainer.tiling(case)
+        except InputError as error:  # as in a prediction, one bad scan or mask does not cost the others
+            lost += 1
+            if lost == len(cases):
+                raise
+            say(str(error))
+            continue
         asked = request.class_name is not None or not np.isin(predicted, classes).any()
         for class_index in classes:
             there = predicted == class_index
@@ -106,7 +122,7 @@ def _explain_cases(
             for one in wrong_lesions(case.labels, predicted, case.axis):
                 if one.class_index in classes:
                     wrong[one.kind].append((number, one))
-    return entries, wrong, checks
+    return entries, wrong, checks, lost
 
 
 def _explain_lesions(explainer: Explainer, cases: Sequence[Case], wrong: Wrong, most: int, aside: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from resunet.config import Frozen
 from resunet.data.cases import Case
 from resunet.data.identity import load_salt
 from resunet.data.images import READABLE, stem_of, suffix_of
+from resunet.data.nnunet import is_nnunet
 from resunet.errors import InputError
-from resunet.inference.inputs import list_inputs
+from resunet.inference.inputs import NNUNET_IMAGES, list_inputs
 from resunet.progress import say
 
 
@@ -25,7 +26,9 @@ class ExplainRequest(Frozen):
     inputs: tuple[Path, ...] = Field(min_length=1)
     layer: str | None = None
     class_name: str | None = Field(None, description="null: every foreground class that is predicted")
-    masks: Path | None = Field(None, description="masks with the inputs' names; null: masks/ beside an input folder's images/")
+    masks: Path | None = Field(
+        None, description="masks with the inputs' names; null: masks/ beside an input folder's images/, nnU-Net's labels"
+    )
     slices: int | None = Field(3, ge=1, description="of a volume, those with most of the class; null: all")
     lesions: int = Field(12, ge=0, description="missed lesions that are explained, the largest first, and as many false ones")
     sanity: bool = Field(False, description="compare the maps with those of randomised weights")
@@ -81,14 +84,23 @@ def cases_of(request: ExplainRequest, config: ModelConfig) -> tuple[list[Case], 
         raise InputError(
             f"--masks {request.masks}: holds no mask with the name of an input, such as {inputs.scans[0].name}.png."
         )
-    if 0 < bare < len(cases):
-        notes.append(f"{bare} of {len(cases)} inputs have no mask: their lesions are not looked at.")
+    if bare:
+        notes.append(f"{bare} of {len(cases)} inputs have no mask: what is missed or false in them is not looked at.")
     return cases, notes
+
+
+def _mask_folders(root: Path) -> list[Path]:
+    """Where masks of an input lie, if it is a folder with images/, an nnU-Net raw data set or one of its folders of images."""
+    if (root / "images").is_dir():
+        return [root / "masks"]
+    if is_nnunet(root):
+        return [root / "labelsTr", root / "labelsTs"]
+    return [root.parent / root.name.replace("images", "labels")] if root.name in NNUNET_IMAGES else []
 
 
 def _masks(request: ExplainRequest) -> dict[str, Path]:
     """Name of an input → its mask."""
-    folders = [root / "masks" for root in request.inputs if (root / "images").is_dir() and (root / "masks").is_dir()]
+    folders = [folder for root in request.inputs for folder in _mask_folders(root.absolute()) if folder.is_dir()]
     if request.masks is not None:
         if not request.masks.is_dir():
             raise InputError(f"--masks {request.masks}: no such folder. Give one with masks that are called as the inputs.")

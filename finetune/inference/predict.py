@@ -23,7 +23,15 @@ from resunet.errors import EnvironmentFault
 from resunet.files import sha256
 from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
-from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_full, write_predictions
+from resunet.inference.predict import (
+    Behaviour,
+    Predicted,
+    predict_input,
+    predicted,
+    refuse_full,
+    refuse_unwritable,
+    write_predictions,
+)
 from resunet.inference.threshold import requested_threshold
 from resunet.inference.window import Scorer
 from resunet.layout import place
@@ -67,6 +75,7 @@ def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequ
     refuse_full(out)
     network, config, behaviour, threshold = open_model(model, request)
     found = list_inputs(inputs, config.input_channels)
+    refuse_unwritable(found.scans)
     # without a GPU Accelerate joins ranks only where it is told to use the CPU
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     main = state.is_main_process
@@ -103,7 +112,7 @@ def open_model(model: Path, request: PredictRequest) -> tuple[Segmenter, ModelCo
     folder = model_folder(model)
     network, config = load_finetuned(folder)
     behaviour = behaviour_of(config, sha256(folder / WEIGHTS))
-    threshold = requested_threshold(config, request.threshold, request.operating_point, request.probabilities)
+    threshold = requested_threshold(config, request.threshold, request.operating_point, request.probabilities, request.flips)
     return network, config, behaviour, threshold
 
 

@@ -69,7 +69,7 @@ def open_engine(folder: Path, contract: Signed, graph: Graph) -> Engine:
 
     Raises:
         CheckFailed: the graph is not what the contract says, or its runtime does not take it.
-        EnvironmentFault: the runtime is not installed.
+        EnvironmentFault: the runtime is not installed, or not all that it needs.
     """
     if version_of(graph.runtime) is None:
         raise EnvironmentFault(f"{name_of(graph.runtime)} is not installed: pip install -r requirements.txt, of the bundle.")
@@ -85,6 +85,11 @@ def open_engine(folder: Path, contract: Signed, graph: Graph) -> Engine:
         return openers[graph.runtime](path, contract, graph)
     except RuntimeError as error:  # of onnxruntime's own errors, and OpenVINO's, the base
         raise CheckFailed(f"{graph.file}: {name_of(graph.runtime)} does not take it: {_first_line(error)}") from error
+    except ModuleNotFoundError as error:  # PyTorch alone does not make the network: resunet's own dependencies do
+        raise EnvironmentFault(
+            f"{graph.file}: running it with {name_of(graph.runtime)} needs {error.name}, too: pip install resunet with all that it "
+            "needs, or use a graph of another runtime (--runtime)."
+        ) from error
 
 
 def refuse_format(folder: Path, graph: Graph) -> None:

@@ -74,14 +74,26 @@ def mask_of(logits: Floats, rules: tuple[ObjectRule, ...]) -> NDArray[np.uint8]:
     return remove_objects(decide(logits[None])[0], rules)
 
 
-def replay(folder: Path, contract: Contract, graph: Graph, engine: Engine) -> float:
-    """The largest difference of logits from the live network's, over max(1, the largest of those), in all golden cases.
+@dataclass(frozen=True)
+class Replayed:
+    """How far a runtime is from the live network, over all golden cases.
+
+    difference: the largest of logits, over max(1, the largest of the live network's). decided: the share of pixels that it decides
+    otherwise, before post-processing: such as have logits that the difference can carry over.
+    """
+
+    difference: float
+    decided: float
+
+
+def replay(folder: Path, contract: Contract, graph: Graph, engine: Engine) -> Replayed:
+    """Run the golden cases.
 
     Raises:
         CheckFailed: it is above the graph's tolerance, or a mask is not what the logits make of it. It says which case.
     """
     behaviour = contract.behaviour()
-    largest = 0.0
+    largest, otherwise, pixels = 0.0, 0, 0
     for golden in (one for one in contract.golden if (one.precision == "int8") == (graph.precision == "int8")):
         case = read_golden(folder / golden.file)
         if not np.array_equal(mask_of(case.logits, behaviour.object_rules), case.mask):
@@ -97,4 +109,6 @@ def replay(folder: Path, contract: Contract, graph: Graph, engine: Engine) -> fl
             raise CheckFailed(
                 f"{golden.file}: logits are {difference:.2g} from the live network's, the tolerance is {graph.tolerance:g}."
             )
-    return largest
+        otherwise += int((decide(found[None]) != decide(case.logits[None])).sum())
+        pixels += case.mask.size
+    return Replayed(largest, otherwise / max(1, pixels))

@@ -1,5 +1,6 @@
 """`resunet predict BUNDLE`: what `finetune.inference.predict` does with a model, without PyTorch."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,16 @@ from resunet.bundle.engines import name_of, version_of
 from resunet.errors import InputError
 from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
-from resunet.inference.predict import Behaviour, Predicted, predict_input, predicted, refuse_full, segment, write_predictions
+from resunet.inference.predict import (
+    Behaviour,
+    Predicted,
+    predict_input,
+    predicted,
+    refuse_full,
+    refuse_unwritable,
+    segment,
+    write_predictions,
+)
 from resunet.inference.threshold import requested_threshold
 from resunet.inference.video import predict_video, refuse_for_video
 from resunet.inference.window import Scorer
@@ -40,7 +50,7 @@ class BundleRequest:
     def refuse_wrong(self) -> None:
         """Raises InputError with every value that is not allowed."""
         rules = {
-            f"memory={self.memory}: must be above 0": self.memory is None or self.memory > 0,
+            f"memory={self.memory}: must be above 0, and finite": self.memory is None or 0 < self.memory < math.inf,
             f"window={self.window}: must be at least 64": self.window is None or self.window >= 64,
             f"overlap={self.overlap}: must be 0 to 0.75": self.overlap is None or 0 <= self.overlap <= 0.75,
             f"threshold={self.threshold}: must be between 0 and 1": self.threshold is None or 0 < self.threshold < 1,
@@ -73,6 +83,7 @@ def predict_bundle(path: Path, inputs: Sequence[Path], out: Path, request: Bundl
     opened = _open(path, request)
     behaviour, how, threshold, scorer = opened.behaviour, opened.how, opened.threshold, opened.scorer
     found = list_inputs(inputs, behaviour.input_channels)
+    refuse_unwritable(found.scans)
     graph = opened.segmenter.graph
     say(
         f"{name_of(graph.runtime)} {version_of(graph.runtime)}, {number_of(len(found.scans), 'scan')}, {graph.precision}, "
@@ -124,7 +135,7 @@ def _open(path: Path, request: BundleRequest) -> _Opened:
         )
     bundle = Bundle.open(path)
     contract = bundle.contract
-    threshold = requested_threshold(contract, request.threshold, request.operating_point, request.probabilities)
+    threshold = requested_threshold(contract, request.threshold, request.operating_point, request.probabilities, request.flips)
     given = {key: value for key in ("memory", "window", "overlap") if (value := getattr(request, key)) is not None}
     how = replace(bundle.seeing(), flips=request.flips, probabilities=request.probabilities, **given)
     segmenter = bundle.segmenter(request.precision, request.runtime)

@@ -8,7 +8,7 @@ from pathlib import Path
 from resunet.bundle.bundle import Bundle
 from resunet.bundle.contract import Contract, Graph
 from resunet.bundle.engines import name_of, open_engine, refuse_format, version_of
-from resunet.bundle.golden import replay
+from resunet.bundle.golden import Replayed, replay
 from resunet.errors import CheckFailed, EnvironmentFault
 
 
@@ -17,12 +17,12 @@ class Row:
     """What a graph came to. version: of its runtime, None where it is not here; fault: None where all is as it must be.
 
     missing: what its runtime lacks on this machine, None where nothing.
-    difference: of logits, over max(1, the largest); seconds: for opening it and for all golden cases.
+    answers: how far they are from the live network's; seconds: for opening it and for all golden cases.
     """
 
     graph: Graph
     version: str | None
-    difference: float | None
+    answers: Replayed | None
     seconds: float
     fault: str | None
     missing: str | None
@@ -83,29 +83,30 @@ def check_graphs(folder: Path, contract: Contract) -> tuple[Row, ...]:
 
 
 def _check(folder: Path, contract: Contract, graph: Graph) -> Row:
-    version, difference, fault, missing = version_of(graph.runtime), None, None, None
+    version, replayed, fault, missing = version_of(graph.runtime), None, None, None
     start = time.perf_counter()
     try:
         refuse_format(folder, graph)
         if version is not None:
-            difference = replay(folder, contract, graph, open_engine(folder, contract, graph))
+            replayed = replay(folder, contract, graph, open_engine(folder, contract, graph))
     except CheckFailed as error:
         fault = str(error)
     except EnvironmentFault as error:  # a GPU or its driver: the other runtimes are replayed all the same
         missing = str(error)
-    return Row(graph, version, difference, time.perf_counter() - start, fault, missing)
+    return Row(graph, version, replayed, time.perf_counter() - start, fault, missing)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Lines for a terminal."""
-    head = ("runtime", "version", "precision", "largest difference", "tolerance", "seconds", "verdict")
+    head = ("runtime", "version", "precision", "largest difference", "tolerance", "decided otherwise", "seconds", "verdict")
     cells = [head] + [
         (
             name_of(row.graph.runtime),
             row.version or "–",
             row.graph.precision,
-            "–" if row.difference is None else f"{row.difference:.1e}",
+            "–" if row.answers is None else f"{row.answers.difference:.1e}",
             f"{row.graph.tolerance:.0e}",
+            "–" if row.answers is None else f"{row.answers.decided:.2%} of pixels",
             "–" if row.version is None else f"{row.seconds:.1f}",
             row.verdict,
         )

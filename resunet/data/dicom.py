@@ -69,11 +69,26 @@ class DicomHeader:
     phases: tuple[str, ...]
 
 
+# Modalities of files that stand in a study beside its images: masks, structures, plans, reports, presentation states, waveforms.
+# DICOM PS3.3, C.7.3.1.1.1
+# fmt: off
+BESIDE_IMAGES = frozenset({
+    "ANN", "AU", "DOC", "ECG", "EEG", "EMG", "EPS", "FID", "HD", "KO", "M3D", "PLAN", "PR", "REG", "RESP", "RTDOSE",
+    "RTINTENT", "RTPLAN", "RTRAD", "RTRECORD", "RTSEGANN", "RTSTRUCT", "RWV", "SEG", "SMR", "SR", "STAIN", "TEXTUREMAP",
+})
+# fmt: on
+
+
+class NoScan(InputError):
+    """A DICOM file that is no scan, and is none by what it says of itself: not one that was cut off."""
+
+
 def read_header(path: Path) -> DicomHeader:
     """The header of one file; reads up to the description of the image and no pixels.
 
     Raises:
-        InputError: no DICOM, or a file without an image (plans, reports, structures, directories).
+        InputError: no DICOM, or a file without an image.
+        NoScan: without an image, as it is a plan, a report or another of `BESIDE_IMAGES`.
     """
     return guarded(path, lambda: _read_header(path), says=False)
 
@@ -82,7 +97,8 @@ def _read_header(path: Path) -> DicomHeader:
     with open(path, "rb") as file:
         dataset = read_partial(file, lambda tag, _vr, _length: tag > _LAST, force=True, specific_tags=_TAG_NUMBERS)
     if not dataset.get("Rows") or not dataset.get("Columns"):
-        raise InputError(no_image(path))
+        kind = NoScan if modality_of(dataset) in BESIDE_IMAGES else InputError
+        raise kind(no_image(path))
     frames = frame_count(dataset) or 0
     position, stack = 0.0, ""
     plane = plane_of(dataset, dataset)

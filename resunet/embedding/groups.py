@@ -35,22 +35,21 @@ class Groups:
     empty: int
 
 
-def groups_of(embeddings: Embeddings, labelled: set[str] | None = None, held_out: set[str] | None = None) -> Groups:
+def groups_of(embeddings: Embeddings, masked: set[str], held_out: set[str], labelled: set[str] | None = None) -> Groups:
     """The groups of a table.
 
     Args:
-        labelled: HMACs of the groups that are; None: those with a mask.
-        held_out: HMACs of further groups to leave out.
+        masked: HMACs of the groups with a mask. The table's own column is of the time when it was made.
+        held_out: HMACs of the groups to leave out: those of val and test.
+        labelled: HMACs of the groups that count as labelled; None: those with a mask.
     """
-    group, split, masked = (embeddings.column(name) for name in ("group", "split", "labelled"))
-    outside = (held_out or set()) | {one for one, part in zip(group, split, strict=True) if part in ("val", "test")}
-    has_mask = {one for one, mask in zip(group, masked, strict=True) if mask}
-    is_labelled = has_mask if labelled is None else labelled
+    group = embeddings.column("group")
+    is_labelled = masked if labelled is None else labelled
     rows, vectors = embeddings.vectors()
     directions = unit(vectors)
     members: dict[str, list[int]] = {}
     for place, row in enumerate(rows.tolist()):
-        if group[row] not in outside:
+        if group[row] not in held_out:
             members.setdefault(group[row], []).append(place)
     names = sorted(members)
     points = np.array([directions[members[name]].mean(axis=0) for name in names]).reshape(len(names), -1)
@@ -59,9 +58,9 @@ def groups_of(embeddings: Embeddings, labelled: set[str] | None = None, held_out
         points=unit(points),
         rows=[rows[members[name]].tolist() for name in names],
         labelled=np.array([name in is_labelled for name in names], bool),
-        masked=np.array([name in has_mask for name in names], bool),
-        held_out=len(outside),
-        empty=len(set(group) - outside - set(names)),
+        masked=np.array([name in masked for name in names], bool),
+        held_out=len(held_out),
+        empty=len(set(group) - held_out - set(names)),
     )
 
 

@@ -121,8 +121,11 @@ def _cases_of(source: Source, given: Embeddings, request: SuggestRequest) -> lis
 
 
 def _groups(source: Source, given: Embeddings, request: SuggestRequest) -> Groups:
+    """As the source says it now: embeddings may be older than its masks and its split."""
+    masked = {case.group_hmac for case in source.cases if source.has_mask(case)}
+    held_out = {case.group_hmac for case in source.cases if case.part in ("val", "test")}
     if request.labelled is None:
-        return groups_of(given)
+        return groups_of(given, masked, held_out)
     listed = read_labelled_list(request.labelled)
     by_name: dict[str, str] = {}
     for case in source.cases:
@@ -139,7 +142,8 @@ def _groups(source: Source, given: Embeddings, request: SuggestRequest) -> Group
             f"--labelled {request.labelled}: {len(unknown)} of {len(found)} {listed.by}s are not in {request.source}, for example "
             f"{unknown[0]!r}. Groups are named as in groups.csv, or as in suggestions.csv."
         )
-    return groups_of(given, set(found.values()), {by_name[name] for name in listed.held_out if name in by_name})
+    held_out |= {by_name[name] for name in listed.held_out if name in by_name}
+    return groups_of(given, masked, held_out, set(found.values()))
 
 
 def _suggestions(
@@ -162,7 +166,8 @@ def _suggestions(
     if forgotten := int((groups.masked & ~groups.labelled).sum()):
         notes.append(f"{forgotten} groups have a mask and are not among those that --labelled names: they count as unlabelled.")
     if missing := len(source.cases) - len(cases):
-        notes.append(f"{missing} scans could not be embedded: they are neither suggested nor counted as covered.")
+        why = "could not be embedded" if request.embeddings is None else "are not in --embeddings"
+        notes.append(f"{missing} scans {why}: they are neither suggested nor counted as covered.")
     return Suggestions(
         method=request.method,
         groups=groups,

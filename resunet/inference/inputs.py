@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resunet.data.cases import Case
-from resunet.data.dicom import DicomHeader, gaps_told, group_files, read_header
+from resunet.data.dicom import BESIDE_IMAGES, DicomHeader, NoScan, gaps_told, group_files, read_header
 from resunet.data.formats import sniff
 from resunet.data.images import READABLE, stem_of, suffix_of
 from resunet.data.nnunet import is_nnunet, list_nnunet
@@ -22,7 +22,7 @@ from resunet.errors import EnvironmentFault, InputError
 from resunet.progress import say
 
 _DICOM_SUFFIXES = (".dcm", ".ima", ".dicom", ".dic")
-_NNUNET_IMAGES = ("imagesTr", "imagesTs")
+NNUNET_IMAGES = ("imagesTr", "imagesTs")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found. faults: one message each; strangers: files in folders that are no scans, by name and by content."""
+    """What was found. faults: one message each; strangers: files in folders that are no scans, by name and by
+    content: of DICOM those of plans, reports and segmentations."""
 
     scans: tuple[Input, ...]
     faults: tuple[str, ...]
@@ -91,7 +92,7 @@ def list_inputs(paths: Sequence[Path], channels: str | int) -> Inputs:
 def _nnunet(root: Path, channels: str | int) -> Inputs | None:
     """A raw data set, or one of its folders of images; None for another folder."""
     part = root.absolute()
-    if part.name in _NNUNET_IMAGES and (part.parent / "dataset.json").is_file():
+    if part.name in NNUNET_IMAGES and (part.parent / "dataset.json").is_file():
         entries = list_nnunet(part.parent, channels, masks=False).entries
         entries = {stem: entry for stem, entry in entries.items() if entry.files[0].parent == part}
     elif is_nnunet(root):
@@ -105,7 +106,7 @@ def _nnunet(root: Path, channels: str | int) -> Inputs | None:
 def _nnunet_files(path: Path, channels: str | int) -> Mapping[Path, Input]:
     """Of a file in a folder of a raw data set: every file of the folder → its case, whose name has no channel."""
     folder = path.absolute().parent
-    found = _nnunet(folder, channels) if folder.name in _NNUNET_IMAGES else None
+    found = _nnunet(folder, channels) if folder.name in NNUNET_IMAGES else None
     return {} if found is None else {file: one for one in found.scans for file in one.case.files}
 
 
@@ -156,11 +157,19 @@ def _files(paths: Sequence[Path], place: Callable[[Path], str], folder: Callable
         try:
             format = sniff(path)
             if format == "dicom":
-                headers[str(path)] = read_header(path)
+                header = read_header(path)
+                if header.modality in BESIDE_IMAGES:  # it has pixels, as an earlier segmentation has
+                    raise NoScan(f"{path}: is no scan but a DICOM file of modality {header.modality}.")
+                headers[str(path)] = header
             elif format is None and not known and suffix_of(path) not in (*READABLE, *_DICOM_SUFFIXES):
                 strangers += 1
             else:
                 scans.append(Input(_case((path,)), place(path)))
+        except NoScan as error:
+            if known:
+                faults.append(str(error))
+            else:
+                strangers += 1
         except InputError as error:
             faults.append(str(error))
     return Inputs((*scans, *_series(headers, place, folder)), tuple(faults), strangers)

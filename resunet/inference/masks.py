@@ -10,6 +10,7 @@ Labels hold the mask values that the model was trained on. Probabilities are flo
 else one a class, as a last axis (NIfTI), a vector (NRRD, MetaImage) or pages (TIFF).
 """
 
+import importlib.util
 import os
 import shutil
 import uuid
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import nibabel
 import numpy as np
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resunet.data.formats import Format, named
-from resunet.errors import EnvironmentFault
+from resunet.errors import EnvironmentFault, InputError
 
 _LPS = (("R", "L"), ("A", "P"), ("I", "S"))  # each axis of a scan in memory grows towards the second
 _READERS = {"nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
@@ -65,7 +67,7 @@ def write_prediction(prediction: Prediction, folder: Path, name: str) -> Path:
     """Write OUT/NAME with the format's ending, whole or not at all; the file.
 
     Raises:
-        InputError: a DICOM header that lacks what DICOM-SEG needs.
+        InputError: a DICOM header that lacks what DICOM-SEG needs, or a mask value that PNG cannot hold.
         EnvironmentFault: DICOM-SEG without highdicom.
     """
     suffix = _suffix(prediction)
@@ -83,6 +85,19 @@ def write_prediction(prediction: Prediction, folder: Path, name: str) -> Path:
         else:
             _write_png(prediction, path)
     return folder / f"{name}{suffix}"
+
+
+def can_write_dicom() -> bool:
+    """Whether the library for DICOM-SEG, which a bundle does not require, is here."""
+    return importlib.util.find_spec("highdicom") is not None
+
+
+def refuse_dicom(file: Path) -> NoReturn:
+    """Raises EnvironmentFault: `file` is DICOM, and `can_write_dicom` says no."""
+    raise EnvironmentFault(
+        f"{file}: its prediction is written as DICOM-SEG, which needs highdicom: pip install highdicom. Or convert the series to "
+        "NIfTI first."
+    )
 
 
 def raw_labels(labels: NDArray[np.uint8], classes: Mapping[int, str]) -> NDArray:
@@ -162,15 +177,10 @@ def _write_nifti(prediction: Prediction, path: Path) -> None:
 
 
 def _write_dicom(prediction: Prediction, path: Path) -> None:
-    try:
-        from resunet.inference.dicom_seg import write_segmentation
-    except ModuleNotFoundError as error:
-        if error.name != "highdicom":
-            raise
-        raise EnvironmentFault(
-            f"{prediction.files[0]}: its prediction is written as DICOM-SEG, which needs highdicom: pip install highdicom. Or "
-            "convert the series to NIfTI first."
-        ) from error
+    if not can_write_dicom():
+        refuse_dicom(prediction.files[0])
+    from resunet.inference.dicom_seg import write_segmentation
+
     write_segmentation(prediction, path)
 
 
@@ -210,6 +220,11 @@ def _unstacked(planes: NDArray) -> NDArray:
 def _write_png(prediction: Prediction, path: Path) -> None:
     labels: NDArray = prediction.planes()[0]
     if labels.dtype != np.uint8:
+        if labels.min() < 0 or labels.max() > np.iinfo(np.uint16).max:
+            raise InputError(
+                f"{prediction.files[0]}: its mask is written as PNG, which holds 0 to 65535, and a class of this model is "
+                f"{labels.min() if labels.min() < 0 else labels.max()}. Convert the image to TIFF, or write --probabilities."
+            )
         Image.fromarray(labels.astype(np.uint16)).save(path)
         return
     image = Image.fromarray(labels)

@@ -1,6 +1,7 @@
 """One scan after another through whatever computes scores: read, predicted, post-processed, written in its own format."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resunet.data.cases import read_case
+from resunet.data.formats import sniff
 from resunet.errors import InputError
 from resunet.files import is_empty, refuse_taken
 from resunet.inference.inputs import Input
-from resunet.inference.masks import Prediction, write_prediction
+from resunet.inference.masks import Prediction, can_write_dicom, refuse_dicom, write_prediction
 from resunet.inference.window import Scorer, Settings, predict_values
 from resunet.progress import say
 from resunet.runtime import Intensity, ObjectRule, Percentiles, intensities_by, remove_objects, slice_axis
@@ -62,6 +64,16 @@ def refuse_full(out: Path) -> None:
         refuse_taken(out)
     elif not is_empty(out):
         raise InputError(f"--out {out}: exists already, and is not empty. Name another folder, or empty it.")
+
+
+def refuse_unwritable(inputs: Iterable[Input]) -> None:
+    """Raises EnvironmentFault if a prediction needs a library that is not here, before the first is computed."""
+    if can_write_dicom():
+        return
+    for one in inputs:
+        with suppress(InputError):  # a file that is gone is told when its turn comes
+            if sniff(one.case.files[0]) == "dicom":
+                refuse_dicom(one.case.files[0])
 
 
 def predict_input(one: Input, scorer: Scorer, behaviour: Behaviour, request: Request, threshold: float | None) -> Prediction:

@@ -20,11 +20,14 @@ class Deciding(Protocol):
     def operating_point(self) -> _Point | None: ...
 
 
-def requested_threshold(model: Deciding, threshold: float | None, at_point: bool, probabilities: bool) -> float | None:
+def requested_threshold(
+    model: Deciding, threshold: float | None, at_point: bool, probabilities: bool, flips: bool
+) -> float | None:
     """What --threshold and --operating-point ask of a prediction; None for the usual decision.
 
     Raises:
-        InputError: both, either with --probabilities, a model of several classes, or one without an operating point.
+        InputError: both, either with --probabilities, a model of several classes, one without an operating point, or an operating
+            point with --tta.
     """
     if threshold is None and not at_point:
         return None
@@ -44,6 +47,11 @@ def requested_threshold(model: Deciding, threshold: float | None, at_point: bool
             raise InputError(
                 "--operating-point: the model has none. Train with false_alarms_per_1000=B, or find one with resunet evaluate "
                 "--false-alarms-per-1000 B and give it as --threshold."
+            )
+        if flips:
+            raise InputError(
+                "--operating-point: its threshold was chosen without --tta, whose averages have other probabilities. Leave out "
+                "--tta, or choose a --threshold of your own."
             )
         return model.operating_point.threshold
     return None if threshold == 0.5 else threshold

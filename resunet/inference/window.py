@@ -90,12 +90,22 @@ def predict_values(
         plan: instead of the one that `settings.memory` allows.
 
     Raises:
-        InputError: `settings.memory` is too little for this scan and network; an image, for a 3D network.
+        InputError: `settings.memory` is too little for this scan and network; an image, for a 3D network; or logits that are not
+            finite.
     """
     size = values.shape[1:]
     out = np.empty((scorer.footprint.logits, *size), np.float32) if probabilities else np.empty(size, np.uint8)
     made = probabilities_of if probabilities else _classes
-    _predict(scorer, values, axis, intensities, settings, plan, out if probabilities else out[None], made)
+
+    def decided(logits: Floats) -> NDArray:
+        if not np.isfinite(logits).all():  # NaN would be background: a finding that is missed without a word
+            raise InputError(
+                "the network gives values that are not finite. In half precision large ones overflow: use fp32 or bf16. In fp32 "
+                "the scan's values may be far from those of training."
+            )
+        return made(logits)
+
+    _predict(scorer, values, axis, intensities, settings, plan, out if probabilities else out[None], decided)
     return out
 
 

@@ -119,6 +119,10 @@ def test_what_is_finished_stays_and_the_rest_is_the_same(run: Path, compressed: 
     (out / "run.json").write_text(json.dumps(record | {"inputs": {"run/model.safetensors": "0" * 64}}))
     with pytest.raises(InputError, match="was started with other weights than"):
         compress(made)
+    (out / "compress.json").unlink()
+    (out / "run.json").write_text(json.dumps(record | {"inputs": record["inputs"] | {"val": "0" * 64}}))
+    with pytest.raises(InputError, match=r"cannot be resumed, its inputs have changed since it was started: val\. Restore"):
+        compress(made)
 
 
 @pytest.mark.parametrize("allowed", [False, True])

@@ -170,16 +170,19 @@ def test_what_a_prediction_is_decided_by():
     point = OperatingPoint(threshold=0.875, budget=20, clean=50, alarmed=1)
     two = ModelConfig(architecture=ResUNet(1, 2, (4, 8)).config.architecture, classes={0: "none", 1: "lesion"})
     with_point = two.model_copy(update={"operating_point": point})
-    assert requested_threshold(two, None, False, False) is None is requested_threshold(two, 0.5, False, False)
-    assert requested_threshold(two, 0.25, False, False) == 0.25
-    assert requested_threshold(with_point, None, True, False) == 0.875
-    assert requested_threshold(with_point, None, False, True) is None
+    assert requested_threshold(two, None, False, False, False) is None is requested_threshold(two, 0.5, False, False, False)
+    assert requested_threshold(two, 0.25, False, False, False) == 0.25
+    assert requested_threshold(with_point, None, True, False, False) == 0.875
+    assert requested_threshold(with_point, None, False, True, False) is None
     with pytest.raises(InputError, match=r"--operating-point: the model has none"):
-        requested_threshold(two, None, True, False)
+        requested_threshold(two, None, True, False, False)
     with pytest.raises(InputError, match=r"--threshold 0\.25 and --operating-point"):
-        requested_threshold(with_point, 0.25, True, False)
+        requested_threshold(with_point, 0.25, True, False, False)
     with pytest.raises(InputError, match=r"--operating-point: decides masks, and --probabilities writes none"):
-        requested_threshold(with_point, None, True, True)
+        requested_threshold(with_point, None, True, True, False)
+    with pytest.raises(InputError, match=r"--operating-point: its threshold was chosen without --tta"):
+        requested_threshold(with_point, None, True, False, True)
+    assert requested_threshold(two, 0.25, False, False, True) == 0.25
     three = two.model_copy(update={"classes": {0: "none", 1: "lesion", 2: "oedema"}})
     with pytest.raises(InputError, match=r"--threshold 0\.25: is for models of one class; this one has lesion, oedema"):
-        requested_threshold(three, 0.25, False, False)
+        requested_threshold(three, 0.25, False, False, False)

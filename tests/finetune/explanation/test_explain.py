@@ -438,6 +438,37 @@ def test_an_image_smaller_than_the_stride(tmp_path, size):
     assert json.loads((out / "explain.json").read_text(encoding="utf-8"))["cases"][0]["pixels"] <= size[0] * size[1]
 
 
+def test_one_bad_scan_does_not_cost_the_others(runs, tmp_path, capsys):
+    source = some_cases(runs, tmp_path / "source", 2)
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(source / "masks" / "c12a.png")
+    record = json.loads((explain(runs[0], request_for(source), tmp_path / "out") / "explain.json").read_text(encoding="utf-8"))
+    assert {one["id"] for one in record["cases"]} == {"c13a"} and record["lesions_found"] is not None
+    assert "1 input could not be read or predicted: left out." in record["notes"]
+    assert "c12a" in capsys.readouterr().err
+    (source / "images" / "c13a.png").unlink(), (source / "masks" / "c13a.png").unlink()
+    with pytest.raises(InputError, match="c12a"):
+        explain(runs[0], request_for(source), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("given", ["", "imagesTr"])
+def test_masks_of_an_nnunet_data_set_are_found(runs, tmp_path, given):
+    source, root = some_cases(runs, tmp_path / "source", 2), tmp_path / "Dataset001"
+    for ours, theirs, channel in (("images", "imagesTr", "_0000"), ("masks", "labelsTr", "")):
+        (root / theirs).mkdir(parents=True)
+        for path in (source / ours).iterdir():
+            shutil.copy(path, root / theirs / f"{path.stem}{channel}.png")
+    about = {"channel_names": {"0": "x"}, "labels": {"background": 0, "lesion": 255}, "numTraining": 2, "file_ending": ".png"}
+    (root / "dataset.json").write_text(json.dumps(about))
+    out = explain(runs[0], request_for(source, inputs=(root / given,)), tmp_path / "out")
+    record = json.loads((out / "explain.json").read_text(encoding="utf-8"))
+    assert record["lesions_found"] is not None and record["notes"] == []
+    (root / "labelsTr" / "c12a.png").unlink()
+    out = explain(runs[0], request_for(source, inputs=(root / given,)), tmp_path / "half")
+    record = json.loads((out / "explain.json").read_text(encoding="utf-8"))
+    assert record["notes"] == ["1 of 2 inputs have no mask: what is missed or false in them is not looked at."]
+
+
 def test_what_users_get_wrong(runs, tmp_path):
     source = some_cases(runs, tmp_path / "source", 1)
     (tmp_path / "empty").mkdir()

@@ -143,6 +143,7 @@ def test_what_a_product_does_not_have_is_named(exported, scans, tmp_path):
         (["--runtime", "tensorrt"], "tensorrt: the bundle has no such graph"),
         (["--overlap", "1"], "overlap=1.0: must be 0 to 0.75"),
         (["--window", "8", "--memory", "0"], "window=8: must be at least 64"),
+        (["--memory", "inf"], "memory=inf: must be above 0, and finite"),
         (["--threshold", "0.3", "--operating-point"], "give one of them"),
     ],
 )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import stat
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from resunet.bundle.bundle import Bundle
 from resunet.bundle.contract import parse
 from resunet.bundle.engines import open_engine
-from resunet.bundle.golden import read_golden, write_golden
+from resunet.bundle.golden import read_golden, replay, write_golden
 from resunet.bundle.seal import described, write_sealed
 from resunet.bundle.verify import verify
 from resunet.cli import main
@@ -41,7 +42,10 @@ def test_a_bundle_as_it_was_written(exported, capsys):
     _, bundle = exported
     assert main(["verify", str(bundle)]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[1].split() == ["runtime", "version", "precision", "largest", "difference", "tolerance", "seconds", "verdict"]
+    assert told[1].split() == [
+        *("runtime", "version", "precision", "largest", "difference", "tolerance", "decided", "otherwise", "seconds", "verdict")
+    ]
+    assert all("0.00% of pixels" in line for line in told[2:])
     assert [line.split()[0] for line in told[2:]] == ["OpenVINO", "ONNX", "PyTorch"]
     assert all(line.endswith("equal") for line in told[2:])
     digest = hashlib.sha256((bundle / "contract.json").read_bytes()).hexdigest()
@@ -185,6 +189,24 @@ def test_a_runtime_that_cannot_be_used_here_hides_no_other(bundle, monkeypatch, 
     monkeypatch.setattr("resunet.bundle.verify.version_of", lambda runtime: "1" if runtime == "openvino" else None)
     with pytest.raises(EnvironmentFault, match="nothing was replayed"):
         verify(bundle)
+
+
+def test_pixels_that_a_runtime_decides_otherwise_are_counted(exported):
+    _, bundle = exported
+    contract = Bundle.open(bundle).contract
+    graph = replace(contract.graphs[0], tolerance=1e6)
+    engine = open_engine(bundle, contract, graph)
+    same, turned = replay(bundle, contract, graph, engine), replay(bundle, contract, graph, lambda images: -engine(images))
+    assert same.decided == 0 and same.difference < 1e-4
+    assert turned.decided > 0.9 and turned.difference > 0.5
+
+
+def test_pytorch_without_what_the_network_needs_hides_no_other(bundle, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "resunet.model", None)
+    *others, pytorch = verify(bundle).rows
+    assert [row.verdict for row in others] == ["equal", "equal"]
+    assert "PyTorch needs resunet.model, too: pip install resunet with all that it needs" in pytorch.verdict
+    assert main(["predict", str(bundle), str(bundle), "--out", str(bundle.parent / "o"), "--runtime", "pytorch"]) in (2, 3)
 
 
 def test_which_graph_is_taken(exported, monkeypatch):

@@ -136,6 +136,21 @@ def test_one_after_another(made, tmp_path):
     assert [row["group"] for row in first + then] == [row["group"] for row in more]
 
 
+def test_masks_and_splits_that_came_after_the_embeddings(made, model, source, tmp_path):
+    embed(model, tmp_path / "before.parquet", EmbedRequest(source=source, salt_file=tmp_path / "salt"))
+    masked(source, 0)
+    stems = {part: [f"p{group}-{i}" for group in groups for i in range(2)] for part, groups in
+             dict(pool=(0, 1, 2), val=(3,), test=(4, 5)).items()}  # fmt: skip
+    (source / "splits.json").write_text(json.dumps(stems))
+    Image.fromarray(np.arange(24 * 24, dtype=np.uint8).reshape(24, 24)).save(source / "images" / "new.png")
+    (source / "groups.csv").write_text((source / "groups.csv").read_text() + "new,patient9\n")
+    with pytest.raises(InputError, match=r"there are 3 unlabelled groups outside val and test \(1 are labelled"):
+        made("more", budget=4, embeddings=tmp_path / "before.parquet")
+    _, rows = made("all", budget=3, embeddings=tmp_path / "before.parquet")
+    assert {row["group"] for row in rows} == {hmac(1), hmac(2), SALT.identify("group", "patient-vol")}
+    assert "1 scans are not in --embeddings" in (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
+
+
 def test_embeddings_of_something_else(made, model, source, tmp_path):
     ResidualEncoder(channels=(4, 6), units=1).save_pretrained(tmp_path / "other")
     request = EmbedRequest(source=source, salt_file=tmp_path / "salt")

@@ -138,3 +138,20 @@ def test_a_dicom_file_without_an_image_is_a_fault_of_its_own(tmp_path):
     dataset.save_as(path)
     found = list_inputs([tmp_path], "grey")
     assert list(listed(found)) == ["a"] and len(found.faults) == 1 and "has no image" in found.faults[0]
+
+
+def test_what_stands_in_a_study_beside_its_images_is_passed_over(tmp_path):
+    series(tmp_path / "study", 1)
+    mask, structures = series(tmp_path / "study", 2, ("mask.dcm", "structures.dcm"))
+    for path, modality in ((mask, "SEG"), (structures, "RTSTRUCT")):
+        dataset = pydicom.dcmread(path)
+        dataset.Modality = modality
+        if modality == "RTSTRUCT":
+            del dataset.Rows
+        dataset.save_as(path)
+    found = list_inputs([tmp_path / "study"], "grey")
+    assert (listed(found), found.faults, found.strangers) == ({"study": ["1.2.5", "1.2.4", "1.2.3"]}, (), 2)
+    image(tmp_path / "a.png")
+    named = list_inputs([tmp_path / "a.png", mask, structures], "grey")
+    assert list(listed(named)) == ["a"] and named.strangers == 0, "somebody meant these"
+    assert "mask.dcm: is no scan but a DICOM file of modality SEG" in named.faults[0] and "has no image" in named.faults[1]

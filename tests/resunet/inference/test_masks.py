@@ -279,6 +279,12 @@ def test_mask_values_above_255(tmp_path):
     Image.fromarray(values(9, 13).astype(np.uint8)).save(tmp_path / "a.png")
     made = Image.open(written(tmp_path / "out", tmp_path / "a.png", classes={0: "a", 1: "b", 1000: "c"}))
     np.testing.assert_array_equal(np.asarray(made), np.array([0, 1, 1000])[thirds(values(9, 13))])
+    for value in (70000, -1):
+        with pytest.raises(
+            InputError, match=rf"a\.png: its mask is written as PNG, .* a class of this model is {value}\. Convert"
+        ):
+            written(tmp_path / "bad", tmp_path / "a.png", classes={0: "a", 1: "b", value: "c"})
+    assert not list((tmp_path / "bad" / "sub").iterdir())
     for top, dtype in ((255, np.uint8), (256, np.int16), (40000, np.uint16), (70000, np.int32)):
         assert raw_labels(np.zeros(1, np.uint8), {0: "a", top: "b"}).dtype == dtype
     assert raw_labels(np.array([1], np.uint8), {0: "a", -5: "b"}).tolist() == [-5]
