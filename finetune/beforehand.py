@@ -13,8 +13,8 @@ from resunet.plain import number_of
 from resunet.progress import say
 
 
-def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData) -> None:
-    """Say it, on the terminal."""
+def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData, ranks: int = 1) -> None:
+    """Say it, on the terminal. ranks: that share a batch."""
     say(_labelled(recipe, data))
     if colour := sum(case.colour_lost for case in data.train):
         say(
@@ -32,7 +32,7 @@ def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData) -> None:
         say(f"test: none of its {len(data.test)} cases has a pixel of any class: it judges false alarms only.")
     if recipe.unlabelled_share and not data.unlabelled:
         say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
-    for key, why in idle_keys(recipe):
+    for key, why in idle_keys(recipe, ranks):
         say(f"{key}: does nothing here, {why}.")
 
 
@@ -62,8 +62,8 @@ def is_blind(val: Sequence[LoadedCase]) -> bool:
     return bool(labels) and not any(((one > 0) & (one != IGNORE)).any() for one in labels)
 
 
-def idle_keys(recipe: FinetuneRecipe) -> list[tuple[str, str]]:
-    """Keys that were set and have no effect beside the others, and why."""
+def idle_keys(recipe: FinetuneRecipe, ranks: int = 1) -> list[tuple[str, str]]:
+    """Keys that were set and have no effect beside the others, and why. ranks: that share a batch."""
     augment, loss = recipe.augment, recipe.loss
     found = idle_intensities(augment.intensity, PatchIntensities(), "augment.intensity")
     if loss.class_weights is not None and not (loss.focal_weight or loss.dice_weight):
@@ -83,6 +83,10 @@ def idle_keys(recipe: FinetuneRecipe) -> list[tuple[str, str]]:
             found.append(("consistency", "or little, as network and average see the same patches"))
         if not steady.cutmix and steady.cutmix_area != type(steady)().cutmix_area:
             found.append(("consistency.cutmix_area", "as consistency.cutmix, its probability, is 0"))
-        if steady.cutmix and min(round(steady.unlabelled * recipe.batch), recipe.batch - 1) < 2:
-            found.append(("consistency.cutmix", "as a batch has one unlabelled patch, and a box comes from another"))
+        patches = min(round(steady.unlabelled * recipe.batch), recipe.batch - 1)
+        if steady.cutmix and patches < 2 * ranks:
+            share = "a batch" if ranks == 1 else "a rank's share of a batch"
+            found.append(
+                ("consistency.cutmix", f"or not everywhere, as {share} has one unlabelled patch, and a box comes from another")
+            )
     return found

@@ -7,8 +7,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from finetune.evaluation.alarms import choose_threshold, is_without_target, refuse_val_without_clean
-from finetune.evaluation.calibration import decide_by, foreground_of
-from finetune.evaluation.evaluate import case_probabilities
+from finetune.evaluation.evaluate import case_scores
 from finetune.inference.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.labelled import LabelledData
 from finetune.recipe import FinetuneRecipe
@@ -43,9 +42,9 @@ def choose_on_val(
     for i in progress(share, len(share), "choose on val", quiet=quiet):
         case = data.val[i]
         assert case.labels is not None
-        probabilities = case_probabilities(model, case, accelerator.device, recipe.precision_of_test)
-        peak = float(foreground_of(probabilities)[case.labels == 0].max()) if is_without_target(case.labels) else None
-        seen.append((i, predicted_objects(case.case.group, case.labels, decide_by(probabilities), len(names)), peak))
+        labels, foreground = case_scores(model, case, accelerator.device, recipe.precision_of_test, recipe.inference)
+        peak = float(foreground[case.labels == 0].max()) if is_without_target(case.labels) else None
+        seen.append((i, predicted_objects(case.case.group, case.labels, labels, len(names)), peak))
     if ranks > 1:
         seen = gather_object(seen)
     seen.sort(key=lambda one: one[0])

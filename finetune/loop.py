@@ -13,9 +13,7 @@ from finetune.beforehand import tell_beforehand
 from finetune.choices import Choices, choose_on_val, refuse_impossible
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
-from finetune.evaluation.evaluate import Measured, measure_cases, predicting, write_evaluation
-from finetune.evaluation.metrics import values_by_group
-from finetune.evaluation.statistics import figure
+from finetune.evaluation.evaluate import Measured, mean_dice, measure_cases, predicting, write_evaluation
 from finetune.evaluation.targets import targets_of
 from finetune.labelled import LabelledData, read_labelled, resolve, sampler_of
 from finetune.mirrored import mirror_evaluation, mirror_segmenter
@@ -72,7 +70,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
 
     model, receipt, teacher, data = on_every_rank(read, accelerator)
     if main:
-        tell_beforehand(recipe, data)
+        tell_beforehand(recipe, data, accelerator.num_processes)
     learner = prepare(recipe, model, receipt, accelerator)
     judged, average, optimizer, beside = learner.judged, learner.average, learner.optimizer, learner.beside()
     sampler, asks = sampler_of(recipe, data), asked(recipe, learner, teacher)
@@ -138,7 +136,15 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         judged.config = _model_config(recipe, judged, data, teacher, choose_on_val(judged, data, recipe, accelerator, not main))
         targets, rules = targets_of(recipe.data.classes, recipe.data.regions), judged.config.object_rules()
         measured = measure_cases(
-            judged, data.test, targets, device, recipe.precision_of_test, accelerator, not main, rules=rules
+            judged,
+            data.test,
+            targets,
+            device,
+            recipe.precision_of_test,
+            accelerator,
+            not main,
+            rules=rules,
+            inference=recipe.inference,
         )
 
         def save() -> None:
@@ -186,9 +192,7 @@ def _inputs(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None,
 def validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
     """Dice of the whole val scans, as evaluation counts it; 0 where no case defines one, and every look is then the best."""
     targets = targets_of(recipe.data.classes, recipe.data.regions)
-    measured = measure_cases(model, val, targets, accelerator.device, recipe.precision, accelerator, quiet=True)
-    dice = figure(values_by_group([one.row() for one in measured], lambda case: case.macro("dice")))["mean"]
-    return 0.0 if dice is None else float(dice)
+    return mean_dice(model, val, targets, accelerator.device, recipe.precision, accelerator, inference=recipe.inference)
 
 
 def _model_config(
@@ -237,7 +241,7 @@ def _save(
     summary = None
     if measured:
         summary = write_test_evaluation(run.folder, model, measured, data, recipe)
-        predict = predicting(model, model.config, next(model.parameters()).device, recipe.precision_of_test)
+        predict = predicting(model, model.config, next(model.parameters()).device, recipe.precision_of_test, recipe.inference)
         targets = targets_of(recipe.data.classes, recipe.data.regions)
         mirror_evaluation(run.mirror, summary, measured, targets, model.config, predict)
     mirror_segmenter(run, model.config, "encoder" if recipe.start is None else "segmenter")
@@ -251,5 +255,14 @@ def write_test_evaluation(
     device, point = next(model.parameters()).device, model.config.operating_point
     notes = [*data.notes(), *(notes_of(point) if point is not None else [])]
     return write_evaluation(
-        folder / "evaluation", model, measured, model.config, "test", notes, device, recipe.precision_of_test, point
+        folder / "evaluation",
+        model,
+        measured,
+        model.config,
+        "test",
+        notes,
+        device,
+        recipe.precision_of_test,
+        recipe.inference,
+        point,
     )

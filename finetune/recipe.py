@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from finetune.inference.window import Inference
 from finetune.settings import (
     AugmentSettings,
     ConsistencySettings,
@@ -77,6 +78,7 @@ class FinetuneRecipe(Recipe):
         description="which becomes the model: the best of those that val saw, or the last, at the end of the schedule, as nnU-Net "
         "takes it; the best of many looks at few val groups may be an early one by luck",
     )
+    memory: float = Field(4.0, gt=0, description="GiB that a process may take when it predicts whole scans of val and test")
     evaluate_test: bool = Field(True, description="at the end; false while val still chooses between recipes")
     # by default none: rules that few val groups choose would stand between two networks that are compared, and a second
     # object that no labelled case had would be removed without a word
@@ -198,6 +200,11 @@ class FinetuneRecipe(Recipe):
         """In which val and test are judged at the end: a threshold is one case's peak to the last digit, so that it is chosen and
         applied in the precision that predictions have by default."""
         return "fp32" if self.false_alarms_per_1000 is not None else self.precision
+
+    @property
+    def inference(self) -> Inference:
+        """How whole scans are predicted, as `resunet predict` does it."""
+        return Inference(memory=self.memory)
 
     @property
     def unlabelled_share(self) -> float:

@@ -51,7 +51,9 @@ def write_report(
     ]
     sections = [Section(lead=[lead], notes=data.notes(), text=text)]
     if summary is not None:
-        sections += evaluation_sections(recipe.out / "evaluation", model, measured, summary, recipe.precision_of_test)
+        sections += evaluation_sections(
+            recipe.out / "evaluation", model, measured, summary, recipe.precision_of_test, recipe.inference
+        )
     sections.append(
         Section(
             "Learning",

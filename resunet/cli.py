@@ -241,6 +241,7 @@ def evaluate(
         str | None, typer.Option(help="of a bundle: openvino, onnxruntime or pytorch; default: its first that is installed")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="mm, of surface Dice")] = 1,
+    memory: Annotated[float | None, typer.Option(help="GiB that a process may take; default: 4, of a bundle its own")] = None,
     ignore: Annotated[
         list[int] | None, typer.Option(help="mask values that nobody labelled; of predicted masks and bundles")
     ] = None,
@@ -254,7 +255,8 @@ def evaluate(
     from resunet.config import validate
 
     request = dict(source=data, split=split, splits=splits, names=names, salt_file=salt_file, precision=precision)
-    request |= dict(tolerance=tolerance, runtime=runtime, ignore=ignore or (), false_alarms_per_1000=false_alarms_per_1000)
+    request |= dict(tolerance=tolerance, runtime=runtime, memory=memory, ignore=ignore or ())
+    request |= dict(false_alarms_per_1000=false_alarms_per_1000)
     print(evaluate(model, validate(EvaluateRequest, request, "resunet evaluate"), out, allow_leak))
 
 

@@ -124,7 +124,7 @@ def _hurt(subject: Subject, settings: QuantiseSettings, run: Path) -> RoundingSe
 
     def dice(module: fx.GraphModule) -> float:
         scorer = EngineScorer(engine_of(module), found, architecture.spatial_dims)
-        return subject.dice_of(_measure(subject, scorer, cases, run, quiet=True))
+        return subject.dice(scorer, cases, config.object_rules())
 
     def measured() -> RoundingSensitivity:
         batches = calibration_batches(recipe, settings, subject.sampler())
@@ -137,13 +137,9 @@ def measure_int8(subject: Subject, folder: Path, run: Path, cases: Sequence[Load
     """Whole cases, as the engine predicts them, after the post-processing of the network that was quantised."""
     from finetune.quantisation.result import open_quantised
 
-    return _measure(subject, open_quantised(folder), cases, run, quiet=False)
-
-
-def _measure(subject: Subject, scorer: EngineScorer, cases: Sequence[LoadedCase], run: Path, quiet: bool) -> list[Measured]:
-    rules = read_config(model_folder(run)).object_rules()
-    device = subject.accelerator.device
-    return measure_cases(scorer, list(cases), subject.targets, device, "fp32", quiet=quiet, rules=rules)
+    rules, device = read_config(model_folder(run)).object_rules(), subject.accelerator.device
+    scorer, inference = open_quantised(folder), subject.recipe.inference
+    return measure_cases(scorer, list(cases), subject.targets, device, "fp32", rules=rules, inference=inference)
 
 
 def keep_quantised(quantised: Quantised, out: Path) -> None:

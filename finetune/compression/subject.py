@@ -11,10 +11,8 @@ from finetune.compression.importance import Scores as ChannelScores
 from finetune.compression.importance import taylor_importance, weight_importance
 from finetune.compression.prune import Prunable
 from finetune.compression.recipe import CompressRecipe, PruneSettings
-from finetune.evaluation.evaluate import measure_cases
-from finetune.evaluation.metrics import values_by_group
+from finetune.evaluation.evaluate import mean_dice, measure_cases
 from finetune.evaluation.outputs import Measured
-from finetune.evaluation.statistics import figure
 from finetune.evaluation.targets import Targets, targets_of
 from finetune.finished import recipe_of
 from finetune.labelled import LabelledData, read_labelled
@@ -25,8 +23,10 @@ from resunet.config import validate
 from resunet.data.cases import LoadedCase
 from resunet.ensemble import Ensemble
 from resunet.errors import InputError
+from resunet.inference.window import Scorer
 from resunet.layout import place
 from resunet.model import Segmenter, load_finetuned, load_model
+from resunet.runtime import ObjectRule
 from resunet.training import start_ranks
 
 
@@ -47,22 +47,28 @@ class Subject:
         """Whole cases, after the network's own post-processing."""
         device, rules = self.accelerator.device, network.config.object_rules()
         return measure_cases(
-            place(network, device), cases, self.targets, device, self.recipe.precision, quiet=quiet, rules=rules
+            place(network, device),
+            cases,
+            self.targets,
+            device,
+            self.recipe.precision,
+            quiet=quiet,
+            rules=rules,
+            inference=self.recipe.inference,
         )
 
     def scores(self, run: Path) -> Scores:
         """A model's, on val."""
         return scores_of([one.row() for one in self.measure(load_finetuned(model_folder(run))[0], self.data.val, quiet=False)])
 
-    def dice(self, network: Segmenter, cases: Sequence[LoadedCase]) -> float:
-        """Of a network on cases."""
-        return self.dice_of(self.measure(network, cases))
-
-    @staticmethod
-    def dice_of(measured: Sequence[Measured]) -> float:
-        """As evaluation counts it; 0 where no case defines one."""
-        rows = [one.row() for one in measured]
-        return float(figure(values_by_group(rows, lambda case: case.macro("dice")))["mean"] or 0.0)
+    def dice(
+        self, network: Segmenter | Scorer, cases: Sequence[LoadedCase], rules: Sequence[ObjectRule] | None = None
+    ) -> float:
+        """Of a network on cases, or of an engine, which says by itself in which precision. rules: null: the network's own."""
+        device, recipe = self.accelerator.device, self.recipe
+        if isinstance(network, Segmenter):
+            network, rules = place(network, device), network.config.object_rules() if rules is None else rules
+        return mean_dice(network, cases, self.targets, device, recipe.precision, rules=rules or (), inference=recipe.inference)
 
     def sampler(self) -> PatchSampler:
         """Of the training cases."""

@@ -136,7 +136,15 @@ def _join(recipe: FinetuneRecipe, folds: Sequence[FinetuneRecipe]) -> None:
         ensemble.config = _config(ensemble, recipe, data, choose_out_of_fold(ensemble, data, left_out, recipe, accelerator))
         targets, rules = targets_of(recipe.data.classes, recipe.data.regions), ensemble.config.object_rules()
         tested = measure_cases(
-            ensemble, data.test, targets, device, recipe.precision_of_test, accelerator, not main, rules=rules
+            ensemble,
+            data.test,
+            targets,
+            device,
+            recipe.precision_of_test,
+            accelerator,
+            not main,
+            rules=rules,
+            inference=recipe.inference,
         )
         if main:
             write_ensemble(run.folder / "model", ensemble, archive)
@@ -208,10 +216,10 @@ def _write_results(
     member_of = {one.case.case.id: member for its, member in zip(left_out, ensemble.members, strict=True) for one in its}
 
     def by_member(case: LoadedCase) -> NDArray[np.uint8]:
-        return predict_case(member_of[case.case.id], case, device, precision)
+        return predict_case(member_of[case.case.id], case, device, precision, recipe.inference)
 
     def by_ensemble(case: LoadedCase) -> NDArray[np.uint8]:
-        return remove_objects(predict_case(ensemble, case, device, precision), config.object_rules())
+        return remove_objects(predict_case(ensemble, case, device, precision, recipe.inference), config.object_rules())
 
     notes = [*data.notes(), OPTIMISTIC]
     summary = write(run.folder / "cross_validation", every, targets, SPLIT, notes, precision, by_member)
@@ -219,7 +227,9 @@ def _write_results(
     test, point = None, config.operating_point
     if tested:
         about = [*data.notes(), *([OF_SINGLE_NETWORKS, *notes_of(point)] if point is not None else [])]
-        summary = write_evaluation(run.folder / "evaluation", ensemble, tested, config, "test", about, device, precision, point)
+        summary = write_evaluation(
+            run.folder / "evaluation", ensemble, tested, config, "test", about, device, precision, recipe.inference, point
+        )
         test = Evaluated("evaluation", summary, tested, by_ensemble)
         mirror_evaluation(run.mirror, summary, tested, targets, config, by_ensemble)
     mirror_segmenter(run, config)

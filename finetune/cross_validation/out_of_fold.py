@@ -7,11 +7,11 @@ from accelerate.utils import gather_object
 
 from finetune.choices import Choices
 from finetune.evaluation.alarms import choose_threshold, refuse_val_without_clean
-from finetune.evaluation.calibration import decide_by
-from finetune.evaluation.evaluate import case_probabilities, measure_cases
+from finetune.evaluation.evaluate import measure_cases
 from finetune.evaluation.outputs import Measured
 from finetune.evaluation.targets import targets_of
 from finetune.inference.postprocess import ValCase, choose_postprocessing, predicted_objects
+from finetune.inference.predict import predict_case
 from finetune.labelled import FoldedData
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import ModelConfig
@@ -43,7 +43,16 @@ def predict_left_out(
     """The val cases of each fold, as its own network predicts them; nothing is post-processed."""
     quiet, targets = not accelerator.is_main_process, targets_of(recipe.data.classes, recipe.data.regions)
     return [
-        measure_cases(member, data.val(fold), targets, accelerator.device, recipe.precision_of_test, accelerator, quiet)
+        measure_cases(
+            member,
+            data.val(fold),
+            targets,
+            accelerator.device,
+            recipe.precision_of_test,
+            accelerator,
+            quiet,
+            inference=recipe.inference,
+        )
         for fold, member in enumerate(ensemble.members)
     ]
 
@@ -97,7 +106,7 @@ def _objects(ensemble: Ensemble, data: FoldedData, recipe: FinetuneRecipe, accel
     for i in progress(share, len(share), "choose out of fold", quiet=not accelerator.is_main_process):
         case = data.cases[i]
         assert case.labels is not None
-        predicted = decide_by(case_probabilities(member_of[i], case, accelerator.device, recipe.precision_of_test))
+        predicted = predict_case(member_of[i], case, accelerator.device, recipe.precision_of_test, recipe.inference)
         seen.append((i, predicted_objects(case.case.group, case.labels, predicted, len(recipe.data.classes))))
     if ranks > 1:
         seen = gather_object(seen)

@@ -14,6 +14,7 @@ from finetune.evaluation.outputs import FLAGS, EvaluateRequest, cases_of_split, 
 from finetune.evaluation.summary import NO_POSTPROCESSING
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
+from finetune.inference.window import Inference
 from resunet.bundle import Bundle
 from resunet.bundle.contract import Contract
 from resunet.bundle.engines import name_of, version_of
@@ -40,6 +41,8 @@ def evaluate_bundle(path: Path, request: EvaluateRequest, out: Path | None) -> P
     contract, behaviour = bundle.contract, bundle.contract.behaviour()
     segmenter = bundle.segmenter(request.precision, request.runtime)
     scorer, graph = segmenter.scorer(flips=False), segmenter.graph
+    window = contract.window
+    inference = Inference(memory=request.memory or window.memory, window=window.size, overlap=window.overlap)
     settings = request.model_copy(update={"channels": contract.input.channels})
     source = open_source(settings, masks=True, classes=contract.classes, ignore=request.ignore, called=FLAGS)
     cases, notes = cases_of_split(source, request)
@@ -53,17 +56,19 @@ def evaluate_bundle(path: Path, request: EvaluateRequest, out: Path | None) -> P
         )
     if (budget := request.false_alarms_per_1000) is not None:
         read_val = partial(_load, contract, source.part("val"), request)
-        peaks = partial(clean_peaks, scorer, device=_CPU, precision="fp32")
+        peaks = partial(clean_peaks, scorer, device=_CPU, precision="fp32", inference=inference)
         point = point_on_val(budget, request.split, source.has_splits, read_val, peaks)
     notes += notes_of(point) if point is not None else []
     for note in notes:
         say(note)
     targets, rules = targets_of(contract.classes, contract.regions), behaviour.object_rules
     loaded = _load(contract, cases, request)
-    measured = measure_cases(scorer, loaded, targets, _CPU, "fp32", tolerance=request.tolerance, rules=rules)
+    measured = measure_cases(
+        scorer, loaded, targets, _CPU, "fp32", tolerance=request.tolerance, rules=rules, inference=inference
+    )
 
     def predict(case: LoadedCase) -> NDArray[np.uint8]:
-        return remove_objects(predict_case(scorer, case, _CPU, "fp32"), rules)
+        return remove_objects(predict_case(scorer, case, _CPU, "fp32", inference), rules)
 
     done = behaviour.described or NO_POSTPROCESSING
     title = f"Evaluation of a bundle on {request.split}"

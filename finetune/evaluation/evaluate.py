@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from finetune.evaluation.alarms import is_without_target, notes_of, point_on_val
-from finetune.evaluation.calibration import Probabilities, decide_by, foreground_of
-from finetune.evaluation.metrics import measure_targets
+from finetune.evaluation.calibration import Probabilities
+from finetune.evaluation.metrics import case_dice, measure_targets
 from finetune.evaluation.outputs import (
     FLAGS,
     EvaluateRequest,
@@ -28,12 +28,13 @@ from finetune.evaluation.outputs import (
     write,
 )
 from finetune.evaluation.predictions import evaluate_masks
+from finetune.evaluation.statistics import figure
 from finetune.evaluation.summary import NO_POSTPROCESSING
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import Targets, targets_of
 from finetune.evaluation.unseen import refuse_seen
 from finetune.inference.predict import predict_case
-from finetune.inference.window import predict_values
+from finetune.inference.window import Inference, predict_scores
 from resunet.bundle import is_bundle
 from resunet.checkpoint import CONFIG, ModelConfig, model_folder
 from resunet.config import Precision
@@ -51,9 +52,10 @@ from resunet.runtime import ObjectRule, remove_objects
 __all__ = [
     "EvaluateRequest",
     "Measured",
-    "case_probabilities",
+    "case_scores",
     "evaluate",
     "evaluation_sections",
+    "mean_dice",
     "measure_cases",
     "overlay_name",
     "telling_cases",
@@ -103,6 +105,7 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     load = partial(_load_unseen, folder, config, source, allowed=allow_leak or not source.has_splits)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = place(network, device)
+    inference = Inference() if request.memory is None else Inference(memory=request.memory)
     point = config.operating_point
 
     def read_val() -> Sequence[LoadedCase]:
@@ -111,7 +114,7 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
         return val
 
     if (budget := request.false_alarms_per_1000) is not None:
-        peaks = partial(clean_peaks, network, device=device, precision=precision)
+        peaks = partial(clean_peaks, network, device=device, precision=precision, inference=inference)
         point = point_on_val(budget, request.split, source.has_splits, read_val, peaks)
     notes += notes_of(point) if point is not None else []
     loaded, remarks = load(cases, request.split)
@@ -119,9 +122,11 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     for note in notes:
         say(note)
     targets, rules = targets_of(config.classes, config.regions), config.object_rules()
-    measured = measure_cases(network, loaded, targets, device, precision, tolerance=request.tolerance, rules=rules)
+    measured = measure_cases(
+        network, loaded, targets, device, precision, tolerance=request.tolerance, rules=rules, inference=inference
+    )
     title = f"Evaluation on {request.split}" if source.has_splits else "Evaluation on all cases"
-    write_evaluation(out, network, measured, config, request.split, notes, device, precision, point, title)
+    write_evaluation(out, network, measured, config, request.split, notes, device, precision, inference, point, title)
     return out
 
 
@@ -150,24 +155,53 @@ def _load_unseen(
 
 
 def clean_peaks(
-    network: nn.Module | Scorer, cases: Sequence[LoadedCase], device: torch.device, precision: Precision
+    network: nn.Module | Scorer,
+    cases: Sequence[LoadedCase],
+    device: torch.device,
+    precision: Precision,
+    inference: Inference,
 ) -> list[float]:
     """The greatest foreground probability of every case without target."""
     labelled = [(case, case.labels) for case in cases if case.labels is not None]
     clean = [(case, Probabilities(), labels) for case, labels in labelled if is_without_target(labels)]
     for case, kept, labels in progress(clean, len(clean), "threshold"):
-        kept.add(labels, foreground_of(case_probabilities(network, case, device, precision)))
+        kept.add(labels, case_scores(network, case, device, precision, inference)[1])
     return [kept.peak for _, kept, _ in clean]
 
 
-def case_probabilities(
-    network: nn.Module | Scorer, case: LoadedCase, device: torch.device, precision: Precision
-) -> NDArray[np.float32]:
-    """(1 or K, *size): of the foreground, or of every class."""
-    found: NDArray[np.float32] = predict_values(
-        network, case.values, case.axis, case.intensities, device, precision, probabilities=True
-    )
-    return found
+def case_scores(
+    network: nn.Module | Scorer, case: LoadedCase, device: torch.device, precision: Precision, inference: Inference
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """(*size) each: class indices, and the probability of not being background."""
+    return predict_scores(network, case.values, case.axis, case.intensities, device, precision, inference)
+
+
+def mean_dice(
+    model: nn.Module | Scorer,
+    cases: Sequence[LoadedCase],
+    targets: Targets,
+    device: torch.device,
+    precision: Precision,
+    accelerator: Accelerator | None = None,
+    rules: Sequence[ObjectRule] = (),
+    inference: Inference = Inference(),  # noqa: B008
+) -> float:
+    """Dice over groups as `measure_cases` has it, and nothing else: what is asked of val many times. 0: no case defines one."""
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    found: list[tuple[int, float | None]] = []
+    for i in range(rank, len(cases), ranks):
+        case = cases[i]
+        assert case.labels is not None
+        predicted = remove_objects(predict_case(model, case, device, precision, inference), rules)
+        found.append((i, case_dice(case.labels, predicted, targets)))
+    if ranks > 1:
+        found = gather_object(found)
+    by_group: dict[str, list[float]] = {}
+    for i, dice in sorted(found, key=lambda one: one[0]):
+        of_group = by_group.setdefault(cases[i].case.group, [])
+        if dice is not None:
+            of_group.append(dice)
+    return float(figure(by_group)["mean"] or 0.0)
 
 
 def measure_cases(
@@ -180,6 +214,7 @@ def measure_cases(
     quiet: bool = False,
     tolerance: float = TOLERANCE,
     rules: Sequence[ObjectRule] = (),
+    inference: Inference = Inference(),  # noqa: B008
 ) -> list[Measured]:
     """Predict and measure every case; with an accelerator each rank takes its share and all get the whole.
 
@@ -192,13 +227,12 @@ def measure_cases(
     for i in progress(share, len(share), "evaluate", quiet=quiet):
         case = cases[i]
         assert case.labels is not None
-        probabilities = case_probabilities(model, case, device, precision)
-        kept, foreground = Probabilities(), foreground_of(probabilities)
+        labels, foreground = case_scores(model, case, device, precision, inference)
+        kept = Probabilities()
         kept.add(case.labels, foreground)
         for target in range(len(targets.names)):
             kept.add_objects(targets.mask(case.labels, target), foreground)
-        predicted = remove_objects(decide_by(probabilities), rules)
-        measures = measure_targets(case.labels, predicted, targets, case.spacing, tolerance)
+        measures = measure_targets(case.labels, remove_objects(labels, rules), targets, case.spacing, tolerance)
         found.append((i, measures, kept))
     if ranks > 1:
         found = gather_object(found)
@@ -214,13 +248,14 @@ def write_evaluation(
     notes: Sequence[str],
     device: torch.device,
     precision: Precision,
+    inference: Inference,
     point: OperatingPoint | None = None,
     title: str | None = None,
 ) -> dict[str, Any]:
     """`finetune.evaluation.outputs.write` for a segmenter, with the post-processing of its config; the summary."""
     assert config.classes is not None
     done = config.postprocessing.described() if config.postprocessing is not None else NO_POSTPROCESSING
-    predict = predicting(model, config, device, precision)
+    predict = predicting(model, config, device, precision, inference)
     targets = targets_of(config.classes, config.regions)
     remarks = [
         f"The classes {its} are of the same regions: nothing taught the network to tell them apart, and in its "
@@ -231,16 +266,23 @@ def write_evaluation(
 
 
 def evaluation_sections(
-    folder: Path, model: Segmenter, measured: Sequence[Measured], summary: dict[str, Any], precision: Precision
+    folder: Path,
+    model: Segmenter,
+    measured: Sequence[Measured],
+    summary: dict[str, Any],
+    precision: Precision,
+    inference: Inference,
 ) -> list[Section]:
     """What a page shows of an evaluation that was written into a folder."""
     config = model.config
     assert config.classes is not None
-    predict = predicting(model, config, next(model.parameters()).device, precision)
+    predict = predicting(model, config, next(model.parameters()).device, precision, inference)
     return sections_of(summary, measured, targets_of(config.classes, config.regions), folder / "overlays", predict)
 
 
-def predicting(model: nn.Module, config: ModelConfig, device: torch.device, precision: Precision) -> Predict:
+def predicting(
+    model: nn.Module, config: ModelConfig, device: torch.device, precision: Precision, inference: Inference
+) -> Predict:
     """The labels of a case as a segmenter is measured by: after its post-processing."""
     rules = config.object_rules()
-    return lambda case: remove_objects(predict_case(model, case, device, precision), rules)
+    return lambda case: remove_objects(predict_case(model, case, device, precision, inference), rules)

@@ -223,23 +223,18 @@ def measure_case(
     evaluated = truth != IGNORE
     truth = np.where(evaluated, truth, 0)
     prediction = np.where(evaluated, prediction, 0)
-    # background on both sides is most of a scan and enters no count
-    somewhere = (truth > 0) | (prediction > 0)
-    pairs = truth[somewhere].astype(np.intp) * num_classes + prediction[somewhere]
-    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)  # truth, prediction
-
+    overlaps = _overlaps(truth, prediction, num_classes)
     in_truth = find_lesions(truth, prediction, with_widths=truth.ndim == 2)
     in_prediction = find_lesions(prediction, truth, with_widths=False)
     surfaces = _surfaces(truth, prediction, evaluated, num_classes, spacing, tolerance)
     classes = []
-    for index in range(1, num_classes):
-        true_positive = int(confusion[index, index])
+    for index, (true_positive, false_positive, false_negative) in enumerate(overlaps, 1):
         its, predicted = in_truth.kind == index, in_prediction.kind == index
         classes.append(
             ClassMeasures(
                 true_positive=true_positive,
-                false_positive=int(confusion[:, index].sum()) - true_positive,
-                false_negative=int(confusion[index].sum()) - true_positive,
+                false_positive=false_positive,
+                false_negative=false_negative,
                 voxel=math.prod(spacing),
                 surface=surfaces[index - 1],
                 lesion_sizes=tuple(in_truth.size[its].tolist()),
@@ -251,6 +246,29 @@ def measure_case(
         )
     steps = tuple(float(step) for step in spacing)
     return CaseMeasures(tuple(classes), steps, diagonal(truth.shape, spacing), tolerance, int(evaluated.sum()))
+
+
+def case_dice(truth: NDArray[np.integer], prediction: NDArray[np.integer], targets: Targets) -> float | None:
+    """`CaseMeasures.macro("dice")` of `measure_targets`, without what that looks for beside it; arguments as there."""
+    if not targets.are_classes:
+        maps = [(targets.mask(truth, i), targets.mask(prediction, i)) for i in range(len(targets.names))]
+        overlaps = [_overlaps(its, np.where(its == IGNORE, 0, found), 2)[0] for its, found in maps]
+    else:
+        overlaps = _overlaps(truth, np.where(truth == IGNORE, 0, prediction), targets.num_classes)
+    dice = [_ratio(2 * hit, 2 * hit + false + missed) for hit, false, missed in overlaps]
+    defined = [one for one in dice if one is not None]
+    return _ratio(math.fsum(defined), len(defined))
+
+
+def _overlaps(truth: NDArray[np.integer], prediction: NDArray[np.integer], num_classes: int) -> list[tuple[int, int, int]]:
+    """Of every foreground class the voxels that are true positive, false positive and false negative."""
+    # background on both sides is most of a scan and enters no count
+    somewhere = (truth > 0) & (truth != IGNORE) | (prediction > 0)
+    pairs = truth[somewhere].astype(np.intp) * num_classes + prediction[somewhere]
+    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)  # truth, prediction
+    hits = confusion.diagonal()
+    columns = zip(hits, confusion.sum(axis=0) - hits, confusion.sum(axis=1) - hits, strict=True)
+    return [(int(hit), int(false), int(missed)) for hit, false, missed in columns][1:]
 
 
 def _refuse_strange(truth: NDArray[np.integer], prediction: NDArray[np.integer], num_classes: int) -> None:

@@ -57,6 +57,7 @@ class EvaluateRequest(DataSettings):
     )
     runtime: str | None = Field(None, description="of a bundle: openvino, onnxruntime or pytorch; null: the first installed")
     tolerance: float = Field(TOLERANCE, gt=0, description="mm, of surface Dice")
+    memory: float | None = Field(None, gt=0, description="GiB that a process may take; null: 4, of a bundle its own")
     ignore: tuple[int, ...] = Field(
         (), description="mask values that nobody labelled; a model says so itself, a bundle does not"
     )

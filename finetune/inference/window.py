@@ -18,11 +18,21 @@ from torch import Tensor, nn
 
 from resunet.config import Frozen, Precision
 from resunet.inference.window import Floats, Footprint, Plan, Scorer, mirrors, plan_slices
+from resunet.inference.window import predict_scores as scores_with
 from resunet.inference.window import predict_values as predict_with
 from resunet.layout import channels_last, spatial_dims_of
 from resunet.runtime import Intensity
 
-__all__ = ["Footprint", "Inference", "LiveNetwork", "Plan", "footprint", "plan_slices", "predict_values"]
+__all__ = [
+    "Footprint",
+    "Inference",
+    "LiveNetwork",
+    "Plan",
+    "footprint",
+    "plan_slices",
+    "predict_scores",
+    "predict_values",
+]
 
 # What a network's footprint is measured with: long in one direction, so that the coarsest level has several positions.
 _PROBE = {2: (128, 128), 3: (16, 16, 128)}
@@ -108,12 +118,30 @@ def predict_values(
 ) -> NDArray:
     """`resunet.inference.window.predict_values` of a network, which is put into evaluation mode; or of a bundle's scorer, whose
     device, precision and flips are its own."""
-    live: Scorer
-    if isinstance(network, nn.Module):
-        live = LiveNetwork(network.eval(), values.shape[0], device, precision, inference.flips)
-    else:
-        live = network
+    live = _scorer(network, values.shape[0], device, precision, inference)
     return predict_with(live, values, axis, intensities, inference, probabilities, plan)
+
+
+def predict_scores(
+    network: nn.Module | Scorer,
+    values: NDArray,
+    axis: int | None,
+    intensities: Sequence[Intensity],
+    device: torch.device,
+    precision: Precision = "fp32",
+    inference: Inference = Inference(),  # noqa: B008
+) -> tuple[NDArray[np.uint8], Floats]:
+    """`resunet.inference.window.predict_scores` of a network or a bundle's scorer, as `predict_values`."""
+    live = _scorer(network, values.shape[0], device, precision, inference)
+    return scores_with(live, values, axis, intensities, inference)
+
+
+def _scorer(
+    network: nn.Module | Scorer, channels: int, device: torch.device, precision: Precision, inference: Inference
+) -> Scorer:
+    if isinstance(network, nn.Module):
+        return LiveNetwork(network.eval(), channels, device, precision, inference.flips)
+    return network
 
 
 _footprints: WeakKeyDictionary[nn.Module, Footprint] = WeakKeyDictionary()  # one forward pass each, not one a scan

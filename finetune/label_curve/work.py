@@ -113,7 +113,8 @@ def evaluate_on_test(run: Path) -> None:
     network, config = load_finetuned(model_folder(run))
     network = place(network, device)
     targets, rules = targets_of(recipe.data.classes, recipe.data.regions), config.object_rules()
-    measured = measure_cases(network, data.test, targets, device, recipe.precision_of_test, rules=rules)
+    precision, inference = recipe.precision_of_test, recipe.inference
+    measured = measure_cases(network, data.test, targets, device, precision, rules=rules, inference=inference)
     digest = source_digest(data.test)
     note_input(run, "test", digest)
     summary = write_test_evaluation(run, network, measured, data, recipe)
@@ -122,9 +123,8 @@ def evaluate_on_test(run: Path) -> None:
     values = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": {"test": digest}}
     mirror = start_mirror(recipe.wandb, "evaluate", run_id, run, values)
     if mirror is not None:
-        mirror_evaluation(
-            mirror, summary, measured, targets, config, predicting(network, config, device, recipe.precision_of_test)
-        )
+        predict = predicting(network, config, device, precision, inference)
+        mirror_evaluation(mirror, summary, measured, targets, config, predict)
         mirror.finish(succeeded=True)
 
 

@@ -70,9 +70,11 @@ def _zoomed_and_shifted(grid: Tensor, settings: AugmentSettings, generator: torc
 
 def _image_grids(images: Tensor, settings: AugmentSettings, generator: torch.Generator) -> tuple[Tensor, float]:
     count, _, height, width = images.shape
-    displacement = elastic_displacement(count, height, width, settings.elastic.sigma, settings.elastic.alpha, generator)
+    noise = _uniform(-1, 1, (count, 2, height, width), generator)
     chosen = _uniform(0, 1, count, generator) < settings.elastic.probability
-    displacement = displacement * chosen[:, None, None, None]
+    displacement = torch.zeros_like(noise)
+    if bool(chosen.any()):  # smoothing is most of what augmentation costs
+        displacement[chosen] = settings.elastic.alpha * _smoothed(noise[chosen], settings.elastic.sigma, (2, 3))
     angle = torch.deg2rad(_uniform(-settings.rotation, settings.rotation, count, generator))
     flip = torch.where(_uniform(0, 1, count, generator) < settings.flip, -1.0, 1.0)
     rms = float(displacement[chosen].square().sum(dim=1).mean().sqrt()) if bool(chosen.any()) else 0.0
@@ -107,14 +109,7 @@ def volume_displacement(
     axes = [axis for axis in range(3) if axis != thick]
     shape = [1 if axis == thick else n for axis, n in enumerate(size)]
     field = _uniform(-1, 1, (len(axes), *shape), generator)
-    kernel = _gaussian(sigma, field.device)
-    for axis in axes:
-        # as a matrix: five times as fast as a convolution with a kernel that is longer than the patch
-        offset = torch.arange(size[axis], device=field.device)
-        offset = offset[:, None] - offset + len(kernel) // 2
-        inside = (offset >= 0) & (offset < len(kernel))
-        smoothing = kernel[offset.clamp(0, len(kernel) - 1)] * inside
-        field = (field.movedim(1 + axis, -1) @ smoothing).movedim(-1, 1 + axis)
+    field = _smoothed(field, sigma, [1 + axis for axis in axes])
     if thick is None:
         field = field * math.sqrt(2 * sigma * math.sqrt(math.pi))
     moved = field.new_zeros(3, *size)
@@ -148,13 +143,19 @@ def elastic_displacement(count: int, height: int, width: int, sigma: float, alph
     Simard, Steinkraus & Platt 2003, ICDAR, section 2: a random field convolved with a Gaussian of σ pixels and
     multiplied by α.
     """
-    field = _uniform(-1, 1, (count, 2, height, width), generator)
+    return alpha * _smoothed(_uniform(-1, 1, (count, 2, height, width), generator), sigma, (2, 3))
+
+
+def _smoothed(field: Tensor, sigma: float, axes: Sequence[int]) -> Tensor:
+    """Convolved with a Gaussian along some axes, zeros beyond; as matrices, faster than kernels longer than a patch."""
     kernel = _gaussian(sigma, field.device)
-    radius = len(kernel) // 2
-    flat = field.reshape(count * 2, 1, height, width)
-    flat = F.conv2d(flat, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-    flat = F.conv2d(flat, kernel.view(1, 1, 1, -1), padding=(0, radius))
-    return alpha * flat.reshape(field.shape)
+    for axis in axes:
+        offset = torch.arange(field.shape[axis], device=field.device)
+        offset = offset[:, None] - offset + len(kernel) // 2
+        inside = (offset >= 0) & (offset < len(kernel))
+        smoothing = kernel[offset.clamp(0, len(kernel) - 1)] * inside
+        field = (field.movedim(axis, -1) @ smoothing).movedim(-1, axis)
+    return field
 
 
 def _grid(height: int, width: int, angle: Tensor, flip: Tensor, displacement: Tensor) -> Tensor:

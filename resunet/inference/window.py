@@ -23,6 +23,9 @@ _GIB = 2**30
 _BATCH = 16  # slices at once
 _WINDOWS = 4  # windows at once
 _SMALLEST_WINDOW = {2: 64, 3: 32}
+_MADE = (
+    5  # bytes a voxel of a label and a probability: planned with whichever is asked for, so that windows do not depend on it
+)
 
 # A process with torch and MONAI before a network sees anything, measured by benchmarks/predict_memory.py; one without takes less.
 _PROCESS = 1.25 * _GIB
@@ -96,17 +99,33 @@ def predict_values(
     size = values.shape[1:]
     out = np.empty((scorer.footprint.logits, *size), np.float32) if probabilities else np.empty(size, np.uint8)
     made = probabilities_of if probabilities else _classes
-
-    def decided(logits: Floats) -> NDArray:
-        if not np.isfinite(logits).all():  # NaN would be background: a finding that is missed without a word
-            raise InputError(
-                "the network gives values that are not finite. In half precision large ones overflow: use fp32 or bf16. In fp32 "
-                "the scan's values may be far from those of training."
-            )
-        return made(logits)
-
-    _predict(scorer, values, axis, intensities, settings, plan, out if probabilities else out[None], decided)
+    _predict(
+        scorer,
+        values,
+        axis,
+        intensities,
+        settings,
+        plan,
+        [out if probabilities else out[None]],
+        lambda logits: [made(_finite(logits))],
+    )
     return out
+
+
+def predict_scores(
+    scorer: Scorer, values: NDArray, axis: int | None, intensities: Sequence[Intensity], settings: Settings
+) -> tuple[NDArray[np.uint8], Floats]:
+    """What `predict_values` decides, and the probability that a pixel is not background, float32 (*size), from one pass.
+
+    Of many classes no map of each is kept. Arguments and errors as there.
+    """
+    labels, foreground = np.empty(values.shape[1:], np.uint8), np.empty(values.shape[1:], np.float32)
+
+    def made(logits: Floats) -> list[NDArray]:
+        return [_classes(_finite(logits)), foreground_of(logits)[:, None]]
+
+    _predict(scorer, values, axis, intensities, settings, None, [labels[None], foreground[None]], made)
+    return labels, foreground
 
 
 def predict_logits(
@@ -119,7 +138,7 @@ def predict_logits(
 ) -> Floats:
     """Logits, float32 (1 or K, *size), of what `predict_values` decides; arguments as there."""
     out = np.empty((scorer.footprint.logits, *values.shape[1:]), np.float32)
-    _predict(scorer, values, axis, intensities, settings, plan, out, lambda logits: logits)
+    _predict(scorer, values, axis, intensities, settings, plan, [out], lambda logits: [logits])
     return out
 
 
@@ -130,27 +149,31 @@ def _predict(
     intensities: Sequence[Intensity],
     settings: Settings,
     plan: Plan | None,
-    out: NDArray,
-    made: Callable[[Floats], NDArray],
+    outs: Sequence[NDArray],
+    made: Callable[[Floats], Sequence[NDArray]],
 ) -> None:
-    """Fill `out` (M, *size) with what `made` makes of logits: (N, K, *size) → (N, M, *size)."""
+    """Fill each of `outs` (M, *size) with what `made` makes for it of logits: (N, K, *size) → (N, M, *size)."""
     if scorer.spatial_dims == 3:
         axis = None
         refuse_image(values.shape[1:])
     found = scorer.footprint
-    slices, places = _along(values, axis), _along(out, axis)  # (slices, C, y, x), or (1, C, z, y, x)
-    plan = plan or plan_slices(found, values, slices.shape[2:], out.nbytes, settings)
+    slices, places = _along(values, axis), [_along(out, axis) for out in outs]  # (slices, C, y, x), or (1, C, z, y, x)
+    if plan is None:
+        kept = max(_MADE * math.prod(values.shape[1:]), sum(out.nbytes for out in outs))
+        plan = plan_slices(found, values, slices.shape[2:], kept, settings)
     if plan.at_once:
         for start in range(0, len(slices), plan.at_once):
             index = slice(start, min(start + plan.at_once, len(slices)))
             images = np.stack([normalise(one, list(intensities)) for one in slices[index]])
-            places[index] = made(_padded(scorer, images, found.stride))
+            for place, one in zip(places, made(_padded(scorer, images, found.stride)), strict=True):
+                place[index] = one
         return
     for number, one in enumerate(slices):
         for rows, core, band in _bands(slices.shape[2:], plan, settings.overlap):
             image = normalise(one[:, rows], list(intensities))[None]
             logits = scorer.slide(image, plan, settings.overlap)[:, :, core]
-            places[number : number + 1, :, band] = made(logits)
+            for place, of_band in zip(places, made(logits), strict=True):
+                place[number : number + 1, :, band] = of_band
 
 
 def _along(values: NDArray, axis: int | None) -> NDArray:
@@ -167,6 +190,24 @@ def decide(logits: Floats) -> NDArray[np.uint8]:
 
 def _classes(logits: Floats) -> NDArray[np.uint8]:
     return decide(logits)[:, None]
+
+
+def _finite(logits: Floats) -> Floats:
+    """Raises InputError for others: NaN would be decided as background, a finding that is missed without a word."""
+    if not np.isfinite(logits).all():
+        raise InputError(
+            "the network gives values that are not finite. In half precision large ones overflow: use fp32 or bf16. In fp32 the "
+            "scan's values may be far from those of training."
+        )
+    return logits
+
+
+def foreground_of(logits: Floats) -> Floats:
+    """Logits (N, 1 or K, *size) → the probability of not being background, (N, *size)."""
+    probabilities = probabilities_of(logits)
+    # not 1 less the background's: small probabilities would be rounded to steps of 6e-8
+    summed: Floats = probabilities[:, 0] if logits.shape[1] == 1 else probabilities[:, 1:].sum(axis=1)
+    return summed
 
 
 def probabilities_of(logits: Floats) -> Floats:

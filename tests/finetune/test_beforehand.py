@@ -55,3 +55,9 @@ def test_what_is_not_as_one_expects_is_told(runs, recipe, capsys):
 )
 def test_keys_that_do_nothing_are_told(recipe, changes, key):
     assert [idle for idle, _ in idle_keys(recipe(**changes))] == [key]
+
+
+def test_boxes_need_two_patches_on_every_rank(recipe):
+    ours = recipe(consistency={}, ema=0.9, batch=8)
+    assert [len(idle_keys(ours, ranks)) for ranks in (1, 2, 4)] == [0, 0, 1]
+    assert "a rank's share of a batch has one unlabelled patch" in idle_keys(ours, 4)[0][1]

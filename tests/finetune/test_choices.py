@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from finetune.choices import choose_on_val
-from finetune.evaluation.calibration import decide_by
-from finetune.evaluation.evaluate import EvaluateRequest, case_probabilities, evaluate
+from finetune.evaluation.evaluate import EvaluateRequest, evaluate
 from finetune.inference.postprocess import choose_postprocessing, predicted_objects
 from finetune.inference.predict import PredictRequest, predict
+from finetune.inference.window import predict_values
 from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune
 from resunet.checkpoint import read_config
@@ -60,8 +60,9 @@ def test_a_run_chooses_on_val_and_its_test_figures_are_those_of_its_model(recipe
     data = read_labelled(resolve(made), quiet=True)
     val, peaks = [], []
     for case in data.val:
-        probabilities = case_probabilities(model, case, CPU, "fp32")
-        val.append(predicted_objects(case.case.group, case.labels, decide_by(probabilities), 2))
+        probabilities = predict_values(model, case.values, case.axis, case.intensities, CPU, probabilities=True)
+        decided = np.asarray(probabilities[0] > 0.5, np.uint8)
+        val.append(predicted_objects(case.case.group, case.labels, decided, 2))
         if not case.labels.any():
             peaks.append(float(probabilities.max()))
     assert config.postprocessing == choose_postprocessing([*data.train, *data.val], val, ["background", "lesion"])

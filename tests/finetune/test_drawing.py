@@ -50,7 +50,8 @@ def test_they_are_the_beginning_of_the_order_of_suggestions(drawn, source, encod
     """Of all groups, embedded by the command, those of the pool; for every budget and draw."""
     table = tmp_path / "table.parquet"
     embed(encoder, table, EmbedRequest(source=source, salt_file=source.parent / "salt"))
-    groups = groups_of(read_embeddings(table), masked=set(), held_out=set())
+    held_out = {case.group_hmac for case in opened(source).cases if case.part in ("val", "test")}
+    groups = groups_of(read_embeddings(table), masked=set(), held_out=held_out)
     assert len(groups.names) == 5
     named = {case.group_hmac: case.group_name for case in opened(source).part("pool")}
     orders = set()

@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from finetune.cross_validation.folds import train
 from finetune.cross_validation.out_of_fold import OF_SINGLE_NETWORKS, OPTIMISTIC, SPLIT
-from finetune.evaluation.evaluate import EvaluateRequest, case_probabilities, evaluate, measure_cases
+from finetune.evaluation.evaluate import EvaluateRequest, case_scores, evaluate, measure_cases
 from finetune.evaluation.targets import targets_of
-from finetune.inference.window import footprint
+from finetune.inference.window import Inference, footprint
 from finetune.labelled import read_folds, read_labelled, resolve
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import read_config
@@ -273,7 +273,7 @@ def test_what_is_chosen_on_val_is_chosen_out_of_fold(folds, source):
         model = load_model(out / f"fold-{fold}")
         for case in data.val(fold):
             if not case.labels.any():
-                peaks.append(float(case_probabilities(model, case, CPU, "fp32").max()))
+                peaks.append(float(case_scores(model, case, CPU, "fp32", Inference())[1].max()))
     chosen = read_config(out / "model")
     point, rules = chosen.operating_point, chosen.postprocessing
     assert len(peaks) == point.clean == 4 and point.alarmed == 1

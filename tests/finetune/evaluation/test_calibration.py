@@ -6,7 +6,7 @@ from scipy import ndimage
 from sklearn.calibration import calibration_curve
 
 from finetune.evaluation.alarms import choose_threshold, notes_of, summarise_operating_point
-from finetune.evaluation.calibration import BINS, Probabilities, decide_by, foreground_of, pooled, summarise_calibration
+from finetune.evaluation.calibration import BINS, Probabilities, pooled, summarise_calibration
 from resunet.checkpoint import ModelConfig
 from resunet.data.cases import IGNORE
 from resunet.decision import OperatingPoint
@@ -101,16 +101,6 @@ def test_the_figure_is_over_groups_of_pooled_cases():
     summary = summarise_calibration({"x": [a, b], "y": [c]})
     assert summary["ece"] == {"mean": pytest.approx((pooled([a, b]).ece() + c.ece()) / 2), "ci95": None, "n": 2}
     assert summarise_calibration({}) is None
-
-
-def test_foreground_and_decision_of_probabilities():
-    one = np.array([[[0.2, 0.5, 0.500001]]], np.float32)
-    assert np.array_equal(foreground_of(one), one[0]) and decide_by(one).tolist() == [[0, 0, 1]]
-    three = np.array([[[0.6, 0.4]], [[0.3, 0.35]], [[0.1, 0.25]]], np.float32)
-    assert foreground_of(three).tolist() == [[pytest.approx(0.4), pytest.approx(0.6)]]
-    assert decide_by(three).tolist() == [[0, 0]] and decide_by(three[[1, 0, 2]]).tolist() == [[1, 1]]
-    small = np.array([[[1.0]], [[1e-9]], [[2e-9]]], np.float32)
-    assert foreground_of(small)[0, 0] == pytest.approx(3e-9)
 
 
 @pytest.mark.parametrize("budget, alarmed", [(1, 0), (99, 0), (100, 1), (299, 2), (300, 3), (999, 9)])

@@ -9,8 +9,9 @@ import SimpleITK as sitk
 import torch
 from PIL import Image
 
-from finetune.evaluation.evaluate import EvaluateRequest, Measured, evaluate, measure_cases, telling_cases
-from finetune.evaluation.metrics import METRICS, measure_case
+from finetune.evaluation.evaluate import EvaluateRequest, Measured, evaluate, mean_dice, measure_cases, telling_cases
+from finetune.evaluation.metrics import METRICS, measure_case, values_by_group
+from finetune.evaluation.statistics import figure
 from finetune.evaluation.summary import policy
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import targets_of
@@ -83,6 +84,9 @@ def test_cases_are_measured_in_their_order(runs):
     assert len({one.measures.macro("dice") for one in measured}) > 5
     assert [one.case for one in measure_cases(model, cases[::-1], BINARY, CPU, "fp32", quiet=True)] == cases[::-1]
     assert measure_cases(model, [], BINARY, CPU, "fp32") == []
+    by_group = values_by_group([one.row() for one in measured], lambda case: case.macro("dice"))
+    assert mean_dice(model, cases, BINARY, CPU, "fp32") == pytest.approx(figure(by_group)["mean"], rel=1e-12)
+    assert mean_dice(model, [], BINARY, CPU, "fp32") == 0
 
 
 def test_an_evaluation_writes_its_files(runs):

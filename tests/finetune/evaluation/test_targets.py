@@ -15,7 +15,7 @@ from PIL import Image
 from finetune.comparison.compare import compare
 from finetune.cross_validation.folds import train
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate, measure_cases
-from finetune.evaluation.metrics import measure_case, measure_targets
+from finetune.evaluation.metrics import case_dice, measure_case, measure_targets
 from finetune.evaluation.objects import caption_of, largest_wrong, wrong_objects
 from finetune.evaluation.summary import case_rows, policy, summarise
 from finetune.evaluation.surface import TOLERANCE
@@ -65,6 +65,19 @@ def test_members_are_class_indices_in_the_order_of_the_classes():
     assert NESTED.alike() == targets_of(CLASSES).alike() == []
     plain = targets_of(CLASSES)
     assert plain.are_classes and plain.names == ("edema", "core", "enhancing") and plain.num_classes == 4
+
+
+@pytest.mark.parametrize("targets", [NESTED, OVERLAPPING, targets_of(CLASSES)], ids=["nested", "overlapping", "classes"])
+@pytest.mark.parametrize("size", [(21, 17), (6, 9, 8)], ids=["2D", "3D"])
+def test_dice_alone_is_the_dice_of_all_measures(targets, size):
+    for seed in range(4):
+        truth, predicted = random_pair(seed, *size)
+        if seed == 3:
+            truth[truth != IGNORE] = 0
+        expected = measure_targets(truth, predicted, targets, (1.0,) * len(size)).macro("dice")
+        assert case_dice(truth, predicted, targets) == expected
+    nothing = np.zeros(size, np.uint8)
+    assert case_dice(nothing, nothing, targets) is None
 
 
 @pytest.mark.parametrize("targets", [NESTED, OVERLAPPING], ids=["nested", "overlapping"])

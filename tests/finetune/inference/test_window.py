@@ -12,11 +12,14 @@ from finetune.inference.window import (
     Plan,
     footprint,
     plan_slices,
+    predict_scores,
     predict_values,
 )
 from resunet.errors import InputError
+from resunet.inference.window import predict_scores as scores_with
+from resunet.inference.window import predict_values as predict_with
 from resunet.model import ResUNet, UNet
-from resunet.runtime import normalise, percentile_intensity
+from resunet.runtime import Intensity, normalise, percentile_intensity
 
 CPU = torch.device("cpu")
 WINDOWS = Plan(at_once=0, window=32, windows=2, rows=4)
@@ -149,6 +152,52 @@ def test_the_plan_stays_within_its_memory():
     assert plan.at_once == 0 and plan.window == 512 and plan.windows >= 1 and plan.rows >= 4
     less = plan_slices(found, large, (8192, 8192), 8192**2, Inference(memory=2.2))
     assert (less.rows, less.windows, less.window) < (plan.rows, plan.windows, plan.window)
+
+
+@pytest.mark.parametrize("memory", [1.32, 4.0])
+@pytest.mark.parametrize("classes", [2, 3, 12])
+def test_scores_are_of_the_windows_of_masks_however_many_classes(classes, memory, monkeypatch):
+    plans = []
+
+    def planned(*arguments):
+        plans.append(plan_slices(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr("resunet.inference.window.plan_slices", planned)
+    values, model = scan(1, 6, 90, 70), network(classes)
+    intensities = percentile_intensity(values, 0.5, 99.5)
+    labels, foreground = predict_scores(model, values, 0, intensities, CPU, inference=Inference(memory=memory))
+    assert np.array_equal(labels, predicted(model, values, 0, memory=memory)) and plans[0] == plans[1]
+    each = predicted(model, values, 0, probabilities=True, plan=plans[0])
+    np.testing.assert_allclose(foreground, each[0] if classes == 2 else each[1:].sum(axis=0), atol=1e-6)
+
+
+def test_what_is_kept_of_a_prediction_does_not_grow_with_its_classes():
+    """Of a thoracic CT and 14 classes maps of all would take 1.5 GB."""
+    settings, large = Inference(), np.lib.stride_tricks.as_strided(np.zeros(1, np.int16), (1, 100, 512, 512), (0,) * 4)
+
+    class Still:
+        spatial_dims, footprint = 2, Footprint(400.0, 14, 16)
+
+        def __call__(self, images):
+            raise StopIteration(len(images))
+
+    with pytest.raises(StopIteration):
+        scores_with(Still(), large, 0, [Intensity(0, 1, 0, 1)], settings)
+    with pytest.raises(InputError, match="memory=4 GiB: too little"):
+        predict_with(Still(), large, 0, [Intensity(0, 1, 0, 1)], settings, probabilities=True)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_background(bad):
+    model, values = network(), scan(1, 9, 11)
+    with torch.no_grad():
+        model.head.bias[1] = bad
+    intensities = percentile_intensity(values, 0.5, 99.5)
+    with pytest.raises(InputError, match="gives values that are not finite"):
+        predicted(model, values)
+    with pytest.raises(InputError, match="gives values that are not finite"):
+        predict_scores(model, values, None, intensities, CPU)
 
 
 def test_too_little_memory_is_said_with_what_would_do():

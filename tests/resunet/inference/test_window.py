@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from resunet.inference.window import decide, mirrors, probabilities_of
+from resunet.inference.window import decide, foreground_of, mirrors, probabilities_of
 
 
 def test_decisions():
@@ -24,6 +24,15 @@ def test_probabilities_are_those_of_torch(channels):
     found = probabilities_of(logits)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-30)
+
+
+def test_the_foreground_is_all_that_is_not_background():
+    one = np.random.default_rng(0).normal(0, 3, (2, 1, 4, 5)).astype(np.float32)
+    np.testing.assert_array_equal(foreground_of(one), probabilities_of(one)[:, 0])
+    three = np.log(np.array([[0.6, 0.4], [0.3, 0.35], [0.1, 0.25]], np.float32)).reshape(1, 3, 1, 2)
+    np.testing.assert_allclose(foreground_of(three), [[[0.4, 0.6]]], rtol=1e-5)
+    small = np.log(np.array([1.0, 1e-9, 2e-9], np.float32)).reshape(1, 3, 1, 1)
+    assert foreground_of(small).item() == pytest.approx(3e-9), "1 less the background's would be 0"
 
 
 def test_mirror_images():
