@@ -4,11 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from finetune.inference.window import footprint
 from finetune.labelled import LabelledData
 from finetune.recipe import FinetuneRecipe
 from finetune.settings import PatchIntensities
 from resunet.data.cases import IGNORE, LoadedCase
+from resunet.data.images import channel_count
+from resunet.errors import InputError
+from resunet.inference.window import plan_scan
 from resunet.intensity import idle_intensities
+from resunet.model import Segmenter
 from resunet.plain import number_of
 from resunet.progress import say
 
@@ -34,6 +39,33 @@ def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData, ranks: int = 1) 
         say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
     for key, why in idle_keys(recipe, ranks):
         say(f"{key}: does nothing here, {why}.")
+
+
+def tell_windows(recipe: FinetuneRecipe, model: Segmenter, data: LabelledData, quiet: bool = False) -> None:
+    """Say it, if whole scans will be seen through windows that are smaller than the patches of training.
+
+    Raises:
+        InputError: a scan of val or test does not fit into the memory by the smallest of windows.
+    """
+    training = model.training
+    found = footprint(model.eval(), channel_count(recipe.data.channels), next(model.parameters()).device)
+    model.train(training)
+    whole = recipe.model.spatial_dims == 3
+    windows = set()
+    for case in {(one.values.shape, one.values.dtype, one.axis): one for one in (*data.val, *data.test)}.values():
+        try:
+            plan = plan_scan(found, case.values, None if whole else case.axis, recipe.inference)
+        except InputError as error:
+            raise InputError(
+                f"{case.case.where()}: {error}".replace("Set at least --memory ", "Set at least memory=")
+            ) from error
+        windows |= set() if plan.at_once else {plan.window}
+    if windows and min(windows) < max(recipe.patch) and not quiet:
+        say(
+            f"memory={recipe.memory:g} GiB: large scans of val and test are seen through windows of {min(windows)} a side, less "
+            f"than the patches of {max(recipe.patch)} that the network learns from; figures may be lower for it. Raise memory if "
+            "there is more."
+        )
 
 
 def _labelled(recipe: FinetuneRecipe, data: LabelledData) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from finetune.beforehand import tell_beforehand
+from finetune.beforehand import tell_beforehand, tell_windows
 from finetune.choices import Choices, choose_on_val, refuse_impossible
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
@@ -72,6 +72,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     if main:
         tell_beforehand(recipe, data, accelerator.num_processes)
     learner = prepare(recipe, model, receipt, accelerator)
+    on_every_rank(partial(tell_windows, recipe, learner.judged, data, quiet=not main), accelerator)
     judged, average, optimizer, beside = learner.judged, learner.average, learner.optimizer, learner.beside()
     sampler, asks = sampler_of(recipe, data), asked(recipe, learner, teacher)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it

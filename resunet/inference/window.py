@@ -158,9 +158,7 @@ def _predict(
         refuse_image(values.shape[1:])
     found = scorer.footprint
     slices, places = _along(values, axis), [_along(out, axis) for out in outs]  # (slices, C, y, x), or (1, C, z, y, x)
-    if plan is None:
-        kept = max(_MADE * math.prod(values.shape[1:]), sum(out.nbytes for out in outs))
-        plan = plan_slices(found, values, slices.shape[2:], kept, settings)
+    plan = plan or plan_scan(found, values, axis, settings, sum(out.nbytes for out in outs))
     if plan.at_once:
         for start in range(0, len(slices), plan.at_once):
             index = slice(start, min(start + plan.at_once, len(slices)))
@@ -235,6 +233,16 @@ def refuse_image(size: Sequence[int]) -> None:
             f"is an image of {' × '.join(map(str, size))} pixels; this model is of volumes (spatial_dims=3). Give it volumes, or "
             "use a model with spatial_dims=2, which takes both."
         )
+
+
+def plan_scan(found: Footprint, values: NDArray, axis: int | None, settings: Settings, kept: int = 0) -> Plan:
+    """How a scan (C, *size) is predicted, along `axis` by a 2D network. kept: bytes of what is made of it, if that is much.
+
+    Raises:
+        InputError: not even the smallest window fits.
+    """
+    plane = [n for other, n in enumerate(values.shape[1:]) if other != axis]
+    return plan_slices(found, values, plane, max(_MADE * math.prod(values.shape[1:]), kept), settings)
 
 
 def plan_slices(found: Footprint, values: NDArray, plane: Sequence[int], out_bytes: int, settings: Settings) -> Plan:

@@ -2,10 +2,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from finetune.beforehand import idle_keys, tell_beforehand
+from finetune.beforehand import idle_keys, tell_beforehand, tell_windows
 from finetune.labelled import read_labelled, resolve
 from resunet.data.cases import IGNORE
+from resunet.errors import InputError
+from resunet.model import ResUNet
 
 
 def test_what_is_not_as_one_expects_is_told(runs, recipe, capsys):
@@ -61,3 +64,22 @@ def test_boxes_need_two_patches_on_every_rank(recipe):
     ours = recipe(consistency={}, ema=0.9, batch=8)
     assert [len(idle_keys(ours, ranks)) for ranks in (1, 2, 4)] == [0, 0, 1]
     assert "a rank's share of a batch has one unlabelled patch" in idle_keys(ours, 4)[0][1]
+
+
+@pytest.mark.parametrize("memory, told", [(4.0, False), (1.36, True), (0.1, None)])
+def test_windows_below_the_patch_are_told_before_anything_is_trained(recipe, capsys, memory, told):
+    ours = resolve(recipe(memory=memory, patch=[256, 256]))
+    data, model = read_labelled(ours, quiet=True), ResUNet(channels=(32, 64), units=2)
+    large = replace(data.val[0], values=np.zeros((1, 1024, 1024), np.uint8))
+    statistics = model.encoder.levels[0][0].norm1.running_mean.clone()
+    capsys.readouterr()
+    if told is None:
+        with pytest.raises(InputError, match=r"c\d+a\.png: memory=0\.1 GiB: too little .* Set at least memory=1\.\d"):
+            tell_windows(ours, model, data)
+        return
+    tell_windows(ours, model.train(), replace(data, test=[large]))
+    said = capsys.readouterr().err
+    assert ("through windows of" in said and "less than the patches of 256" in said) is told and (said != "") is told
+    assert model.training and torch.equal(model.encoder.levels[0][0].norm1.running_mean, statistics)
+    tell_windows(ours, model, replace(data, test=[large]), quiet=True)
+    assert capsys.readouterr().err == ""
