@@ -118,9 +118,9 @@ def gradient_norm(network: nn.Module, optimizer: Optimizer, accelerator: Acceler
 
 def fault_of(loss: float, norm: float, network: nn.Module, accelerator: Accelerator) -> str | None:
     """What is not finite on any rank. With fp16 gradients may overflow: the scaler leaves such steps out and scales less."""
-    kept = [buffer.isfinite().all() for buffer in network.buffers()]
+    kept = [buffer.flatten() for buffer in network.buffers() if buffer.is_floating_point()]
     # batch norm makes zeros of scans that are beyond all others: the loss is finite, what it keeps for later is not
-    statistics = 0.0 if not kept or torch.stack(kept).all() else math.nan
+    statistics = 0.0 if not kept or torch.cat(kept).isfinite().all() else math.nan
     values = torch.tensor([loss, statistics, norm if accelerator.scaler is None else 0.0], device=accelerator.device)
     if accelerator.num_processes > 1:
         values = accelerator.reduce(values, reduction="mean")  # one rank's NaN is everyone's

@@ -33,7 +33,7 @@ from finetune.evaluation.summary import NO_POSTPROCESSING
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import Targets, targets_of
 from finetune.evaluation.unseen import refuse_seen
-from finetune.inference.predict import predict_case
+from finetune.inference.predict import naming, predict_case
 from finetune.inference.window import Inference, predict_scores
 from resunet.bundle import is_bundle
 from resunet.checkpoint import CONFIG, ModelConfig, model_folder
@@ -84,7 +84,11 @@ def evaluate(model: Path, request: EvaluateRequest, out: Path | None = None, all
     precision = _precision_of_model(model, request)
     folder = model_folder(model)
     if folder.is_dir() and not (folder / CONFIG).is_file():
-        for flag, given in (("--allow-leak", allow_leak), (f"--precision {request.precision}", request.precision is not None)):
+        for flag, given in (
+            ("--allow-leak", allow_leak),
+            (f"--precision {request.precision}", request.precision is not None),
+            (f"--memory {request.memory}", request.memory is not None),
+        ):
             if given:
                 raise InputError(
                     f"{flag}: {model} holds masks that another program made, of which nobody knows more; leave it out."
@@ -173,7 +177,8 @@ def case_scores(
     network: nn.Module | Scorer, case: LoadedCase, device: torch.device, precision: Precision, inference: Inference
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """(*size) each: class indices, and the probability of not being background."""
-    return predict_scores(network, case.values, case.axis, case.intensities, device, precision, inference)
+    with naming(case):
+        return predict_scores(network, case.values, case.axis, case.intensities, device, precision, inference)
 
 
 def mean_dice(

@@ -4,7 +4,8 @@
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from finetune.inference.window import Inference, LiveNetwork, predict_values
 from resunet.checkpoint import WEIGHTS, ModelConfig, model_folder
 from resunet.config import Precision
 from resunet.data.cases import LoadedCase, rule_of
-from resunet.errors import EnvironmentFault
+from resunet.errors import EnvironmentFault, InputError
 from resunet.files import sha256
 from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
@@ -54,9 +55,23 @@ class PredictRequest(Inference):
 def predict_case(
     model: nn.Module | Scorer, case: LoadedCase, device: torch.device, precision: Precision, inference: Inference | None = None
 ) -> NDArray[np.uint8]:
-    """The class index of every pixel, (y, x) or (z, y, x). The model is put into evaluation mode."""
+    """The class index of every pixel, (y, x) or (z, y, x). The model is put into evaluation mode.
+
+    Raises:
+        InputError: the scan does not fit the memory, or the network gives what is not finite. It names the file.
+    """
     inference = inference or Inference()
-    return predict_values(model, case.values, case.axis, case.intensities, device, precision, inference)
+    with naming(case):
+        return predict_values(model, case.values, case.axis, case.intensities, device, precision, inference)
+
+
+@contextmanager
+def naming(case: LoadedCase) -> Iterator[None]:
+    """An InputError of what is done with a case says which it is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{case.case.where()}: {error}") from error
 
 
 def predict(model: Path, inputs: Sequence[Path], out: Path, request: PredictRequest) -> Predicted:

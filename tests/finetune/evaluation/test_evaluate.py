@@ -16,6 +16,7 @@ from finetune.evaluation.summary import policy
 from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
+from finetune.inference.window import Inference
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import read_config
 from resunet.cli import main
@@ -87,6 +88,9 @@ def test_cases_are_measured_in_their_order(runs):
     by_group = values_by_group([one.row() for one in measured], lambda case: case.macro("dice"))
     assert mean_dice(model, cases, BINARY, CPU, "fp32") == pytest.approx(figure(by_group)["mean"], rel=1e-12)
     assert mean_dice(model, [], BINARY, CPU, "fp32") == 0
+    for measure in (mean_dice, measure_cases):
+        with pytest.raises(InputError, match=r"c\d+a\.png: memory=0\.1 GiB: too little for a scan of"):
+            measure(model, cases, BINARY, CPU, "fp32", inference=Inference(memory=0.1))
 
 
 def test_an_evaluation_writes_its_files(runs):
@@ -320,7 +324,8 @@ def test_missing_masks_are_listed_and_nothing_is_written(runs, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "changes, leak, flag", [({}, True, "--allow-leak"), ({"precision": "bf16"}, False, "--precision bf16")]
+    "changes, leak, flag",
+    [({}, True, "--allow-leak"), ({"precision": "bf16"}, False, "--precision bf16"), ({"memory": 2}, False, r"--memory 2\.0")],
 )
 def test_flags_of_models_are_not_of_masks(runs, tmp_path, changes, leak, flag):
     masks = masks_of(runs[0], tmp_path / "masks")
@@ -351,6 +356,8 @@ def test_the_command_line_takes_every_setting(runs, tmp_path, capsys):
     assert main(["evaluate", str(runs[0]), *where, "--false-alarms-per-1000", "5"]) == 2
     assert "val has no case without target" in capsys.readouterr().err
     assert main(["evaluate", str(runs[0]), *where, "--ignore", "7"]) == 2
+    assert main(["evaluate", str(runs[0]), *where, "--memory", "0.5"]) == 2
+    assert "memory=0.5 GiB: too little" in capsys.readouterr().err
 
 
 def test_masks_that_do_not_fit_their_images(runs, tmp_path):
