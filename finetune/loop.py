@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 
 from finetune.beforehand import tell_beforehand, tell_windows
 from finetune.choices import Choices, choose_on_val, refuse_impossible
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.evaluation.alarms import notes_of
-from finetune.evaluation.evaluate import Measured, mean_dice, measure_cases, predicting, write_evaluation
+from finetune.evaluation.evaluate import Measured, predicting, write_evaluation
 from finetune.evaluation.targets import targets_of
+from finetune.judging import measure, validate
 from finetune.labelled import LabelledData, read_labelled, resolve, sampler_of
 from finetune.mirrored import mirror_evaluation, mirror_segmenter
 from finetune.recipe import FinetuneRecipe
@@ -32,7 +32,7 @@ from finetune.step import (
 )
 from finetune.training.batch_statistics import share_statistics
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
-from resunet.data.cases import LoadedCase, source_digest
+from resunet.data.cases import source_digest
 from resunet.data.leakage import ARCHIVE, evidence_of_cases, merge_archives, write_archive
 from resunet.files import folder_aside, sha256, write_text
 from resunet.gradients import GradientRecord
@@ -135,18 +135,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         else:
             average.load_state_dict(chosen["average"])
         judged.config = _model_config(recipe, judged, data, teacher, choose_on_val(judged, data, recipe, accelerator, not main))
-        targets, rules = targets_of(recipe.data.classes, recipe.data.regions), judged.config.object_rules()
-        measured = measure_cases(
-            judged,
-            data.test,
-            targets,
-            device,
-            recipe.precision_of_test,
-            accelerator,
-            not main,
-            rules=rules,
-            inference=recipe.inference,
-        )
+        measured = measure(judged, data.test, recipe, accelerator, judged.config.object_rules())
 
         def save() -> None:
             _save(run, judged, data, measured, recipe, receipt)
@@ -188,12 +177,6 @@ def _inputs(recipe: FinetuneRecipe, data: LabelledData, receipt: Receipt | None,
     if recipe.data.draw_encoder is not None:
         inputs[f"draw_encoder/{WEIGHTS}"] = sha256(model_folder(recipe.data.draw_encoder) / WEIGHTS)
     return inputs
-
-
-def validate(model: Segmenter, val: Sequence[LoadedCase], recipe: FinetuneRecipe, accelerator: Accelerator) -> float:
-    """Dice of the whole val scans, as evaluation counts it; 0 where no case defines one, and every look is then the best."""
-    targets = targets_of(recipe.data.classes, recipe.data.regions)
-    return mean_dice(model, val, targets, accelerator.device, recipe.precision, accelerator, inference=recipe.inference)
 
 
 def _model_config(

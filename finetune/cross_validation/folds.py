@@ -29,12 +29,13 @@ from finetune.cross_validation.out_of_fold import (
 )
 from finetune.cross_validation.page import Evaluated, Fold, counted, write_folds_page
 from finetune.evaluation.alarms import notes_of
-from finetune.evaluation.evaluate import Measured, measure_cases, write_evaluation
+from finetune.evaluation.evaluate import Measured, write_evaluation
 from finetune.evaluation.metrics import values_by_group
 from finetune.evaluation.outputs import write
 from finetune.evaluation.statistics import figure
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
+from finetune.judging import measure
 from finetune.labelled import FoldedData, read_folds, resolve
 from finetune.loop import finetune
 from finetune.mirrored import mirror_evaluation, mirror_segmenter
@@ -134,18 +135,7 @@ def _join(recipe: FinetuneRecipe, folds: Sequence[FinetuneRecipe]) -> None:
     with failing_as(run):
         left_out = predict_left_out(ensemble, data, recipe, accelerator)
         ensemble.config = _config(ensemble, recipe, data, choose_out_of_fold(ensemble, data, left_out, recipe, accelerator))
-        targets, rules = targets_of(recipe.data.classes, recipe.data.regions), ensemble.config.object_rules()
-        tested = measure_cases(
-            ensemble,
-            data.test,
-            targets,
-            device,
-            recipe.precision_of_test,
-            accelerator,
-            not main,
-            rules=rules,
-            inference=recipe.inference,
-        )
+        tested = measure(ensemble, data.test, recipe, accelerator, ensemble.config.object_rules())
         if main:
             write_ensemble(run.folder / "model", ensemble, archive)
             _copy_records(run, folds)

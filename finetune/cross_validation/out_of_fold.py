@@ -7,11 +7,10 @@ from accelerate.utils import gather_object
 
 from finetune.choices import Choices
 from finetune.evaluation.alarms import choose_threshold, refuse_val_without_clean
-from finetune.evaluation.evaluate import measure_cases
 from finetune.evaluation.outputs import Measured
-from finetune.evaluation.targets import targets_of
 from finetune.inference.postprocess import ValCase, choose_postprocessing, predicted_objects
 from finetune.inference.predict import predict_case
+from finetune.judging import measure
 from finetune.labelled import FoldedData
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import ModelConfig
@@ -41,20 +40,7 @@ def predict_left_out(
     ensemble: Ensemble, data: FoldedData, recipe: FinetuneRecipe, accelerator: Accelerator
 ) -> list[list[Measured]]:
     """The val cases of each fold, as its own network predicts them; nothing is post-processed."""
-    quiet, targets = not accelerator.is_main_process, targets_of(recipe.data.classes, recipe.data.regions)
-    return [
-        measure_cases(
-            member,
-            data.val(fold),
-            targets,
-            accelerator.device,
-            recipe.precision_of_test,
-            accelerator,
-            quiet,
-            inference=recipe.inference,
-        )
-        for fold, member in enumerate(ensemble.members)
-    ]
+    return [measure(member, data.val(fold), recipe, accelerator) for fold, member in enumerate(ensemble.members)]
 
 
 def in_order(data: FoldedData, left_out: Sequence[Sequence[Measured]]) -> list[Measured]:

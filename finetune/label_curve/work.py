@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.evaluation.evaluate import measure_cases, predicting
+from finetune.evaluation.evaluate import predicting
 from finetune.evaluation.targets import targets_of
+from finetune.judging import measure
 from finetune.label_curve.cells import Cell, Point
 from finetune.labelled import read_labelled, resolve
 from finetune.loop import finetune, write_test_evaluation
@@ -112,9 +113,7 @@ def evaluate_on_test(run: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, config = load_finetuned(model_folder(run))
     network = place(network, device)
-    targets, rules = targets_of(recipe.data.classes, recipe.data.regions), config.object_rules()
-    precision, inference = recipe.precision_of_test, recipe.inference
-    measured = measure_cases(network, data.test, targets, device, precision, rules=rules, inference=inference)
+    measured = measure(network, data.test, recipe, rules=config.object_rules())
     digest = source_digest(data.test)
     note_input(run, "test", digest)
     summary = write_test_evaluation(run, network, measured, data, recipe)
@@ -123,7 +122,8 @@ def evaluate_on_test(run: Path) -> None:
     values = without_paths(json.loads(recipe.model_dump_json())) | {"inputs": {"test": digest}}
     mirror = start_mirror(recipe.wandb, "evaluate", run_id, run, values)
     if mirror is not None:
-        predict = predicting(network, config, device, precision, inference)
+        predict = predicting(network, config, device, recipe.precision_of_test, recipe.inference)
+        targets = targets_of(recipe.data.classes, recipe.data.regions)
         mirror_evaluation(mirror, summary, measured, targets, config, predict)
         mirror.finish(succeeded=True)
 

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from finetune.distillation.teacher import load_teacher
+from finetune.judging import validate
 from finetune.labelled import LabelledData, sampler_of
-from finetune.loop import validate
 from finetune.recipe import FinetuneRecipe
 from finetune.step import (
     apply_gradients,
