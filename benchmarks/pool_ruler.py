@@ -1,11 +1,12 @@
 """The cells of a label curve on the groups of the pool that a draw did not label, and on all of val: a ruler to tune by.
 
-    python -m benchmarks.pool_ruler --curve DIR [--draws 0 1]
+    python -m benchmarks.pool_ruler --curve DIR [--draws 0 1] [--arms scratch] [--runs RUN …]
 
 Test is to be read once, and val has few groups, of a draw even fewer; but a benchmark's pool is labelled throughout. Of
 brain_tumor_128 at 5 % that is 107 groups, so that two arms on the same draw are told apart to ±0.03. Dice is the mean over groups;
-the paired difference from the baseline has a t interval over groups, of this draw only. What was pretrained on the pool has seen
-these images, without their masks, which no test image is.
+the paired difference from the baseline has a t interval over groups, of this draw only. RUN is a finished fine-tuning outside the curve,
+on the same source, compared with the baseline's cell of its draw and steps (`evaluate_test=false` leaves test unread). What was
+pretrained on the pool has seen these images, without their masks, which no test image is.
 """
 
 import argparse
@@ -71,32 +72,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curve", type=Path, required=True)
     parser.add_argument("--draws", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", help="of the curve, the baseline among them; all if left out")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[])
     options = parser.parse_args()
     recipe = LabelCurveRecipe.model_validate_json((options.curve / "config.json").read_text(encoding="utf-8"))
     points = points_of(recipe.model_copy(update={"out": options.curve, "resume": True}))
-    first = points[0].cells[0].recipe
-    source = choose_cases(first)[0]
-    parts = {part: Slices(source.part(part), first) for part in ("pool", "val")}
+    judged = [
+        (point.arm, cell.folder, cell.recipe)
+        for point in sorted(points, key=lambda point: (point.labelled, point.draw, point.arm != recipe.baseline))
+        if point.draw in options.draws and (options.arms is None or point.arm in options.arms)
+        for cell in point.cells
+        if cell.done
+    ]
+    for run in options.runs:
+        its = FinetuneRecipe.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
+        judged.append((run.name, run, its))
+    source = choose_cases(judged[0][2])[0]
+    parts = {part: Slices(source.part(part), judged[0][2]) for part in ("pool", "val")}
     print("| groups, draw, steps | arm | unlabelled pool | less baseline | val | less baseline |\n|---|---|---|---|---|---|")
     baselines: dict[tuple[int, int, int, str], dict[str, float]] = {}
-    for point in sorted(points, key=lambda point: (point.labelled, point.draw, point.arm != recipe.baseline)):
-        labelled = (
-            {case.group_name for case in choose_cases(point.cells[0].recipe)[1]} if point.draw in options.draws else set()
-        )
-        for cell in point.cells if labelled else ():
-            if not cell.done:
-                continue
-            row = f"| {point.labelled}, {point.draw}, {cell.steps} | {point.arm} |"
-            for part, slices in parts.items():
-                network = ResUNet.from_pretrained(cell.folder / "model").eval()
-                dice = {group: value for group, value in dice_of(network, slices).items() if group not in labelled}
-                key = (point.labelled, point.draw, cell.steps, part)
-                if point.arm == recipe.baseline:
-                    baselines[key] = dice
-                compared = key in baselines and point.arm != recipe.baseline
-                row += f" {np.mean(list(dice.values())):.3f} ({len(dice)}) |"
-                row += f" {against(dice, baselines[key])} |" if compared else " |"
-            print(row, flush=True)
+    for arm, folder, one in judged:
+        labelled = {case.group_name for case in choose_cases(one)[1]}
+        where = (len(labelled), one.data.draw, one.steps)
+        row = f"| {where[0]}, {where[1]}, {where[2]} | {arm} |"
+        network = ResUNet.from_pretrained(folder / "model").eval()
+        for part, slices in parts.items():
+            dice = {group: value for group, value in dice_of(network, slices).items() if group not in labelled}
+            if arm == recipe.baseline:
+                baselines[*where, part] = dice
+            compared = arm != recipe.baseline and (*where, part) in baselines
+            row += f" {np.mean(list(dice.values())):.3f} ({len(dice)}) |"
+            row += f" {against(dice, baselines[*where, part])} |" if compared else " |"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
