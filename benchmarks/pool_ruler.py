@@ -4,9 +4,9 @@
 
 Test is to be read once, and val has few groups, of a draw even fewer; but a benchmark's pool is labelled throughout. Of
 brain_tumor_128 at 5 % that is 107 groups, so that two arms on the same draw are told apart to ±0.03. Dice is the mean over groups;
-the paired difference from the baseline has a t interval over groups, of this draw only. RUN is a finished fine-tuning outside the curve,
-on the same source, compared with the baseline's cell of its draw and steps (`evaluate_test=false` leaves test unread). What was
-pretrained on the pool has seen these images, without their masks, which no test image is.
+the paired difference from the baseline has a t interval over groups, of this draw only. RUN is a finished fine-tuning outside the
+curve, on the same source, compared with the baseline's cell of its draw and steps (`evaluate_test=false` leaves test unread). What
+was pretrained on the pool has seen these images, without their masks, which no test image is.
 """
 
 import argparse
