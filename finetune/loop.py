@@ -1,12 +1,14 @@
 """Fine-tuning: labelled cases and an encoder (or none) → segmenter. Build, prepare, resume, loop, save, evaluate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
 from finetune.beforehand import tell_beforehand, tell_windows
 from finetune.choices import Choices, choose_on_val, refuse_impossible
@@ -20,6 +22,7 @@ from finetune.mirrored import mirror_evaluation, mirror_segmenter
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
 from finetune.step import (
+    Learner,
     apply_gradients,
     asked,
     begins_trained,
@@ -31,6 +34,7 @@ from finetune.step import (
     told,
 )
 from finetune.training.batch_statistics import share_statistics
+from finetune.training.patches import Batches
 from resunet.checkpoint import WEIGHTS, ModelConfig, Provenance, model_folder
 from resunet.data.cases import source_digest
 from resunet.data.leakage import ARCHIVE, evidence_of_cases, merge_archives, write_archive
@@ -43,7 +47,7 @@ from resunet.progress import progress
 from resunet.ranks import by_main_rank, on_every_rank, other_folder, refuse_other_steps
 from resunet.runs import Run, check_out, is_done
 from resunet.step_clock import StepClock
-from resunet.stopping import failing_as, stop_on_sigterm
+from resunet.stopping import StopRequest, failing_as, stop_on_sigterm
 from resunet.training import any_rank, mean_over_ranks, restore_training, start_ranks, training_state
 from resunet.transfer import Receipt
 
@@ -73,84 +77,121 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         tell_beforehand(recipe, data, accelerator.num_processes)
     learner = prepare(recipe, model, receipt, accelerator)
     on_every_rank(partial(tell_windows, recipe, learner.judged, data, quiet=not main), accelerator)
-    judged, average, optimizer, beside = learner.judged, learner.average, learner.optimizer, learner.beside()
-    sampler, asks = sampler_of(recipe, data), asked(recipe, learner, teacher)
+    sampler = sampler_of(recipe, data)
     accelerator.wait_for_everyone()  # every rank has seen that `out` is free before the main one makes it
 
     inputs = _inputs(recipe, data, receipt, teacher) | weights_input(recipe.model)
     run = on_every_rank(lambda: Run(recipe, "finetune", inputs, writes=main), accelerator)
-    writing = partial(by_main_rank, folder=run.folder, accelerator=accelerator)
+    work = _Work(recipe, accelerator, run, learner, data, sampler, teacher, receipt)
     with failing_as(run), stop_on_sigterm() as stop:
-        if receipt is not None:
-            text = receipt.model_dump_json(indent=2) + "\n"
-            writing(lambda: write_text(run.folder / "receipt.json", text))
-        first, best, score, clock = 0, -1.0, -1.0, StepClock()
-        if (state := run.load_checkpoint("last")) is not None:
-            first = restore_training(state, model, optimizer, accelerator, beside)
-            best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state)
-        refuse_other_steps(first, run.folder, accelerator)
-        writing(partial(run.rewind, first))
-        gradients = GradientRecord(run.folder, recipe, recipe.optimizer.clip, first, main, run.mirror)
-        figures: dict[str, float] = {}
-        for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
-            lr = start_step(recipe, model, optimizer, step, transferred=begins_trained(recipe))
-            optimizer.zero_grad(set_to_none=True)
-            metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, asks)
-            metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)
-            figures["loss"] = metrics["loss"]
-            done = step + 1
-            if gradients.due(done):
-                writing(partial(gradients.take, done, model, metrics.get("gradient_norm", math.inf)))
-            share_statistics(model, accelerator)
-            if average is not None and not metrics.get("skipped"):
-                average.update_parameters(model)
-            clock.tick()
-
-            stopping = any_rank(bool(stop), accelerator)
-            validating = done % recipe.validate_every == 0 or done == recipe.steps
-            improved = False
-            if validating:
-                refresh_statistics(recipe, model, judged, sampler, accelerator)
-                score = validate(judged, data.val, recipe, accelerator)
-                improved = score >= best
-                best = max(score, best)
-                metrics["val_dice"] = figures["val_dice"] = score
-            if done % recipe.log_every == 0 or validating:
-                writing(partial(run.log, done, told(mean_over_ranks(metrics, accelerator)) | {"learning_rate": lr}))
-            if validating or stopping or done % recipe.checkpoint_every == 0:
-                state = training_state(done, model, optimizer, accelerator, beside)
-                state |= {"best": best, "val_dice": score} | clock.state()
-                writing(partial(run.save_checkpoint, done, state, best=improved))
-            if stopping and done < recipe.steps:
-                stop.stop(run, done)
-
+        clock = _train(work, stop)
         stop.release()
-        spent = clock.record(accelerator)
-        # accelerate puts its autocast into the model's own forward: what judges from here on decides itself in which precision
-        accelerator.unwrap_model(learner.wrapped, keep_fp32_wrapper=False)
-        accelerator.wait_for_everyone()  # the best checkpoint is on disk
-        chosen = on_every_rank(partial(_checkpoint, run, recipe), accelerator)
-        if average is None:
-            model.load_state_dict(chosen["network"])
-        else:
-            average.load_state_dict(chosen["average"])
-        judged.config = _model_config(recipe, judged, data, teacher, choose_on_val(judged, data, recipe, accelerator, not main))
-        measured = measure(judged, data.test, recipe, accelerator, judged.config.object_rules())
-
-        def save() -> None:
-            _save(run, judged, data, measured, recipe, receipt)
-            run.finish(
-                "done",
-                step=recipe.steps,
-                best_step=chosen["step"],
-                # of the best checkpoint the same; earlier ones had that alone
-                best_val_dice=chosen.get("val_dice", chosen["best"]),
-                **spent,
-            )
-
-        writing(save)
+        _finish(work, clock)
     accelerator.wait_for_everyone()
     return recipe.out
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A fine-tuning that is set up."""
+
+    recipe: FinetuneRecipe
+    accelerator: Accelerator
+    run: Run
+    learner: Learner
+    data: LabelledData
+    sampler: Batches
+    teacher: Teacher | None
+    receipt: Receipt | None
+
+    def write(self, step: Callable[[], object]) -> None:
+        """On the main rank; what fails there fails everywhere."""
+        by_main_rank(step, folder=self.run.folder, accelerator=self.accelerator)
+
+
+def _train(work: _Work, stop: StopRequest) -> StepClock:
+    """All steps, from the last checkpoint on; the time they took.
+
+    Raises:
+        Stopped: SIGTERM, after its step is saved. CheckFailed: what is not finite.
+    """
+    recipe, run, learner, accelerator = work.recipe, work.run, work.learner, work.accelerator
+    model, average, optimizer, beside = learner.model, learner.average, learner.optimizer, learner.beside()
+    sampler, asks = work.sampler, asked(recipe, learner, work.teacher)
+    if work.receipt is not None:
+        text = work.receipt.model_dump_json(indent=2) + "\n"
+        work.write(lambda: write_text(run.folder / "receipt.json", text))
+    first, best, score, clock = 0, -1.0, -1.0, StepClock()
+    if (state := run.load_checkpoint("last")) is not None:
+        first = restore_training(state, model, optimizer, accelerator, beside)
+        best, score, clock = state["best"], state.get("val_dice", state["best"]), StepClock(state)
+    refuse_other_steps(first, run.folder, accelerator)
+    work.write(partial(run.rewind, first))
+    main = accelerator.is_main_process
+    gradients = GradientRecord(run.folder, recipe, recipe.optimizer.clip, first, main, run.mirror)
+    figures: dict[str, float] = {}
+    for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
+        lr = start_step(recipe, model, optimizer, step, transferred=begins_trained(recipe))
+        optimizer.zero_grad(set_to_none=True)
+        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, asks)
+        metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)
+        figures["loss"] = metrics["loss"]
+        done = step + 1
+        if gradients.due(done):
+            work.write(partial(gradients.take, done, model, metrics.get("gradient_norm", math.inf)))
+        share_statistics(model, accelerator)
+        if average is not None and not metrics.get("skipped"):
+            average.update_parameters(model)
+        clock.tick()
+
+        stopping = any_rank(bool(stop), accelerator)
+        validating = done % recipe.validate_every == 0 or done == recipe.steps
+        improved = False
+        if validating:
+            refresh_statistics(recipe, model, learner.judged, sampler, accelerator)
+            score = validate(learner.judged, work.data.val, recipe, accelerator)
+            improved = score >= best
+            best = max(score, best)
+            metrics["val_dice"] = figures["val_dice"] = score
+        if done % recipe.log_every == 0 or validating:
+            work.write(partial(run.log, done, told(mean_over_ranks(metrics, accelerator)) | {"learning_rate": lr}))
+        if validating or stopping or done % recipe.checkpoint_every == 0:
+            state = training_state(done, model, optimizer, accelerator, beside)
+            state |= {"best": best, "val_dice": score} | clock.state()
+            work.write(partial(run.save_checkpoint, done, state, best=improved))
+        if stopping and done < recipe.steps:
+            stop.stop(run, done)
+    return clock
+
+
+def _finish(work: _Work, clock: StepClock) -> None:
+    """The checkpoint that becomes the model, what val chooses for it, test, and the run's results."""
+    recipe, run, learner, data, accelerator = work.recipe, work.run, work.learner, work.data, work.accelerator
+    spent, judged = clock.record(accelerator), learner.judged
+    # accelerate puts its autocast into the model's own forward: what judges from here on decides itself in which precision
+    accelerator.unwrap_model(learner.wrapped, keep_fp32_wrapper=False)
+    accelerator.wait_for_everyone()  # the best checkpoint is on disk
+    chosen = on_every_rank(partial(_checkpoint, run, recipe), accelerator)
+    if learner.average is None:
+        learner.model.load_state_dict(chosen["network"])
+    else:
+        learner.average.load_state_dict(chosen["average"])
+    choices = choose_on_val(judged, data, recipe, accelerator, not accelerator.is_main_process)
+    judged.config = _model_config(recipe, judged, data, work.teacher, choices)
+    measured = measure(judged, data.test, recipe, accelerator, judged.config.object_rules())
+
+    def save() -> None:
+        _save(run, judged, data, measured, recipe, work.receipt)
+        run.finish(
+            "done",
+            step=recipe.steps,
+            best_step=chosen["step"],
+            # of the best checkpoint the same; earlier ones had that alone
+            best_val_dice=chosen.get("val_dice", chosen["best"]),
+            **spent,
+        )
+
+    work.write(save)
 
 
 def _checkpoint(run: Run, recipe: FinetuneRecipe) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _compress(subject: Subject) -> Record:
 
 def _tell_changed(run: Path, inputs: Mapping[str, str]) -> None:
     """What the gate compares is measured on the labels as they are now; the run's own figures may be of others."""
-    before = json.loads((run / "run.json").read_text(encoding="utf-8"))["inputs"]
+    before = json.loads((run / "run.json").read_text(encoding="utf-8")).get("inputs", {})
     if changed := [name for name in ("train", "val") if before.get(name, inputs[name]) != inputs[name]]:
         say(
             f"run={run}: images or masks of {' and '.join(changed)} are not those that it was trained with. The network before and "
