@@ -61,7 +61,7 @@ def compress(recipe: CompressRecipe) -> Path:
     subject = read_subject(recipe)
     inputs = weights | {"train": source_digest(subject.data.train), "val": source_digest(subject.data.val)}
     if noted is None:
-        _tell_changed(recipe.run, inputs)
+        tell_changed(recipe.run, inputs)
         with folder_aside(out) as aside:
             write_text(aside / "config.json", recipe.model_dump_json(indent=2, exclude={"resume"}) + "\n")
             note_work(aside, "compress", recipe.seed, "running", inputs)
@@ -102,7 +102,7 @@ def _compress(subject: Subject) -> Record:
     return record
 
 
-def _tell_changed(run: Path, inputs: Mapping[str, str]) -> None:
+def tell_changed(run: Path, inputs: Mapping[str, str]) -> None:
     """What the gate compares is measured on the labels as they are now; the run's own figures may be of others."""
     before = json.loads((run / "run.json").read_text(encoding="utf-8")).get("inputs", {})
     if changed := [name for name in ("train", "val") if before.get(name, inputs[name]) != inputs[name]]:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from finetune.compression.command import compress
+from finetune.compression.command import compress, tell_changed
 from finetune.compression.gate import judge
 from finetune.compression.importance import taylor_importance
 from finetune.compression.prune import prunable
@@ -123,6 +123,19 @@ def test_what_is_finished_stays_and_the_rest_is_the_same(run: Path, compressed: 
     (out / "run.json").write_text(json.dumps(record | {"inputs": record["inputs"] | {"val": "0" * 64}}))
     with pytest.raises(InputError, match=r"cannot be resumed, its inputs have changed since it was started: val\. Restore"):
         compress(made)
+
+
+def test_labels_that_changed_since_the_run_are_told(run: Path, compressed: Path, tmp_path: Path, capsys):
+    inputs = json.loads((compressed / "run.json").read_text())["inputs"]
+    assert {"train", "val"} < set(inputs)
+    tell_changed(run, inputs)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "run.json").write_text(json.dumps({"inputs": inputs | {"val": "0" * 64}}))
+    tell_changed(tmp_path, inputs)
+    assert "images or masks of val are not those that it was trained with" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text("{}")
+    tell_changed(tmp_path, inputs)
+    assert capsys.readouterr().err == "", "of an older run nobody knows"
 
 
 @pytest.mark.parametrize("allowed", [False, True])
