@@ -15,7 +15,7 @@ from finetune.label_curve.result import (
     with_looks,
     write_cases,
 )
-from finetune.label_curve.verdict import verdicts
+from finetune.label_curve.verdict import grid_caution, verdicts
 from finetune.label_curve.work import do_all, locked, look_for_leaks, work_alone
 from resunet.errors import CheckFailed, InputError
 from resunet.exits import is_main_rank
@@ -124,6 +124,6 @@ def _write(recipe: LabelCurveRecipe, points: list[Point]) -> Curve:
     write_cases(curve, points, recipe.out / "cases.parquet")
     write_text(recipe.out / "curve.json", curve_text(record))
     write_report(curve, record, recipe.out)
-    for sentence in verdicts(record):
+    for sentence in (*verdicts(record), *grid_caution(record)):
         say(sentence)
     return curve

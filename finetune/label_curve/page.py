@@ -14,7 +14,7 @@ from finetune.evaluation.statistics import FEWEST_GROUPS
 from finetune.label_curve.cost import BOTH
 from finetune.label_curve.figures import cost_figure, curve_figure, difference_figure
 from finetune.label_curve.result import Curve
-from finetune.label_curve.verdict import needed, saved, signed, verdicts
+from finetune.label_curve.verdict import grid_caution, needed, saved, signed, verdicts
 from resunet.checkpoint import WEIGHTS
 from resunet.files import file_aside
 from resunet.mirror import without_paths
@@ -39,7 +39,12 @@ def write_report(curve: Curve, record: Record, out: Path) -> None:
         ),
     ]
     sections = [
-        Section(lead=verdicts(record), text=[_what(record), *_probes(record)], notes=_looks(record), pictures=pictures),
+        Section(
+            lead=verdicts(record),
+            text=[_what(record), *_probes(record)],
+            notes=[*grid_caution(record), *_looks(record)],
+            pictures=pictures,
+        ),
         Section("Dice", text=[_DICE], table=_dice(record)),
         Section("Paired differences", text=[_DIFFERENCES], table=_difference_rows(record)),
         Section("Labels saved", text=[_SAVED.format(baseline=baseline)], table=_saved_rows(record)),

@@ -14,6 +14,21 @@ def verdicts(record: Record) -> list[str]:
     return [sentence for arm in record["differences"] for sentence in _of_arm(record, arm)]
 
 
+def grid_caution(record: Record) -> list[str]:
+    """That the baseline might do better with more steps than the grid has, where val says so: then it was not at its best."""
+    most, baseline = max(record["steps"]), record["baseline"]
+    chosen = [steps for level in record["dice"][baseline] for steps in level["steps"]]
+    ends = sum(steps == most for steps in chosen)
+    if 2 * ends < len(chosen):
+        return []
+    how = "The grid has one number of steps" if len(record["steps"]) == 1 else "Val chose the most steps of the grid"
+    where = "" if len(record["steps"]) == 1 else f" for {baseline} in {ends} of {len(chosen)} points"
+    return [
+        f"{how}, {most}{where}: {baseline} may do better with more, and what is said here is of networks that train no longer. "
+        f"steps=[…, {4 * most}] would tell."
+    ]
+
+
 def _of_arm(record: Record, arm: str) -> list[str]:
     figures, baseline = record["differences"][arm], record["baseline"]
     if figures[0]["p_holm"] is None:

@@ -1,3 +1,4 @@
+import html
 import re
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from finetune.label_curve.cost import Cost
 from finetune.label_curve.page import write_report
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.label_curve.result import Curve, summarise, with_looks
-from finetune.label_curve.verdict import needed, saved, verdicts
+from finetune.label_curve.verdict import grid_caution, needed, saved, verdicts
 from resunet.config import validate
 
 TRAIN = (2, 4, 8, 16)
@@ -95,6 +96,25 @@ def with_arms(curve: Curve, **others: dict) -> Curve:
         its = getattr(curve, name)
         both[name] = its | dict.fromkeys(others, its["scratch"][:, ::-1] if name == "scores" else its["scratch"])
     return replace(curve, **both)
+
+
+def test_a_baseline_that_may_not_be_at_its_best_is_told(tmp_path):
+    """Whoever gives scratch too few steps finds that pretraining helps."""
+    curve = make_curve(shift=(0.1, 0.05, 0.0, 0.0))
+    assert grid_caution(summarise(curve)) == []
+    longest = curve.steps | {"scratch": np.array([[20, 20, 10], [20, 20, 20], [10, 10, 20], [10, 10, 10]])}
+    less = replace(curve, steps=longest)
+    (told,) = grid_caution(summarise(less))
+    assert told.startswith(
+        "Val chose the most steps of the grid, 20 for scratch in 6 of 12 points: scratch may do better with more"
+    )
+    assert "steps=[…, 80] would tell" in told
+    write_report(less, with_looks(summarise(less), tmp_path / "curve.json"), tmp_path)
+    assert told in html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    fewer = replace(less, steps=curve.steps | {"pretrained": np.full((4, 3), 20), "scratch": np.full((4, 3), 10)})
+    assert grid_caution(summarise(fewer)) == [], "the others' own loss"
+    one = replace(curve, recipe=curve.recipe.model_copy(update={"steps": (10,)}))
+    assert grid_caution(summarise(one))[0].startswith("The grid has one number of steps, 10: scratch may do better with more")
 
 
 def test_the_family_is_all_arms_at_all_budgets():
