@@ -38,6 +38,7 @@ from resunet.report import COLOURS, Picture, Section, curves, drawing, image, re
 from resunet.runtime import remove_objects
 
 _OVERLAYS = 6
+_HARDLY = 0.05  # Dice
 
 
 def compare(
@@ -72,7 +73,10 @@ def compare(
     pictures, missing = _overlays(arms)
     costs = costs_of({arm.name: arm.folder for arm in arms})
     sections = [
-        Section(lead=[verdict(arms[0].name, name, figure) for name, figure in differences.items()], notes=[*notes, *missing]),
+        Section(
+            lead=[verdict(arms[0].name, name, figure) for name, figure in differences.items()],
+            notes=[*hardly_learned(arms), *notes, *missing],
+        ),
         *preamble,
         Section("On the test cases", table=figures_table({arm.name: arm.summary for arm in arms})),
         Section("Paired", pictures=[paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
@@ -98,6 +102,17 @@ def compare(
         (aside / "compare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_page(aside / "report.html", title, sections)
     return out
+
+
+def hardly_learned(arms: Sequence[Arm]) -> list[str]:
+    """Of networks whose Dice is next to nothing: a difference of theirs may be sure, and yet says nothing of trained ones."""
+    dice = {arm.name: arm.summary["dice"]["mean"] for arm in arms}
+    low = [f"{name} (Dice {value:.3f})" for name, value in dice.items() if value is not None and value < _HARDLY]
+    if not low:
+        return []
+    return [
+        f"Hardly learned, with too few steps or too few labels: {', '.join(low)}. Their difference says nothing of trained ones."
+    ]
 
 
 def verdict(first: str, second: str, difference: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from finetune.comparison.arms import numbered, read_arm, recipe_differences
-from finetune.comparison.compare import compare, verdict
+from finetune.comparison.compare import compare, hardly_learned, verdict
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate
 from finetune.evaluation.overlay import error_picture
 from finetune.evaluation.targets import targets_of
@@ -155,6 +155,15 @@ def test_without_the_images_the_pictures_are_left_out(runs, tmp_path):
 )
 def test_verdicts(mean, interval, words):
     assert words in verdict("a", "b", {"mean": mean, "ci95": interval, "n": 6, "wins": 4})
+
+
+def test_networks_that_hardly_learned_are_told(runs):
+    arms = [read_arm(runs[0], "a"), read_arm(runs[1], "b"), read_arm(runs[1], "c")]
+    for arm, mean in zip(arms, (0.003, 0.6, None), strict=True):
+        arm.summary["dice"] = {"mean": mean}
+    (told,) = hardly_learned(arms)
+    assert "Hardly learned, with too few steps or too few labels: a (Dice 0.003). Their difference says nothing" in told
+    assert hardly_learned(arms[1:]) == []
 
 
 def test_dice_is_over_cases_with_a_target_then_over_groups(runs, tmp_path):
