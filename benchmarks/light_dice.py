@@ -1,10 +1,11 @@
 """Dice of the light network from scratch, pretrained, distilled, and of the full one: `finetune` on two data sets, three seeds.
 
-    python -m benchmarks.light_dice --data DIR --out DIR [--steps 1000] [--arms light pretrained distilled full]
+    python -m benchmarks.light_dice --data DIR --out DIR [--steps 500] [--light-steps 1000] [--arms light pretrained full distilled]
 
 DIR holds brain_tumor_128 and neu_seg. A seed is also the draw of the labelled groups. The teacher of `distilled` is `full` of the
-same data, share and seed, and it begins with the pretrained encoder. Every run is a run directory below OUT; what is finished there
-is not done again, so that the same command goes on. `--table` prints what is there.
+same data, share and seed, and it begins with the pretrained encoder. The light network has more steps than the full one, since a
+step of it costs a small part: the table tells what each run cost. The last checkpoint of all arms. Every run is a run directory
+below OUT; what is finished there is not done again, so that the same command goes on. `--table` prints what is there.
 """
 
 import argparse
@@ -44,7 +45,8 @@ class Cell:
 class Settings:
     data: Path
     out: Path
-    steps: int
+    steps: int  # of the full network
+    light_steps: int
     pretrain_steps: int
 
     def encoder(self, data: str) -> Path:
@@ -56,12 +58,15 @@ class Settings:
 
 def run(settings: Settings, cell: Cell) -> None:
     """The fine-tuning of a cell, in a process of its own."""
+    steps = settings.steps if cell.arm == "full" else settings.light_steps
     values = [
         f"data.source={settings.source(cell.data)}",
         f"data.labelled={SHARES[cell.share]}",
         f"data.draw={cell.seed}",
         f"seed={cell.seed}",
-        f"steps={settings.steps}",
+        f"steps={steps}",
+        f"validate_every={steps // 5}",
+        "checkpoint=last",
         f"out={cell.folder(settings.out)}",
         "resume=true",
         "wandb.mode=disabled",
@@ -105,40 +110,56 @@ def summaries(out: Path, cells: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
     return found
 
 
-def table(found: Mapping[Cell, Mapping[str, Any]], data: str, share: str) -> Iterator[str]:
+def table(out: Path, found: Mapping[Cell, Mapping[str, Any]], data: str, share: str) -> Iterator[str]:
     """Means over the seeds that an arm has; less the full one's by seed, where both are there."""
     dice = {cell: float(its["dice"]["mean"]) for cell, its in found.items() if cell.data == data and cell.share == share}
     if not dice:
         return
     yield f"\n{data}, {share} of the labels\n"
-    yield "| arm | Dice, mean of seeds | by seed | of the full one's | recall of scratches | false alarms |"
-    yield "|---|---|---|---|---|---|"
+    yield "| arm | steps | CPU-seconds | val Dice | test Dice, mean of seeds | by seed | of the full one's |"
+    yield "|---|---|---|---|---|---|---|"
     for arm in ARMS:
         its = {cell: value for cell, value in dice.items() if cell.arm == arm}
         if not its:
             continue
         ratios = [value / dice[full] for cell, value in its.items() if (full := Cell(data, share, "full", cell.seed)) in dice]
-        recalls = [_recall(found[cell]) for cell in its]
-        alarms = [found[cell]["false_alarms"]["rate"] for cell in its]
+        records = [json.loads((cell.folder(out) / "run.json").read_text(encoding="utf-8")) for cell in its]
         cells = [
             arm,
+            f"{records[0]['step']:,}",
+            f"{np.mean([one['cpu_seconds'] for one in records]):,.0f}",
+            f"{np.mean([one['best_val_dice'] for one in records]):.3f}",
             f"{np.mean(list(its.values())):.3f}",
             ", ".join(f"{value:.3f}" for _, value in sorted(its.items(), key=lambda one: one[0].seed)),
             f"{np.mean(ratios):.1%}" if ratios else "–",
-            _mean(recalls),
-            _mean(alarms),
         ]
         yield "| " + " | ".join(cells) + " |"
 
 
-def _recall(summary: Mapping[str, Any]) -> float | None:
-    its = summary["classes"].get(_SCRATCHES)
-    return None if its is None else its["recall"]["mean"]
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{np.mean(known):.3f}" if known else "–"
+def scratches(found: Mapping[Cell, Mapping[str, Any]], data: str, share: str) -> Iterator[str]:
+    """What a line asks of a class: thin objects found by width, and images without it in which it is seen; means over seeds."""
+    classes = {cell: its["classes"].get(_SCRATCHES) for cell, its in found.items() if cell.data == data and cell.share == share}
+    known = {cell: its for cell, its in classes.items() if its is not None}
+    if not known:
+        return
+    first = next(iter(known.values()))
+    widths = [(index, row) for index, row in enumerate(first["lesions"]["by_width"]) if row["n"]]
+    heads = [f"thin, {row['range']} pixels wide ({row['n']})" for _, row in widths]
+    clean = first["false_alarms"]["images_without_target"]
+    yield f"\n{data}, {share} of the labels: scratches\n"
+    yield f"| arm | scratches found | {' | '.join(heads)} | of predicted ones true | alarms per 1,000 of {clean} images without |"
+    yield "|" + "---|" * (4 + len(heads))
+    for arm in ARMS:
+        its = [one for cell, one in known.items() if cell.arm == arm]
+        if not its:
+            continue
+        lesions = [one["lesions"] for one in its]
+        columns = [[one["recall"] for one in lesions]]
+        columns += [[one["by_width"][index]["recall"] for one in lesions] for index, _ in widths]
+        columns += [[one["precision"] for one in lesions]]
+        cells = [f"{np.mean([figure['mean'] for figure in column]):.3f}" for column in columns]
+        alarms = np.mean([one["false_alarms"]["per_1000"]["mean"] for one in its])
+        yield "| " + " | ".join([arm, *cells, f"{alarms:.0f}"]) + " |"
 
 
 def main() -> None:
@@ -149,18 +170,19 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", choices=list(SHARES), default=list(SHARES))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500, help="of the full network")
+    parser.add_argument("--light-steps", type=int, default=1000, help="of the other arms")
     parser.add_argument("--pretrain-steps", type=int, default=1000)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    settings = Settings(options.data, options.out, options.steps, options.pretrain_steps)
+    settings = Settings(options.data, options.out, options.steps, options.light_steps, options.pretrain_steps)
     arms = [arm for arm in ARMS if arm in options.arms]
     cells = [Cell(*one) for one in itertools.product(options.sets, options.shares, arms, options.seeds)]
     if not options.table:
         run_all(settings, cells)
     found = summaries(options.out, cells)
     for data, share in itertools.product(options.sets, options.shares):
-        print("\n".join(table(found, data, share)))
+        print("\n".join([*table(options.out, found, data, share), *scratches(found, data, share)]))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def _taught(recipe: FinetuneRecipe, config: ModelConfig) -> list[str]:
     if (digest := config.provenance.teacher_sha256) is None:
         return []
     how = recipe.distillation
-    weights = {"soft targets": how.logits_weight, "attention maps": how.attention_weight}
+    weights = {"soft targets": how.logits_weight, "soft Dice": how.dice_weight, "attention maps": how.attention_weight}
     told = " and ".join(f"{name} of weight {weight:g}" for name, weight in weights.items() if weight)
     temperature = f", temperature {how.temperature:g}" if how.logits_weight else ""
     return [f"Distilled from a teacher, weights {digest[:12]}…: {told}{temperature}."]

@@ -238,6 +238,9 @@ class DistillationSettings(Frozen):
 
     temperature: float = Field(2.0, gt=0, description="by which both networks' logits are divided (Hinton et al. 2015)")
     logits_weight: float = Field(1.0, ge=0, description="of the teacher's softened probabilities")
+    dice_weight: float = Field(
+        0.0, ge=0, description="of the relative difference of the probabilities, as Dice counts it (Wang et al. 2023)"
+    )
     attention_weight: float = Field(
         0.0, ge=0, description="of the attention maps of the decoder's levels (Zagoruyko & Komodakis 2017)"
     )
@@ -247,8 +250,8 @@ class DistillationSettings(Frozen):
 
     @model_validator(mode="after")
     def _some_term(self) -> "DistillationSettings":
-        if not (self.logits_weight or self.attention_weight):
-            raise ValueError("both weights are 0: nothing would be learned from the teacher")
+        if not (self.logits_weight or self.dice_weight or self.attention_weight):
+            raise ValueError("all weights are 0: nothing would be learned from the teacher")
         if not self.logits_weight and self.temperature != 2.0:
             raise ValueError(f"temperature={self.temperature:g}: is of the logits, and logits_weight is 0; leave it out")
         return self

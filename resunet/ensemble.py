@@ -6,7 +6,7 @@ doi 10.1038/s41592-020-01008-z). `resunet.members` makes one of finished runs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -44,9 +44,13 @@ class Ensemble(nn.Module, Checkpointed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, *size) → float32 logits (N, 1 or num_classes, *size), of the members' mean probabilities."""
+        return self.mean_of(member(x) for member in self.members)
+
+    def mean_of(self, logits: Iterable[Tensor]) -> Tensor:
+        """Logits (N, 1 or num_classes, *size) of each member → float32 logits of their mean probabilities."""
         total: Tensor | None = None
-        for member in self.members:
-            scores = _log_probabilities(member(x).float(), self.one_logit)
+        for one in logits:
+            scores = _log_probabilities(one.float(), self.one_logit)
             total = scores if total is None else torch.logaddexp(total, scores)
         assert total is not None
         if self.one_logit:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from finetune.distillation.losses import Attentive, attention_loss, soft_target_loss
+from finetune.distillation.losses import Attentive, attention_loss, relative_difference, soft_target_loss
 from finetune.inference.window import footprint
 from finetune.recipe import FinetuneRecipe
 from finetune.settings import DistillationSettings
@@ -38,7 +38,7 @@ class Teacher:
     def terms(
         self, images: Tensor, logits: Tensor, maps: Sequence[Tensor] | None, inside: Tensor, accelerator: Accelerator
     ) -> dict[str, Tensor]:
-        """distillation, the weighted sum, and its terms (soft_targets, attention): of the batch of all ranks, float32 scalars.
+        """distillation, the weighted sum, and its terms (soft_targets, soft_dice, attention): of the batch of all ranks, float32.
 
         Args:
             images: (N, C, *size), as the student saw them. logits, maps: what it made of them; maps None without attention.
@@ -51,6 +51,9 @@ class Teacher:
         if settings.logits_weight:
             terms["soft_targets"] = soft_target_loss(logits, teacher_logits, inside, settings.temperature, total)
             weights["soft_targets"] = settings.logits_weight
+        if settings.dice_weight:
+            terms["soft_dice"] = relative_difference(logits, teacher_logits, inside, total)
+            weights["soft_dice"] = settings.dice_weight
         if maps is not None:
             terms["attention"] = attention_loss(maps, shown, total)
             weights["attention"] = settings.attention_weight
@@ -62,8 +65,8 @@ def _seen(network: Segmenter, images: Tensor, attention: bool) -> tuple[Tensor, 
     if not attention:
         return network(images), []
     if isinstance(network, Ensemble):
-        members = [Attentive(member)(images)[1] for member in network.members]
-        return network(images), [torch.stack(level).mean(dim=0) for level in zip(*members, strict=True)]
+        answers, shown = zip(*(Attentive(member)(images) for member in network.members), strict=True)
+        return network.mean_of(answers), [torch.stack(level).mean(dim=0) for level in zip(*shown, strict=True)]
     logits, maps = Attentive(network)(images)
     assert isinstance(logits, Tensor)
     return logits, maps

@@ -43,18 +43,45 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     for index, size in enumerate(first["lesions"]["by_size"]):
         label = f"Found of {size['n']} objects of {size['range']} voxels"
         rows.append([label, *(_cell(summary["lesions"]["by_size"][index]["recall"]) for summary in summaries.values())])
-    for index, width in enumerate(first["lesions"]["by_width"] or ()):
-        if width["n"]:
-            label = f"Found of {width['n']} thin objects {width['range']} pixels wide"
-            rows.append([label, *(_cell(summary["lesions"]["by_width"][index]["recall"]) for summary in summaries.values())])
-    alarms = [summary["false_alarms"] for summary in summaries.values()]
-    label = f"False alarms in {alarms[0]['images_without_target']} cases without target"
-    rows.append([label, *(f"{alarm['alarmed']}" for alarm in alarms)])
+    rows += _thin_rows([summary["lesions"] for summary in summaries.values()], "objects")
+    rows += _alarm_rows([summary["false_alarms"] for summary in summaries.values()], "False alarms", "target")
+    if len(first["classes"]) > 1:
+        for name in first["classes"]:
+            its = [summary["classes"][name] for summary in summaries.values()]
+            if all("lesions" in one for one in its):  # runs of earlier versions do not say
+                rows += _class_rows(its, name)
     calibrations = [summary["calibration"] for summary in summaries.values()]
     if all(calibrations):
         rows.append(["Calibration error (ECE)", *(_cell(one["ece"]) for one in calibrations)])
         rows.append(["ECE from probability 0.05 on", *(_cell(one["ece_foreground"]) for one in calibrations)])
     return rows
+
+
+def _thin_rows(lesions: Sequence[Mapping[str, Any]], what: str) -> list[list[str]]:
+    """How many were found by width, of `lesions` of several summaries; of widths that there are."""
+    rows = []
+    for index, width in enumerate(lesions[0]["by_width"] or ()):
+        if width["n"]:
+            label = f"Found of {width['n']} thin {what} {width['range']} pixels wide"
+            rows.append([label, *(_cell(one["by_width"][index]["recall"]) for one in lesions)])
+    return rows
+
+
+def _alarm_rows(alarms: Sequence[Mapping[str, Any]], label: str, without: str) -> list[list[str]]:
+    return [
+        [f"{label} in {alarms[0]['images_without_target']} cases without {without}", *(f"{one['alarmed']}" for one in alarms)]
+    ]
+
+
+def _class_rows(its: Sequence[Mapping[str, Any]], name: str) -> list[list[str]]:
+    """Objects and false alarms of one class of several."""
+    lesions = [one["lesions"] for one in its]
+    rows = [
+        [f"Objects found, {name}", *(_cell(one["recall"]) for one in lesions)],
+        [f"Predicted objects that are true, {name}", *(_cell(one["precision"]) for one in lesions)],
+    ]
+    rows += _thin_rows(lesions, f"objects of {name}")
+    return rows + _alarm_rows([one["false_alarms"] for one in its], f"False alarms, {name}", "it")
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

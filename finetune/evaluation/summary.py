@@ -1,6 +1,7 @@
 """summary.json and cases.csv: figures over groups of what was measured of cases, and the policy behind them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune.evaluation.lesions import LESION_SIZES, LESION_VOLUMES, THIN, THIN_WIDTHS
@@ -54,7 +55,8 @@ def policy(tolerance: float, postprocessing: str = NO_POSTPROCESSING) -> dict[st
         "is its area over its width. Null where no case is an image.",
         "false_alarms": "images_without_target counts the cases whose truth has no foreground and is not ignored "
         "altogether, alarmed those of them with any predicted foreground; rate is a figure, averaged over groups as all "
-        "figures are, so it need not be their quotient; per_1000 is a thousand times the rate.",
+        "figures are, so it need not be their quotient; per_1000 is a thousand times the rate. lesions and false_alarms of a class "
+        "count its own objects, and alarms in the cases whose truth lacks it, whatever else they show.",
     }
 
 
@@ -69,13 +71,19 @@ def summarise(
     assert all(case.tolerance == tolerance for _, _, case in cases), tolerance
     longest = max((case.diagonal for _, _, case in cases), default=0.0)
     volumes = any(case.is_volume for _, _, case in cases)
-    spatial = [case for case in cases if case[2].is_volume == volumes]  # those that have the summary's unit
+
+    def in_unit(of: Sequence[Case]) -> list[Case]:
+        """Those that have the summary's unit."""
+        return [case for case in of if case[2].is_volume == volumes]
 
     def all_metrics(value_of: Callable[[str], Value]) -> dict[str, Any]:
         bounds = {"hd95": (0.0, longest)}
         return {m: figure(values_by_group(cases, value_of(m)), bounds.get(m, (0.0, 1.0))) for m in METRICS} | {
-            "volume_error": _volume_errors(cases, spatial, volumes, value_of)
+            "volume_error": _volume_errors(cases, in_unit(cases), volumes, value_of)
         }
+
+    def objects(of: Sequence[Case]) -> dict[str, Any]:
+        return {"lesions": _lesions(of, in_unit(of), volumes), "false_alarms": _false_alarms(of)}
 
     def macro(name: str) -> Value:
         return lambda case: case.macro(name)
@@ -86,11 +94,15 @@ def summarise(
     return {
         "surface_tolerance_mm": tolerance,
         **all_metrics(macro),
-        "classes": {name: all_metrics(of_target(index)) for index, name in enumerate(targets.names)},
-        "lesions": _lesions(cases, spatial, volumes),
-        "false_alarms": _false_alarms(cases),
+        "classes": {name: all_metrics(of_target(i)) | objects(_only(cases, i)) for i, name in enumerate(targets.names)},
+        **objects(cases),
         "policy": policy(tolerance, postprocessing) | ({} if targets.are_classes else {"regions": _of_regions(targets)}),
     }
+
+
+def _only(cases: Sequence[Case], target: int) -> list[Case]:
+    """The cases with one target: without it they are without target."""
+    return [(name, group, replace(case, classes=(case.classes[target],))) for name, group, case in cases]
 
 
 def _of_regions(targets: Targets) -> str:

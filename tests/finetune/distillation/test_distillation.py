@@ -101,7 +101,7 @@ def test_a_student_and_its_records(taught, runs, source):
 
 def test_what_is_learned_is_the_teachers_answer_to_the_same_patches(taught):
     """The first step's terms, computed again by hand; the student is random, the batch is augmented."""
-    ours = resolve(taught(batch=4, distillation={"temperature": 3, "unlabelled": 0, "logits_weight": 0.5}))
+    ours = resolve(taught(batch=4, distillation={"temperature": 3, "unlabelled": 0, "logits_weight": 0.5, "dice_weight": 2}))
     accelerator = Accelerator(cpu=True)
     data = read_labelled(ours, quiet=True)
     sampler = PatchSampler(data.train, ours.patch, ours.foreground)
@@ -117,7 +117,10 @@ def test_what_is_learned_is_the_teachers_answer_to_the_same_patches(taught):
         theirs = teacher.network(images)
     expected = float(soft_target_loss(logits, theirs, torch.ones(4, 16, 16), 3.0))
     assert terms["soft_targets"] == pytest.approx(expected, rel=1e-5)
-    assert terms["loss"] == pytest.approx(terms["focal"] + terms["dice"] + 0.5 * expected, rel=1e-5)
+    p, q = logits.sigmoid(), theirs.sigmoid()
+    assert terms["soft_dice"] == pytest.approx(float((p - q).abs().sum() / (p + q).sum()), rel=1e-4)
+    learned = 0.5 * expected + 2 * terms["soft_dice"]
+    assert terms["loss"] == pytest.approx(terms["focal"] + terms["dice"] + learned, rel=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.network.state_dict().items())
     assert all(one.grad is None and not one.requires_grad for one in teacher.network.parameters())
     alone = forward_backward(ours.model_copy(update={"teacher": None}), learner.wrapped, sampler, 0, accelerator)
@@ -183,14 +186,14 @@ def test_an_ensemble_teaches_attention_to_another_depth(taught, runs, tmp_path):
         teacher=str(ensemble),
         steps=1,
         model={"channels": [2, 4, 8], "norm": "group"},
-        distillation={"attention_weight": 3, "logits_weight": 2, "unlabelled": 0.5},
+        distillation={"attention_weight": 3, "logits_weight": 2, "dice_weight": 0.5, "unlabelled": 0.5},
         evaluate_test=False,
     )
     out = finetune(ours)
-    ((_, (value,)), (_, (soft,)), (_, (attention,))) = (
-        read_metrics(out)[name] for name in ("distillation", "soft_targets", "attention")
+    ((_, (value,)), (_, (soft,)), (_, (dice,)), (_, (attention,))) = (
+        read_metrics(out)[name] for name in ("distillation", "soft_targets", "soft_dice", "attention")
     )
-    assert value == pytest.approx(2 * soft + 3 * attention) and attention > 0
+    assert value == pytest.approx(2 * soft + 0.5 * dice + 3 * attention) and attention > 0 and dice > 0
     (labels,) = read_config(out / "model").provenance.labels
     assert len(labels.groups) == 8 and len(read_config(ensemble).provenance.labels) == 1
 
@@ -293,7 +296,7 @@ def test_a_teacher_of_another_salt(taught, tmp_path):
             {"teacher": "runs/a", "distillation": {"temperature": 3, "logits_weight": 0, "attention_weight": 1}},
             "temperature=3: is of the logits",
         ),
-        ({"teacher": "x", "distillation": {"logits_weight": 0}}, "both weights are 0"),
+        ({"teacher": "x", "distillation": {"logits_weight": 0}}, "all weights are 0"),
         ({"teacher": "x", "distillation": {"unlabelled": 1}}, "distillation.unlabelled=1"),
     ],
 )

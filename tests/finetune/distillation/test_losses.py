@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.distillation.losses import Attentive, attention_loss, attention_maps, soft_target_loss
+from finetune.distillation.losses import Attentive, attention_loss, attention_maps, relative_difference, soft_target_loss
 from finetune.training.supervision import Supervised
 from resunet.errors import InputError
 from resunet.model import ResUNet, UNet
@@ -55,6 +55,16 @@ def test_at_a_high_temperature_logits_are_matched():
     ours.requires_grad_()
     soft_target_loss(ours, theirs, torch.ones(1, 1, 1), 1000.0).backward()
     torch.testing.assert_close(ours.grad, (ours.detach() - theirs) / 4, rtol=0, atol=2e-2)
+
+
+def test_for_masks_the_relative_difference_is_one_less_dice():
+    ours, theirs = (random(2, 3, 4, 4, seed=seed).argmax(dim=1) for seed in (0, 1))
+    certain = [torch.nn.functional.one_hot(one, 3).movedim(-1, 1) * 100.0 for one in (ours, theirs)]
+    inside = torch.ones(2, 4, 4, dtype=torch.bool)
+    dice = [2 * float(((ours == k) & (theirs == k)).sum()) / float((ours == k).sum() + (theirs == k).sum()) for k in (1, 2)]
+    assert float(relative_difference(*certain, inside)) == pytest.approx(1 - np.mean(dice))
+    same = random(2, 3, 4, 4)
+    assert float(relative_difference(same, same, inside)) == 0  # of soft targets, too
 
 
 def test_certain_logits_stay_finite():

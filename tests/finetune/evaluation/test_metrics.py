@@ -414,7 +414,9 @@ def test_the_summary_holds_to_the_contract():
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert list(summary) == ["surface_tolerance_mm", *METRICS, "volume_error", "classes", "lesions", "false_alarms", "policy"]
     assert list(summary["classes"]) == ["edema", "tumour"]
-    assert all(list(of_class) == [*METRICS, "volume_error"] for of_class in summary["classes"].values())
+    assert all(
+        list(of_class) == [*METRICS, "volume_error", "lesions", "false_alarms"] for of_class in summary["classes"].values()
+    )
     assert list(summary["lesions"]) == ["precision", "recall", "f1", "by_size", "by_volume", "by_width"]
     assert [row["range"] for row in summary["lesions"]["by_size"]] == ["<10", "10-49", "50-199", ">=200"]
     assert summary["policy"] == policy(TOLERANCE) and all(isinstance(text, str) for text in summary["policy"].values())
@@ -457,6 +459,24 @@ def test_lesion_recall_by_size():
     assert summary["lesions"]["recall"]["mean"] == pytest.approx(2 / 5)
     assert summary["lesions"]["precision"]["mean"] == pytest.approx(2 / 3)
     assert summary["lesions"]["f1"]["mean"] == pytest.approx(0.5)
+
+
+def test_objects_and_false_alarms_of_each_class():
+    """A class is alarmed where the image lacks it, whatever else it shows; its objects are its own."""
+    both = measure(labels("11....", "......", "22222.", "....2."), labels("1.....", "......", "......", "......"), 3)
+    alarmed = measure(labels("11....", "......", "......", "......"), labels("11....", "......", "2.2...", "......"), 3)
+    clean = measure(labels("......", "......", "......", "......"), labels("......", "......", "......", "......"), 3)
+    cases = [("a", "a", both), ("b", "b", alarmed), ("c", "c", clean)]
+    summary = summarise(cases, named(["background", "one", "two"]), TOLERANCE)
+    one, two = summary["classes"]["one"], summary["classes"]["two"]
+    assert one["lesions"]["recall"] == {"mean": 1.0, "ci95": None, "n": 2} and two["lesions"]["recall"]["mean"] == 0
+    assert one["lesions"]["precision"]["mean"] == 1 and two["lesions"]["precision"]["mean"] == 0
+    assert [row["n"] for row in two["lesions"]["by_size"]] == [1, 0, 0, 0]
+    counted = [(its["images_without_target"], its["alarmed"]) for its in (one["false_alarms"], two["false_alarms"])]
+    assert counted == [(1, 0), (2, 1)]
+    assert two["false_alarms"]["rate"]["mean"] == 0.5 and two["false_alarms"]["per_1000"]["mean"] == 500
+    everything = summary["false_alarms"]
+    assert (everything["images_without_target"], everything["alarmed"]) == (1, 0)
 
 
 def test_case_rows():

@@ -6,6 +6,7 @@ from finetune.evaluation.objects import SHOWN, WrongObject
 from finetune.evaluation.page import (
     calibration_section,
     doubling,
+    figures_table,
     operating_point_section,
     policy_section,
     reliability,
@@ -14,6 +15,8 @@ from finetune.evaluation.page import (
     telling_section,
     wrong_section,
 )
+from finetune.evaluation.summary import summarise
+from finetune.evaluation.surface import TOLERANCE
 from finetune.evaluation.targets import targets_of
 from resunet.pictures import COLOURS
 
@@ -38,6 +41,30 @@ def test_true_objects_are_counted_by_size():
     assert size_section([measure_case(truth * 0, truth, 2, (1, 1))]) == []
     volume = measure_case(truth[None], truth[None], 2, (1, 1, 1))
     assert "voxels" in size_section([volume])[0].pictures[0].caption
+
+
+def test_the_table_tells_objects_and_alarms_of_every_class():
+    truth, predicted = np.zeros((2, 20, 40), np.uint8)
+    truth[2:5, 2:35] = 2  # thin, 3 wide
+    predicted[3, 3], predicted[10:12, 5] = 2, 1
+    cases = [("a", "a", measure_case(truth, predicted, 3, (1, 1)))]
+    several = targets_of({0: "background", 1: "inclusion", 2: "scratch"})
+    summary = summarise(cases, several, TOLERANCE) | {"calibration": None}
+    rows = {row[0]: row[1:] for row in figures_table({"": summary})}
+    assert rows["Objects found, inclusion"] == ["undefined"] and rows["Objects found, scratch"][0].startswith("1.000")
+    assert rows["Found of 1 thin objects of scratch 2-4 pixels wide"] == rows["Objects found, scratch"]
+    assert rows["False alarms in 0 cases without target"] == rows["False alarms, scratch in 0 cases without it"] == ["0"]
+    assert rows["False alarms, inclusion in 1 cases without it"] == ["1"]
+
+    earlier = {
+        name: {key: its[key] for key in its if key not in ("lesions", "false_alarms")}
+        for name, its in summary["classes"].items()
+    }
+    assert not any("scratch" in row[0] and "Dice" not in row[0] for row in figures_table({"": summary | {"classes": earlier}}))
+    one = summarise([("a", "a", measure_case(truth // 2, predicted // 2, 2, (1, 1)))], TARGETS, TOLERANCE) | {
+        "calibration": None
+    }
+    assert not any("lesion" in row[0] for row in figures_table({"": one}))  # said of all objects already
 
 
 def test_bars_double():
