@@ -39,6 +39,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.light import lraspp
+from benchmarks.light import smp_unet as light_smp_unet
 from finetune.evaluation.evaluate import measure_cases
 from finetune.evaluation.metrics import values_by_group
 from finetune.evaluation.statistics import group_means
@@ -50,6 +52,7 @@ from finetune.training.patches import PatchSampler
 from resunet.config import Precision
 from resunet.data.cases import LoadedCase
 from resunet.files import folder_aside, write_text
+from resunet.light_model import MobileResUNet
 from resunet.losses import segmentation_loss
 from resunet.model import ResUNet, UNet
 from resunet.training import learning_rate, parameter_groups, step_generator
@@ -101,7 +104,15 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 PLAIN, OURS = list(NETWORKS)[:2]
 SCALED = "U-Net (42–672)"
-BUILD = {**NETWORKS, SCALED: lambda: UNet(channels=(42, 84, 168, 336, 672))}
+# of `benchmarks.light_networks`; on CPUs depthwise convolutions are slower in bf16
+LIGHT: dict[str, Callable[[], nn.Module]] = {
+    "light, small": partial(MobileResUNet, 1, 2, "mobilenetv3_small_100"),
+    "light, large": partial(MobileResUNet, 1, 2, "mobilenetv3_large_100"),
+    "SMP Unet, small": lambda: Padded(light_smp_unet("mobilenetv3_small_100"), 32),
+    "LR-ASPP, large": lraspp,
+}
+PRECISION: dict[str, Precision] = {"light, small": "fp32", "light, large": "fp32", "LR-ASPP, large": "fp32"}
+BUILD = {**NETWORKS, SCALED: lambda: UNet(channels=(42, 84, 168, 336, 672)), **LIGHT}
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,10 @@ class Cell:
     data: str
     seed: int
     lr: float
+
+    @property
+    def precision(self) -> Precision:
+        return PRECISION.get(self.network, "bf16")
 
     @property
     def name(self) -> str:
@@ -176,9 +191,9 @@ def prepared(network: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]
     return model, torch.optim.AdamW(parameter_groups({"network": model}, 1e-2))
 
 
-def group_dice(network: nn.Module, cases: Sequence[LoadedCase]) -> dict[str, float]:
+def group_dice(network: nn.Module, cases: Sequence[LoadedCase], precision: Precision) -> dict[str, float]:
     """group → mean Dice of its whole scans."""
-    measured = measure_cases(network, cases, targets_of({0: "background", 1: "target"}), CPU, "bf16", quiet=True)
+    measured = measure_cases(network, cases, targets_of({0: "background", 1: "target"}), CPU, precision, quiet=True)
     return group_means(values_by_group([one.row() for one in measured], lambda case: case.macro("dice")))
 
 
@@ -210,7 +225,7 @@ def train(cell: Cell, recipe: FinetuneRecipe, data: LabelledData, steps: int, ma
             break
         if step + 1 in due:
             started = time.process_time()
-            score = round(float(np.mean(list(group_dice(model, val).values()))), 5)
+            score = round(float(np.mean(list(group_dice(model, val, cell.precision).values()))), 5)
             val_seconds += time.process_time() - started
             trained.val.append((step + 1, score))
             if score >= max(value for _, value in trained.val):
@@ -233,7 +248,7 @@ def training_step(
     model.train()
     images, labels = sampler.batch(recipe.batch, (cell.seed, 2, step, 0))[:2]
     images, labels, _ = augment(images, labels, recipe.augment, step_generator(CPU, cell.seed, 3, step, 0))
-    return learn(model, optimizer, images, labels, "bf16")
+    return learn(model, optimizer, images, labels, cell.precision)
 
 
 def measure_pace(cell: Cell, recipe: FinetuneRecipe, data: LabelledData) -> Record:
@@ -260,13 +275,13 @@ def run_cell(cell: Cell, recipe: FinetuneRecipe, data: LabelledData, steps: int,
         started = time.process_time()
         record["chosen"] = max(step for step, score in trained.val if score == record_score(record))
         model.load_state_dict(trained.best)
-        record["test"] = group_dice(model, data.test)
+        record["test"] = group_dice(model, data.test, cell.precision)
         record["marked"] = mark
         if record["marked"] == record["chosen"]:
             record["test_marked"] = record["test"]
         elif trained.marked:
             model.load_state_dict(trained.marked)
-            record["test_marked"] = group_dice(model, data.test)
+            record["test_marked"] = group_dice(model, data.test, cell.precision)
         record["test_seconds"] = time.process_time() - started
     return record | {"cpu": time.process_time()}
 
@@ -321,6 +336,15 @@ def append(path: Path, record: Record) -> None:
     write_text(path, before + json.dumps(record) + "\n")
 
 
+def append_in_a_process(path: Path, work: Callable[[], Record], cell: Cell) -> None:
+    """What `work` of a cell gives, worked out in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: append(path, work()))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{cell.name}: exit code {process.exitcode}")
+
+
 def rate_of(done: dict[str, Record], network: str) -> float:
     """The learning rate that val chose; the scaled U-Net has the U-Net's."""
     name = PLAIN if network == SCALED else network
@@ -331,7 +355,7 @@ def rate_of(done: dict[str, Record], network: str) -> float:
 def queue(done: dict[str, Record], claims: bool) -> Iterator[Cell]:
     """All cells in order, networks interleaved; a rate is looked up when its cell comes."""
     for data in (BRAIN, "cxr_montgomery"):
-        yield from (Cell("pace", network, data, 0, RATES[1]) for network in BUILD if claims or network != SCALED)
+        yield from (Cell("pace", network, data, 0, RATES[1]) for network in ([*NETWORKS, SCALED] if claims else NETWORKS))
     for lr in RATES:
         yield from (Cell("grid", network, BRAIN, 0, lr) for network in NETWORKS)
     for data, seed in ORDER:
@@ -371,11 +395,7 @@ def run_all(source: Path, out: Path, minutes: float, grid_minutes: float, claims
             plain = int(seconds / pace_of(done, PLAIN, cell.data))
             steps = plain if cell.kind == "steps" else int(seconds / pace)
             work = partial(run_cell, cell, *loaded[cell.data], steps, pace, plain)
-        process = multiprocessing.get_context("fork").Process(target=lambda work: append(results, work()), args=(work,))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{cell.name}: exit code {process.exitcode}")
+        append_in_a_process(results, work, cell)
         done.update(read_results(results))
         one = done[cell.name]
         told = f"{one['seconds']:.3f} s a step" if cell.kind == "pace" else f"{one['steps']} steps, val {record_score(one):.3f}"
