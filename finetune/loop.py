@@ -24,13 +24,13 @@ from finetune.report import write_report
 from finetune.step import (
     Learner,
     apply_gradients,
-    asked,
     begins_trained,
     build,
     forward_backward,
     prepare,
     refresh_statistics,
     start_step,
+    teacher_of,
     told,
 )
 from finetune.training.batch_statistics import share_statistics
@@ -117,7 +117,7 @@ def _train(work: _Work, stop: StopRequest) -> StepClock:
     """
     recipe, run, learner, accelerator = work.recipe, work.run, work.learner, work.accelerator
     model, average, optimizer, beside = learner.model, learner.average, learner.optimizer, learner.beside()
-    sampler, asks = work.sampler, asked(recipe, learner, work.teacher)
+    sampler, teacher = work.sampler, teacher_of(recipe, learner, work.teacher)
     if work.receipt is not None:
         text = work.receipt.model_dump_json(indent=2) + "\n"
         work.write(lambda: write_text(run.folder / "receipt.json", text))
@@ -133,7 +133,7 @@ def _train(work: _Work, stop: StopRequest) -> StepClock:
     for step in progress(range(first, recipe.steps), recipe.steps, "finetune", first, not main, figures):
         lr = start_step(recipe, model, optimizer, step, transferred=begins_trained(recipe))
         optimizer.zero_grad(set_to_none=True)
-        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, asks)
+        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, teacher)
         metrics |= apply_gradients(recipe, learner.trained, optimizer, metrics["loss"], step, accelerator)
         figures["loss"] = metrics["loss"]
         done = step + 1

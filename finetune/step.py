@@ -164,7 +164,7 @@ def start_step(recipe: FinetuneRecipe, model: Segmenter, optimizer: Optimizer, s
     return lr
 
 
-def asked(recipe: FinetuneRecipe, learner: Learner, teacher: Teacher | None) -> Teacher | MeanTeacher | None:
+def teacher_of(recipe: FinetuneRecipe, learner: Learner, teacher: Teacher | None) -> Teacher | MeanTeacher | None:
     """Who is asked about unlabelled scans: the learner's own average, if the recipe says so, or the teacher."""
     if recipe.consistency is None:
         return teacher

@@ -12,13 +12,13 @@ from finetune.labelled import LabelledData, sampler_of
 from finetune.recipe import FinetuneRecipe
 from finetune.step import (
     apply_gradients,
-    asked,
     begins_trained,
     build,
     forward_backward,
     prepare,
     refresh_statistics,
     start_step,
+    teacher_of,
 )
 from resunet.measuring import ENOUGH_SECONDS, load, peak_memory, timed
 
@@ -57,15 +57,14 @@ def measure_cost(recipe: FinetuneRecipe, data: LabelledData, accelerator: Accele
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model, receipt = build(recipe)
-    teacher = load_teacher(recipe, device)
     learner = prepare(recipe, model, receipt, accelerator)
-    asks = asked(recipe, learner, teacher)
+    teacher = teacher_of(recipe, learner, load_teacher(recipe, device))
     sampler = sampler_of(recipe, data)
 
     def take(step: int) -> None:
         start_step(recipe, model, learner.optimizer, min(step, recipe.steps - 1), transferred=begins_trained(recipe))
         learner.optimizer.zero_grad(set_to_none=True)
-        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, asks)
+        metrics = forward_backward(recipe, learner.wrapped, sampler, step, accelerator, teacher)
         apply_gradients(recipe, learner.trained, learner.optimizer, metrics["loss"], step, accelerator)
 
     take(0)
