@@ -77,7 +77,7 @@ def run(settings: Settings, cell: Cell) -> None:
         values.append(f"encoder={settings.encoder(cell.data)}")
     if cell.arm == "distilled":
         teacher = Cell(cell.data, cell.share, "full", cell.seed).folder(settings.out)
-        values.append(f"teacher={teacher}")
+        values += [f"teacher={teacher}", "distillation.precision=bf16"]
     subprocess.run([sys.executable, "-P", "-m", "finetune", RECIPES[cell.data], *values], check=True)
 
 

@@ -14,7 +14,7 @@ from resunet.architecture import (
     Widths,
 )
 from resunet.blocks import NormKind
-from resunet.config import Classes, DataSettings, Frozen, Probability, Range
+from resunet.config import Classes, DataSettings, Frozen, Precision, Probability, Range
 from resunet.intensity import IntensitySettings
 from resunet.light_settings import LIGHT, LightSettings
 from resunet.regions import Regions, members_of, refuse_wrong_regions
@@ -246,6 +246,9 @@ class DistillationSettings(Frozen):
     )
     unlabelled: float = Field(
         0.5, ge=0, lt=1, description="share of a batch that is cut from scans of the pool that this draw did not label"
+    )
+    precision: Precision | None = Field(
+        None, description="of the teacher; null: that of the student, which may be another network's best"
     )
 
     @model_validator(mode="after")

@@ -19,9 +19,10 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resunet.arithmetic import refuse_without_gpu
 from resunet.checkpoint import load_exactly
 from resunet.config import Recipe
-from resunet.errors import CheckFailed, EnvironmentFault, InputError
+from resunet.errors import CheckFailed, InputError
 from resunet.plain import number_of
 from resunet.progress import say
 
@@ -44,8 +45,7 @@ def start_ranks(recipe: Recipe, batch: int, what: str) -> Accelerator:
         InputError: other ranks than `processes`, or ranks that do not divide the batch.
         EnvironmentFault: fp16 without a GPU.
     """
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise EnvironmentFault("precision=fp16: needs a GPU, and none is visible. On a CPU use precision=bf16 or fp32.")
+    refuse_without_gpu("precision=", recipe.precision)
     # Accelerate keeps its precision for the life of a process, and refuses another: forget it, keep the process group
     AcceleratorState._reset_state()
     # without a GPU Accelerate joins ranks only where it is told to use the CPU

@@ -14,8 +14,9 @@ from finetune.distillation.losses import Attentive, attention_loss, relative_dif
 from finetune.inference.window import footprint
 from finetune.recipe import FinetuneRecipe
 from finetune.settings import DistillationSettings
+from resunet.arithmetic import autocast, refuse_without_gpu
 from resunet.checkpoint import WEIGHTS, LabelledGroups, model_folder, read_config
-from resunet.config import Normalisation
+from resunet.config import Normalisation, Precision
 from resunet.data.evidence import Evidence
 from resunet.data.images import channel_count
 from resunet.data.leakage import ARCHIVE, read_archive
@@ -29,10 +30,11 @@ from resunet.training import sum_over_ranks
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network in evaluation mode whose parameters have no gradients. sha256: of its weights."""
+    """A network in evaluation mode whose parameters have no gradients. precision: it computes in. sha256: of its weights."""
 
     network: Segmenter
     settings: DistillationSettings
+    precision: Precision
     sha256: str
 
     def terms(
@@ -45,7 +47,7 @@ class Teacher:
             inside: (N, *size), the pixels of scans that nobody ignores: probabilities are learned there.
         """
         settings, total = self.settings, partial(sum_over_ranks, accelerator=accelerator)
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), autocast(self.precision, accelerator.device):
             teacher_logits, shown = _seen(self.network, images, maps is not None)
         terms, weights = {}, {}
         if settings.logits_weight:
@@ -77,9 +79,12 @@ def load_teacher(recipe: FinetuneRecipe, device: torch.device) -> Teacher | None
 
     Raises:
         InputError: it is no segmenter, or its coarsest level would see a patch as one position.
+        EnvironmentFault: fp16 without a GPU.
     """
     if recipe.teacher is None:
         return None
+    precision = recipe.distillation.precision or recipe.precision
+    refuse_without_gpu("distillation.precision=", precision)
     folder = model_folder(recipe.teacher)
     network, _ = load_finetuned(folder)
     network = place(network, device).requires_grad_(False).eval()
@@ -89,7 +94,7 @@ def load_teacher(recipe: FinetuneRecipe, device: torch.device) -> Teacher | None
             f"patch={list(recipe.patch)}: the coarsest level of the teacher, 1/{stride} of the size, would see it as one position. "
             f"Set a side above {stride}, or name another teacher."
         )
-    return Teacher(network, recipe.distillation, sha256(folder / WEIGHTS))
+    return Teacher(network, recipe.distillation, precision, sha256(folder / WEIGHTS))
 
 
 def refuse_other_teacher(recipe: FinetuneRecipe) -> None:

@@ -17,10 +17,11 @@ from pydantic import Field
 from torch import nn
 
 from finetune.inference.window import Inference, LiveNetwork, predict_values
+from resunet.arithmetic import refuse_without_gpu
 from resunet.checkpoint import WEIGHTS, ModelConfig, model_folder
 from resunet.config import Precision
 from resunet.data.cases import LoadedCase, rule_of
-from resunet.errors import EnvironmentFault, InputError
+from resunet.errors import InputError
 from resunet.files import sha256
 from resunet.inference.inputs import Input, list_inputs
 from resunet.inference.masks import Prediction
@@ -122,8 +123,7 @@ def open_model(model: Path, request: PredictRequest) -> tuple[Segmenter, ModelCo
     Raises:
         InputError: no segmenter, or a threshold that it cannot have. EnvironmentFault: fp16 without a GPU.
     """
-    if request.precision == "fp16" and not torch.cuda.is_available():
-        raise EnvironmentFault("--precision fp16: needs a GPU, and none is visible. On a CPU use bf16 or fp32.")
+    refuse_without_gpu("--precision ", request.precision)
     folder = model_folder(model)
     network, config = load_finetuned(folder)
     behaviour = behaviour_of(config, sha256(folder / WEIGHTS))

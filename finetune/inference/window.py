@@ -3,7 +3,6 @@
 The window's scores are blended by MONAI's sliding window, which a bundle does in numpy alike (`resunet.bundle.scorer`).
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from resunet.arithmetic import autocast
 from resunet.config import Frozen, Precision
 from resunet.inference.window import Floats, Footprint, Plan, Scorer, mirrors, plan_slices
 from resunet.inference.window import predict_scores as scores_with
@@ -36,7 +36,6 @@ __all__ = [
 
 # What a network's footprint is measured with: long in one direction, so that the coarsest level has several positions.
 _PROBE = {2: (128, 128), 3: (16, 16, 128)}
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Measured by benchmarks/predict_memory.py: what is alive at the peak of a forward pass, for each value that its largest layer
 # reads and writes: 4.0 of a Res-UNet, 2.5 of a U-Net.
@@ -92,12 +91,10 @@ class LiveNetwork:
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
         """(N, C, *size) → float32 (N, K, *size)."""
-        half = self.precision in _DTYPES
-        autocast = torch.autocast(x.device.type, _DTYPES[self.precision]) if half else contextlib.nullcontext()
         mirrored = mirrors(x.ndim - 2, self.flips)
         total: Tensor | None = None
         for dims in mirrored:
-            with autocast:
+            with autocast(self.precision, x.device):
                 logits = self.network(channels_last(x.flip(dims)))
             logits = logits.float().flip(dims)
             total = logits if total is None else total.add_(logits)

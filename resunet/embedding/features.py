@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
+from resunet.arithmetic import autocast, refuse_without_gpu
 from resunet.checkpoint import ModelConfig
 from resunet.config import Frozen, Precision
 from resunet.data.cases import Case
 from resunet.embedding.pieces import LONGEST, Piece, ReadScan, longest_side, pieces_of, read_for_embedding
 from resunet.encoder import Encoder
-from resunet.errors import EnvironmentFault, InputError
+from resunet.errors import InputError
 from resunet.layout import channels_last, place
 
 _READERS = 4  # threads, each with a decoded scan
 _BATCHES = 4  # that wait for others of their size
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EmbeddingSettings(Frozen):
@@ -70,8 +70,7 @@ class Embedder:
     """
 
     def __init__(self, encoder: Encoder, config: ModelConfig, settings: EmbeddingSettings) -> None:
-        if settings.precision == "fp16" and not torch.cuda.is_available():
-            raise EnvironmentFault("--precision fp16: needs a GPU, and none is visible. On a CPU use bf16 or fp32.")
+        refuse_without_gpu("--precision ", settings.precision)
         assert isinstance(encoder, nn.Module) and encoder.spatial_dims in (2, 3)
         self.device = _device()
         self._encoder = place(encoder, self.device).eval()
@@ -135,8 +134,7 @@ class Embedder:
     @torch.inference_mode()
     def _pooled(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         x = channels_last(torch.from_numpy(batch).to(self.device))
-        dtype = _DTYPES.get(self.settings.precision)
-        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(self.settings.precision, self.device):
             last = self._encoder(x)[-1]
         pooled: NDArray[np.float32] = last.float().mean(dim=tuple(range(2, last.ndim))).cpu().numpy()
         return pooled

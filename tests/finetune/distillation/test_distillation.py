@@ -27,7 +27,7 @@ from resunet.checkpoint import model_folder, read_config, read_weights
 from resunet.config import DataSettings, FixedNormalisation, validate
 from resunet.data.leakage import NO_GROUP_EVIDENCE, read_archive
 from resunet.data.source import open_source
-from resunet.errors import CheckFailed, InputError, Stopped
+from resunet.errors import CheckFailed, EnvironmentFault, InputError, Stopped
 from resunet.files import sha256
 from resunet.losses import segmentation_loss
 from resunet.members import make_ensemble
@@ -125,6 +125,24 @@ def test_what_is_learned_is_the_teachers_answer_to_the_same_patches(taught):
     assert all(one.grad is None and not one.requires_grad for one in teacher.network.parameters())
     alone = forward_backward(ours.model_copy(update={"teacher": None}), learner.wrapped, sampler, 0, accelerator)
     assert {name: terms[name] for name in ("focal", "dice")} == pytest.approx({n: alone[n] for n in ("focal", "dice")})
+
+
+def test_a_teacher_computes_in_its_own_precision(taught, monkeypatch):
+    """The student in float32, its teacher in bf16."""
+    ours = resolve(taught(distillation={"precision": "bf16", "unlabelled": 0}))
+    accelerator = Accelerator(cpu=True)
+    teacher = load_teacher(ours, accelerator.device)
+    seen = []
+    teacher.network.register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    images, logits = torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 16, 16)
+    terms = teacher.terms(images, logits, None, torch.ones(2, 16, 16), accelerator)
+    assert seen == [torch.bfloat16] and terms["distillation"].dtype == torch.float32
+    same = load_teacher(resolve(taught()), accelerator.device)
+    assert same.precision == "fp32" and teacher.precision == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    without = ours.model_copy(update={"distillation": ours.distillation.model_copy(update={"precision": "fp16"})})
+    with pytest.raises(EnvironmentFault, match=r"distillation\.precision=fp16: needs a GPU"):
+        load_teacher(without, accelerator.device)
 
 
 def test_a_student_of_itself_has_nothing_to_learn(taught, runs):
