@@ -5,7 +5,7 @@ from typing import Any
 
 from finetune.evaluation.evaluate import evaluation_sections
 from finetune.evaluation.outputs import Measured
-from finetune.evaluation.page import figures_table, policy_section
+from finetune.evaluation.page import policy_section
 from finetune.labelled import LabelledData
 from finetune.recipe import FinetuneRecipe
 from resunet.checkpoint import ModelConfig
@@ -14,8 +14,6 @@ from resunet.model import Segmenter
 from resunet.plain import number_of
 from resunet.report import Section, curves, read_metrics, shown, write_page
 from resunet.transfer import Receipt
-
-__all__ = ["figures_table", "write_report"]
 
 _LOSSES = ("loss", "focal", "dice", "distillation", "consistency")
 

@@ -23,7 +23,7 @@ from finetune.comparison.arms import (
 )
 from finetune.comparison.cost import cost_section, costs_of, record_of
 from finetune.evaluation.overlay import error_picture, grey_picture, telling_slice
-from finetune.evaluation.page import figures_table
+from finetune.evaluation.page import class_rows, figures_table
 from finetune.evaluation.statistics import paired_difference
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
@@ -78,7 +78,10 @@ def compare(
             notes=[*hardly_learned(arms), *notes, *missing],
         ),
         *preamble,
-        Section("On the test cases", table=figures_table({arm.name: arm.summary for arm in arms})),
+        Section(
+            "On the test cases",
+            table=[*figures_table({arm.name: arm.summary for arm in arms}), *class_rows([arm.summary for arm in arms])],
+        ),
         Section("Paired", pictures=[paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
         Section("What differs", table=recipe_differences(arms)),
         Section("Learning", pictures=_learning(arms)),

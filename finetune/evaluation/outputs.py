@@ -20,6 +20,7 @@ from finetune.evaluation.objects import largest_wrong, wrong_objects
 from finetune.evaluation.overlay import grey_picture, overlay, telling_slice
 from finetune.evaluation.page import (
     calibration_section,
+    classes_section,
     figures_table,
     operating_point_section,
     policy_section,
@@ -181,6 +182,7 @@ def sections_of(
             table=figures_table({"": summary}),
             text=[] if targets.are_classes else [f"Of regions, which may overlap: {targets.described()}."],
         ),
+        *classes_section(summary),
         *operating_point_section(summary),
         *telling_section(telling),
         *size_section(cases),

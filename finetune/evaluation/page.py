@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ _INK = "#1b1f24"
 
 
 def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The figures of one or several summaries, a column each."""
+    """The figures of one or several summaries, a column each. Of each class Dice; `class_rows` has its objects."""
     first = next(iter(summaries.values()))
     rows = [["", *(name or "mean [95 % interval], groups" for name in summaries)]]
     in_mm = first.get("in_mm", True)  # runs of earlier versions do not say
@@ -43,27 +44,15 @@ def figures_table(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     for index, size in enumerate(first["lesions"]["by_size"]):
         label = f"Found of {size['n']} objects of {size['range']} voxels"
         rows.append([label, *(_cell(summary["lesions"]["by_size"][index]["recall"]) for summary in summaries.values())])
-    rows += _thin_rows([summary["lesions"] for summary in summaries.values()], "objects")
+    for index, width in enumerate(first["lesions"]["by_width"] or ()):
+        if width["n"]:
+            label = f"Found of {width['n']} thin objects {width['range']} pixels wide"
+            rows.append([label, *(_cell(summary["lesions"]["by_width"][index]["recall"]) for summary in summaries.values())])
     rows += _alarm_rows([summary["false_alarms"] for summary in summaries.values()], "False alarms", "target")
-    if len(first["classes"]) > 1:
-        for name in first["classes"]:
-            its = [summary["classes"][name] for summary in summaries.values()]
-            if all("lesions" in one for one in its):  # runs of earlier versions do not say
-                rows += _class_rows(its, name)
     calibrations = [summary["calibration"] for summary in summaries.values()]
     if all(calibrations):
         rows.append(["Calibration error (ECE)", *(_cell(one["ece"]) for one in calibrations)])
         rows.append(["ECE from probability 0.05 on", *(_cell(one["ece_foreground"]) for one in calibrations)])
-    return rows
-
-
-def _thin_rows(lesions: Sequence[Mapping[str, Any]], what: str) -> list[list[str]]:
-    """How many were found by width, of `lesions` of several summaries; of widths that there are."""
-    rows = []
-    for index, width in enumerate(lesions[0]["by_width"] or ()):
-        if width["n"]:
-            label = f"Found of {width['n']} thin {what} {width['range']} pixels wide"
-            rows.append([label, *(_cell(one["by_width"][index]["recall"]) for one in lesions)])
     return rows
 
 
@@ -73,15 +62,50 @@ def _alarm_rows(alarms: Sequence[Mapping[str, Any]], label: str, without: str) -
     ]
 
 
-def _class_rows(its: Sequence[Mapping[str, Any]], name: str) -> list[list[str]]:
-    """Objects and false alarms of one class of several."""
-    lesions = [one["lesions"] for one in its]
+def class_rows(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Objects and false alarms of each class, a column for every summary; nothing of a single class."""
+    names = list(summaries[0]["classes"])
+    if len(names) < 2:
+        return []
+    rows = []
+    for name in names:
+        its = [summary["classes"][name] for summary in summaries]
+        if all("lesions" in one for one in its):  # runs of earlier versions do not say
+            rows.append([f"Objects found, {name}", *(_cell(one["lesions"]["recall"]) for one in its)])
+            rows += _alarm_rows([one["false_alarms"] for one in its], f"False alarms, {name}", "it")
+    return rows
+
+
+def classes_section(summary: Mapping[str, Any]) -> list[Section]:
+    """Objects and false alarms of one summary, a column for every class; nothing of a single class."""
+    classes = summary["classes"]
+    if len(classes) < 2:
+        return []
+
+    def row(label: str, cell: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [label, *(cell(its) for its in classes.values())]
+
     rows = [
-        [f"Objects found, {name}", *(_cell(one["recall"]) for one in lesions)],
-        [f"Predicted objects that are true, {name}", *(_cell(one["precision"]) for one in lesions)],
+        ["", *classes],
+        row("Dice", lambda its: _cell(its["dice"])),
+        row("Objects found", lambda its: _cell(its["lesions"]["recall"])),
+        row("Predicted objects that are true", lambda its: _cell(its["lesions"]["precision"])),
     ]
-    rows += _thin_rows(lesions, f"objects of {name}")
-    return rows + _alarm_rows([one["false_alarms"] for one in its], f"False alarms, {name}", "it")
+    for index, width in enumerate(summary["lesions"]["by_width"] or ()):
+        if width["n"]:
+            label = f"Thin objects found, {width['range']} pixels wide"
+            rows.append(row(label, partial(_found_of, index)))
+    rows.append(row("False alarms in cases without it", lambda its: _alarms(its["false_alarms"])))
+    return [Section("Each class", table=rows)]
+
+
+def _found_of(width: int, its: Mapping[str, Any]) -> str:
+    one = its["lesions"]["by_width"][width]
+    return f"{_cell(one['recall'])}; {one['n']} objects" if one["n"] else "none there"
+
+
+def _alarms(alarms: Mapping[str, Any]) -> str:
+    return f"{alarms['alarmed']} of {alarms['images_without_target']}"
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

@@ -5,8 +5,9 @@ from finetune.evaluation.metrics import measure_case
 from finetune.evaluation.objects import SHOWN, WrongObject
 from finetune.evaluation.page import (
     calibration_section,
+    class_rows,
+    classes_section,
     doubling,
-    figures_table,
     operating_point_section,
     policy_section,
     reliability,
@@ -43,28 +44,31 @@ def test_true_objects_are_counted_by_size():
     assert "voxels" in size_section([volume])[0].pictures[0].caption
 
 
-def test_the_table_tells_objects_and_alarms_of_every_class():
+def test_the_page_tells_objects_and_alarms_of_every_class():
     truth, predicted = np.zeros((2, 20, 40), np.uint8)
     truth[2:5, 2:35] = 2  # thin, 3 wide
     predicted[3, 3], predicted[10:12, 5] = 2, 1
-    cases = [("a", "a", measure_case(truth, predicted, 3, (1, 1)))]
     several = targets_of({0: "background", 1: "inclusion", 2: "scratch"})
-    summary = summarise(cases, several, TOLERANCE) | {"calibration": None}
-    rows = {row[0]: row[1:] for row in figures_table({"": summary})}
-    assert rows["Objects found, inclusion"] == ["undefined"] and rows["Objects found, scratch"][0].startswith("1.000")
-    assert rows["Found of 1 thin objects of scratch 2-4 pixels wide"] == rows["Objects found, scratch"]
-    assert rows["False alarms in 0 cases without target"] == rows["False alarms, scratch in 0 cases without it"] == ["0"]
-    assert rows["False alarms, inclusion in 1 cases without it"] == ["1"]
-
-    earlier = {
+    summary = summarise([("a", "a", measure_case(truth, predicted, 3, (1, 1)))], several, TOLERANCE)
+    (section,) = classes_section(summary)
+    rows = {row[0]: row[1:] for row in section.table}
+    assert rows[""] == ["inclusion", "scratch"]
+    assert rows["Objects found"][0] == "undefined" and rows["Objects found"][1].startswith("1.000")
+    assert rows["Thin objects found, 2-4 pixels wide"] == ["none there", f"{rows['Objects found'][1]}; 1 objects"]
+    assert rows["False alarms in cases without it"] == ["1 of 1", "0 of 0"]
+    assert class_rows([summary, summary]) == [
+        ["Objects found, inclusion", *2 * ["undefined"]],
+        ["False alarms, inclusion in 1 cases without it", "1", "1"],
+        ["Objects found, scratch", *2 * [rows["Objects found"][1]]],
+        ["False alarms, scratch in 0 cases without it", "0", "0"],
+    ]
+    kept = {
         name: {key: its[key] for key in its if key not in ("lesions", "false_alarms")}
         for name, its in summary["classes"].items()
     }
-    assert not any("scratch" in row[0] and "Dice" not in row[0] for row in figures_table({"": summary | {"classes": earlier}}))
-    one = summarise([("a", "a", measure_case(truth // 2, predicted // 2, 2, (1, 1)))], TARGETS, TOLERANCE) | {
-        "calibration": None
-    }
-    assert not any("lesion" in row[0] for row in figures_table({"": one}))  # said of all objects already
+    assert class_rows([summary | {"classes": kept}]) == []  # of an earlier version
+    one = summarise([("a", "a", measure_case(truth // 2, predicted // 2, 2, (1, 1)))], TARGETS, TOLERANCE)
+    assert classes_section(one) == class_rows([one]) == []  # said of all objects already
 
 
 def test_bars_double():
