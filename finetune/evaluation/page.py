@@ -2,8 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,35 +76,26 @@ def class_rows(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def classes_section(summary: Mapping[str, Any]) -> list[Section]:
-    """Objects and false alarms of one summary, a column for every class; nothing of a single class."""
+    """Objects and false alarms of each class of one summary, and its thin objects by width; nothing of a single class."""
     classes = summary["classes"]
     if len(classes) < 2:
         return []
-
-    def row(label: str, cell: Callable[[Mapping[str, Any]], str]) -> list[str]:
-        return [label, *(cell(its) for its in classes.values())]
-
-    rows = [
-        ["", *classes],
-        row("Dice", lambda its: _cell(its["dice"])),
-        row("Objects found", lambda its: _cell(its["lesions"]["recall"])),
-        row("Predicted objects that are true", lambda its: _cell(its["lesions"]["precision"])),
-    ]
-    for index, width in enumerate(summary["lesions"]["by_width"] or ()):
-        if width["n"]:
-            label = f"Thin objects found, {width['range']} pixels wide"
-            rows.append(row(label, partial(_found_of, index)))
-    rows.append(row("False alarms in cases without it", lambda its: _alarms(its["false_alarms"])))
-    return [Section("Each class", table=rows)]
+    rows = [["", "Dice", "objects found", "predicted ones true", "false alarms"]]
+    thin = [["", "width, pixels", "thin objects", "found"]]
+    for name, its in classes.items():
+        lesions, alarms = its["lesions"], its["false_alarms"]
+        figures = (its["dice"], lesions["recall"], lesions["precision"])
+        rows.append([name, *map(_narrow, figures), f"{alarms['alarmed']} of {alarms['images_without_target']}"])
+        thin += [
+            [name, width["range"], str(width["n"]), _cell(width["recall"])] for width in lesions["by_width"] or () if width["n"]
+        ]
+    sections = [Section("Each class", table=rows, text=["False alarms: cases without the class in which it was predicted."])]
+    return [*sections, Section("Thin objects of each class", table=thin)] if len(thin) > 1 else sections
 
 
-def _found_of(width: int, its: Mapping[str, Any]) -> str:
-    one = its["lesions"]["by_width"][width]
-    return f"{_cell(one['recall'])}; {one['n']} objects" if one["n"] else "none there"
-
-
-def _alarms(alarms: Mapping[str, Any]) -> str:
-    return f"{alarms['alarmed']} of {alarms['images_without_target']}"
+def _narrow(figure: Mapping[str, Any]) -> str:
+    """Mean and interval, without the number of groups."""
+    return _cell(figure).partition(", n =")[0]
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

@@ -50,16 +50,18 @@ def test_the_page_tells_objects_and_alarms_of_every_class():
     predicted[3, 3], predicted[10:12, 5] = 2, 1
     several = targets_of({0: "background", 1: "inclusion", 2: "scratch"})
     summary = summarise([("a", "a", measure_case(truth, predicted, 3, (1, 1)))], several, TOLERANCE)
-    (section,) = classes_section(summary)
-    rows = {row[0]: row[1:] for row in section.table}
-    assert rows[""] == ["inclusion", "scratch"]
-    assert rows["Objects found"][0] == "undefined" and rows["Objects found"][1].startswith("1.000")
-    assert rows["Thin objects found, 2-4 pixels wide"] == ["none there", f"{rows['Objects found'][1]}; 1 objects"]
-    assert rows["False alarms in cases without it"] == ["1 of 1", "0 of 0"]
+    section, thin = classes_section(summary)
+    found = "1.000 [–]"
+    dice = f"{summary['classes']['scratch']['dice']['mean']:.3f} [–]"
+    assert section.table[1:] == [
+        ["inclusion", "0.000 [–]", "undefined", "0.000 [–]", "1 of 1"],
+        ["scratch", dice, found, found, "0 of 0"],
+    ]
+    assert thin.table[1:] == [["scratch", "2-4", "1", f"{found}, n = 1"]]
     assert class_rows([summary, summary]) == [
         ["Objects found, inclusion", *2 * ["undefined"]],
         ["False alarms, inclusion in 1 cases without it", "1", "1"],
-        ["Objects found, scratch", *2 * [rows["Objects found"][1]]],
+        ["Objects found, scratch", *2 * [f"{found}, n = 1"]],
         ["False alarms, scratch in 0 cases without it", "0", "0"],
     ]
     kept = {
