@@ -239,7 +239,7 @@ class DistillationSettings(Frozen):
     temperature: float = Field(2.0, gt=0, description="by which both networks' logits are divided (Hinton et al. 2015)")
     logits_weight: float = Field(1.0, ge=0, description="of the teacher's softened probabilities")
     dice_weight: float = Field(
-        0.0, ge=0, description="of the relative difference of the probabilities, as Dice counts it (Wang et al. 2023)"
+        1.0, ge=0, description="of the relative difference of the probabilities, as Dice counts it (Wang et al. 2023)"
     )
     attention_weight: float = Field(
         0.0, ge=0, description="of the attention maps of the decoder's levels (Zagoruyko & Komodakis 2017)"

@@ -82,7 +82,8 @@ def test_a_student_and_its_records(taught, runs, source):
     metrics = read_metrics(out)
     parts = np.sum([metrics[name][1] for name in ("focal", "dice", "distillation")], axis=0)
     assert metrics["loss"][1] == pytest.approx(parts) and min(metrics["distillation"][1]) > 0
-    assert metrics["distillation"] == metrics["soft_targets"] and "attention" not in metrics
+    learned = np.add(metrics["soft_targets"][1], metrics["soft_dice"][1])
+    assert metrics["distillation"][1] == pytest.approx(learned) and "attention" not in metrics
 
     hmacs = groups_of(source)
     pool = {hmacs[f"patient{i}"] for i in range(5)}
@@ -94,7 +95,7 @@ def test_a_student_and_its_records(taught, runs, source):
     assert state.keys() == {"network", "optimizer", "scaler", "step", "best", "val_dice", "seconds", "cpu_seconds"}
     assert state["network"].keys() == read_weights(out / "model" / "model.safetensors").keys()
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
-    assert f"Distilled from a teacher, weights {digest[:12]}…: soft targets of weight 1, temperature 2." in page
+    assert f"Distilled from a teacher, weights {digest[:12]}…: soft targets of weight 1 and soft Dice of weight 1, temperature 2." in page
     assert "4 labelled groups; the teacher was trained on or chosen by 8, 4 of them beside these: 8 had to be labelled." in page
     assert "unlabelled scans of 3 groups are learned from, too" in page
 
@@ -311,10 +312,10 @@ def test_a_teacher_of_another_salt(taught, tmp_path):
         ({"teacher": "runs/a", "batch": 4, "distillation": {"unlabelled": 0.1}}, "of a batch of 4 that is no patch; raise it"),
         ({"teacher": "runs/a", "batch": 1}, "unlabelled=0.5: of a batch of 1 that is no patch"),
         (
-            {"teacher": "runs/a", "distillation": {"temperature": 3, "logits_weight": 0, "attention_weight": 1}},
+            {"teacher": "runs/a", "distillation": {"temperature": 3, "logits_weight": 0}},
             "temperature=3: is of the logits",
         ),
-        ({"teacher": "x", "distillation": {"logits_weight": 0}}, "all weights are 0"),
+        ({"teacher": "x", "distillation": {"logits_weight": 0, "dice_weight": 0}}, "all weights are 0"),
         ({"teacher": "x", "distillation": {"unlabelled": 1}}, "distillation.unlabelled=1"),
     ],
 )
