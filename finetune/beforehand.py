@@ -37,6 +37,11 @@ def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData, ranks: int = 1) 
         say(f"test: none of its {len(data.test)} cases has a pixel of any class: it judges false alarms only.")
     if recipe.unlabelled_share and not data.unlabelled:
         say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
+    if not _pairs_alike(recipe, ranks):
+        say(
+            f"consistency.cutmix: {ranks} ranks have not each an even number of a batch's unlabelled patches, so that boxes come "
+            "from others than on one rank. The run is sound, and not that of one rank: choose batch and consistency.unlabelled for it."
+        )
     for key, why in idle_keys(recipe, ranks):
         say(f"{key}: does nothing here, {why}.")
 
@@ -88,10 +93,17 @@ def _never_seen(recipe: FinetuneRecipe, train: Sequence[LoadedCase]) -> list[str
     return [name for index, name in enumerate(recipe.data.classes.values()) if index and index not in seen]
 
 
-def is_blind(val: Sequence[LoadedCase]) -> bool:
-    """Whether val can tell no network from another, as nothing is to be found in it."""
-    labels = [case.labels for case in val if case.labels is not None]
+def is_blind(cases: Sequence[LoadedCase]) -> bool:
+    """Whether these cases can tell no network from another, as nothing is to be found in them."""
+    labels = [case.labels for case in cases if case.labels is not None]
     return bool(labels) and not any(((one > 0) & (one != IGNORE)).any() for one in labels)
+
+
+def _pairs_alike(recipe: FinetuneRecipe, ranks: int) -> bool:
+    """Whether unlabelled patches paste boxes of the same ones on any number of ranks: pairs are made within a rank."""
+    if ranks == 1 or recipe.consistency is None or not recipe.consistency.cutmix:
+        return True
+    return min(round(recipe.consistency.unlabelled * recipe.batch), recipe.batch - 1) % (2 * ranks) == 0
 
 
 def idle_keys(recipe: FinetuneRecipe, ranks: int = 1) -> list[tuple[str, str]]:

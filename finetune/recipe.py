@@ -1,5 +1,6 @@
 """The fine-tuning recipe: every key, its range and its default."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,6 +151,11 @@ class FinetuneRecipe(Recipe):
             raise ValueError(
                 f"start={self.start}: brings its own encoder, and encoder={self.encoder} is another; leave one out"
             )
+        if math.ceil(self.optimizer.decoder_first * self.steps) >= self.steps > 1:
+            raise ValueError(
+                f"optimizer.decoder_first={self.optimizer.decoder_first:g}: of {self.steps} steps that is all; the encoder would "
+                "stand still to the end. Lower it, or take more steps"
+            )
         if self.start is not None and self.optimizer.decoder_first:
             raise ValueError(
                 f"start={self.start}: its decoder is no fresh one that optimizer.decoder_first could train; leave it out"
@@ -194,6 +200,15 @@ class FinetuneRecipe(Recipe):
                 "it or batch"
             )
         return self
+
+    @property
+    def begins(self) -> Literal["a finished segmenter", "pretrained", "given MobileNetV3 weights", "from scratch"]:
+        """What its networks begin with."""
+        if self.start is not None:
+            return "a finished segmenter"
+        if self.encoder is not None:
+            return "pretrained"
+        return "from scratch" if self.model.weights is None else "given MobileNetV3 weights"
 
     @property
     def precision_of_test(self) -> Precision:

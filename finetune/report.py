@@ -8,6 +8,7 @@ from finetune.evaluation.outputs import Measured
 from finetune.evaluation.page import policy_section
 from finetune.labelled import LabelledData
 from finetune.recipe import FinetuneRecipe
+from finetune.start import origin_of
 from resunet.checkpoint import ModelConfig
 from resunet.gradients import gradients_section
 from resunet.model import Segmenter
@@ -36,14 +37,11 @@ def write_report(
         if summary is None
         else f"Test Dice {shown(summary['dice'])} groups."
     )
-    given = recipe.model.weights
-    fresh = "Trained from scratch." if given is None else "The encoder began with given MobileNetV3 weights, the rest fresh."
-    origin = fresh if receipt is None else f"{'Encoder' if recipe.start is None else 'Start'}: {receipt.line()}."
     metrics = read_metrics(recipe.out)
     text = [
         f"{counts}. {recipe.steps} steps.",
         _checkpoint(recipe, metrics),
-        origin,
+        origin_of(recipe, receipt),
         *_taught(recipe, model.config),
         *_chosen_on_val(model.config),
     ]

@@ -1,4 +1,7 @@
-"""A run that goes on from a finished segmenter: its whole network, head included, exactly, and a receipt that says so."""
+"""A run that goes on from a finished segmenter: its whole network, head included, exactly, and a receipt that says so.
+
+And what any run began with, in words.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +56,15 @@ def load_start(recipe: FinetuneRecipe) -> tuple[Segmenter, Receipt]:
     folder = model_folder(recipe.start)
     network, _ = load_finetuned(folder)
     return network, receipt_of_start(network, {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)})
+
+
+def origin_of(recipe: FinetuneRecipe, receipt: Receipt | None) -> str:
+    """A sentence on what a run's network began with."""
+    if receipt is not None:
+        return f"{'Encoder' if recipe.start is None else 'Start'}: {receipt.line()}."
+    if recipe.begins == "from scratch":
+        return "Trained from scratch."
+    return "The encoder began with given MobileNetV3 weights, the rest fresh."
 
 
 def start_archive(recipe: FinetuneRecipe) -> Evidence | None:

@@ -157,7 +157,7 @@ def recipe_differences(arms: Sequence[Arm]) -> list[list[str]]:
     """The recipe keys and the files in which the runs differ, and what each cost."""
     recipes = {arm.name: without_paths(json.loads(arm.recipe.model_dump_json(exclude={"steps"}))) for arm in arms}
     rows = differing_values(recipes)
-    rows.append(["encoder", *("from scratch" if arm.receipt is None else "pretrained" for arm in arms)])
+    rows.append(["begins", *(arm.recipe.begins for arm in arms)])
     inputs = {arm.name: {f"sha256 of {name}": digest[:12] for name, digest in arm.record["inputs"].items()} for arm in arms}
     rows += differing_values(inputs)[1:]
     rows.append(["steps", *(str(arm.recipe.steps) for arm in arms)])

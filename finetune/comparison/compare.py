@@ -27,6 +27,7 @@ from finetune.evaluation.page import class_rows, figures_table
 from finetune.evaluation.statistics import paired_difference
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
+from finetune.start import origin_of
 from resunet.data.cases import LoadedCase, load_cases, take_slice
 from resunet.data.source import open_source
 from resunet.errors import InputError
@@ -82,7 +83,7 @@ def compare(
             "On the test cases",
             table=[*figures_table({arm.name: arm.summary for arm in arms}), *class_rows([arm.summary for arm in arms])],
         ),
-        Section("Paired", pictures=[paired_picture(arms[0], other, differences[other.name]) for other in arms[1:]]),
+        *paired_section(arms, differences),
         Section("What differs", table=recipe_differences(arms)),
         Section("Learning", pictures=_learning(arms)),
         Section(
@@ -139,7 +140,14 @@ def _learning(arms: Sequence[Arm]) -> list[Picture]:
     ]
 
 
-def paired_picture(first: Scored, other: Scored, difference: Mapping[str, Any]) -> Picture:
+def paired_section(runs: Sequence[Scored], differences: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """The first run beside each other one, group by group; nothing where no test case has a target."""
+    if not runs[0].group_dice():
+        return []
+    return [Section("Paired", pictures=[_paired_picture(runs[0], other, differences[other.name]) for other in runs[1:]])]
+
+
+def _paired_picture(first: Scored, other: Scored, difference: Mapping[str, Any]) -> Picture:
     mine, theirs = first.group_dice(), other.group_dice()
     groups, told = sorted(mine), "Each point a test group"
     with drawing():
@@ -206,4 +214,4 @@ def _load(arm: Arm, ids: Sequence[str]) -> list[LoadedCase]:
 
 
 def _receipts(arms: Sequence[Arm]) -> list[str]:
-    return [f"{arm.name}: {arm.receipt.line() if arm.receipt else 'nothing; trained from scratch'}." for arm in arms]
+    return [f"{arm.name}: {origin_of(arm.recipe, arm.receipt)}" for arm in arms]

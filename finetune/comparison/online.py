@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.comparison.arms import Scored, differing_values, numbered, read_arm
-from finetune.comparison.compare import paired_picture, verdict
+from finetune.comparison.compare import paired_section, verdict
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.statistics import figure, paired_difference
 from finetune.mirrored import CASES, ORDER, case_columns_of, order_of
@@ -149,7 +149,7 @@ def write_comparison(runs: Sequence[Mirrored], group: str, out: Path) -> Path:
             notes=[f"Read from the W&B group {group}; the test cases are known to be the same by the sha256 of files and ids."],
         ),
         Section("On the test cases", table=table),
-        Section("Paired", pictures=[paired_picture(first, other, differences[other.name]) for other in runs[1:]]),
+        *paired_section(runs, differences),
         Section("What differs", table=differing_values({run.name: run.values for run in runs})),
         Section("Learning", pictures=[_drawn(runs, key) for key in _CURVES if any(run.curves.get(key) for run in runs)]),
     ]

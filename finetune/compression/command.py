@@ -28,16 +28,17 @@ from finetune.compression.recipe import CompressRecipe
 from finetune.compression.result import Record, finish, mirror, write_record
 from finetune.compression.steps import kept, prune_steps
 from finetune.compression.subject import Subject, read_subject
-from finetune.quantisation.quantise import refuse_missing
+from finetune.quantisation.quantise import refuse_missing, refuse_unfit
 from resunet.checkpoint import WEIGHTS, model_folder
 from resunet.data.cases import source_digest
 from resunet.errors import CheckFailed, InputError, Stopped
 from resunet.files import folder_aside, refuse_taken, sha256, write_text
+from resunet.model import load_finetuned
 from resunet.progress import say
 from resunet.runs import Status, note_work
 
 _WEIGHTS = "run/model.safetensors"  # of run.json's inputs
-_FREE_ON_RESUME = {"resume", "out", "wandb"}
+_FREE_ON_RESUME = {"resume", "out", "wandb", "run"}  # of a run its weights and cases are compared
 
 
 def compress(recipe: CompressRecipe) -> Path:
@@ -51,6 +52,7 @@ def compress(recipe: CompressRecipe) -> Path:
     out = recipe.out
     if recipe.quantise is not None:
         refuse_missing(recipe.quantise)
+        refuse_unfit(recipe.run, load_finetuned(model_folder(recipe.run))[0], recipe.quantise)
     weights = {_WEIGHTS: sha256(model_folder(recipe.run) / WEIGHTS)}
     noted = _noted(recipe, weights)
     if noted is not None and (out / "compress.json").is_file():
@@ -90,7 +92,7 @@ def _compress(subject: Subject) -> Record:
     if recipe.prune is not None:  # what a training between bites would refuse is told before anything is measured
         subject.training(recipe.prune, recipe.run, out / "steps" / "01", recipe.prune.steps, 1)
     start = kept(out / "val" / "00.json", Scores, lambda: subject.scores(recipe.run))
-    judge(start, start, recipe.gate)  # a network that finds nothing is told before anything is trained
+    judge(start, start, recipe.gate, subject.targets.names)  # a network that finds nothing is told before anything is trained
     outcome = prune_steps(subject, start)
     quantised: tuple[Quantised, ...] = ()
     if recipe.quantise is not None:

@@ -18,12 +18,14 @@ class Scores(Frozen):
     """What the gate needs of an evaluation, by group: values of its cases.
 
     dice: as evaluation counts it, false alarms too. dice_of_targets: of the cases that have something to find, the same whatever
-    is predicted. recall: of truth lesions by range of voxels, of the cases that hold any.
+    is predicted. recall: of truth lesions by range of voxels, of the cases that hold any. classes: of several, by place among them,
+    Dice of the cases that hold the class; of one it is dice_of_targets.
     """
 
     dice: ByGroup
     dice_of_targets: ByGroup
     recall: dict[str, ByGroup]
+    classes: tuple[ByGroup, ...] = ()
 
     def dice_figure(self) -> dict[str, Any]:
         return figure(self.dice, (0.0, 1.0))
@@ -70,7 +72,15 @@ def scores_of(rows: Sequence[Case]) -> Scores:
         found = values_by_group(rows, lambda case, a=smallest, b=largest: share(case.lesions_found(a, b)))  # type: ignore[misc]
         recall[name] = {group: values for group, values in found.items() if values}
     dice = {group: values for group, values in values_by_group(rows, lambda case: case.macro("dice")).items() if values}
-    return Scores(dice=dice, dice_of_targets=values_by_group(with_target, lambda case: case.macro("dice")), recall=recall)
+    of_targets = values_by_group(with_target, lambda case: case.macro("dice"))
+    count = len(rows[0][2].classes) if rows else 0
+    classes = tuple(_of_class(rows, index) for index in range(count)) if count > 1 else ()
+    return Scores(dice=dice, dice_of_targets=of_targets, recall=recall, classes=classes)
+
+
+def _of_class(rows: Sequence[Case], index: int) -> ByGroup:
+    """Dice of the cases that hold a class."""
+    return values_by_group([row for row in rows if row[2].classes[index].truth_voxels], lambda case: case.classes[index].dice)
 
 
 def smallest_size(scores: Scores) -> str | None:
@@ -79,11 +89,15 @@ def smallest_size(scores: Scores) -> str | None:
     return next((name for name, count in sizes.items() if count >= FEWEST_GROUPS), next(iter(sizes), None))
 
 
-def judge(before: Scores, after: Scores, settings: GateSettings) -> Verdict:
+def judge(before: Scores, after: Scores, settings: GateSettings, names: Sequence[str] = ()) -> Verdict:
     """Whether a step may stay.
 
     Dice of all cases alone could be held by fewer false alarms, each of which counts as 0, while targets are lost: that of the
-    cases that have something to find is judged as well.
+    cases that have something to find is judged as well. Of several classes one could be lost while the others hold the mean, or
+    while its false alarms go: each is judged in the cases that hold it.
+
+    Args:
+        names: of the classes that `Scores` counts.
 
     Raises:
         InputError: val defines no Dice, or the network that came in has Dice 0, of which nothing can be lost.
@@ -99,6 +113,14 @@ def judge(before: Scores, after: Scores, settings: GateSettings) -> Verdict:
         lost := -found.dice_difference["mean"] / of_targets
     ) >= settings.dice:
         reasons.append(f"Dice of the cases that have something to find falls by {lost:.1%}; the gate is {settings.dice:.1%}")
+    for index, (its, left) in enumerate(zip(before.classes, after.classes, strict=False)):  # an earlier version had none
+        had = figure(its, (0.0, 1.0))["mean"]
+        if had and (lost := -_paired(left, its)["mean"] / had) >= settings.class_dice:
+            named = names[index] if names else f"class {index + 1}"
+            reasons.append(
+                f"Dice of {named}, in the cases that hold it, falls by {lost:.1%} from {had:.4f}; the gate is "
+                f"{settings.class_dice:.1%}"
+            )
     if found.recall is not None and found.recall_difference is not None:
         fewer = -found.recall_difference["mean"]
         if fewer > settings.recall + 1e-12:

@@ -71,21 +71,24 @@ def _ways(subject: Subject, settings: QuantiseSettings, run: Path) -> Iterator[Q
     yield settings
     if settings.trains:
         yield settings.model_copy(update={"method": "nncf_ptq" if settings.by_nncf else "ptq"})
-    before: list[str] = []
+    kept_float = settings.keep_float
     for retry in range(0 if settings.by_nncf else settings.retries):
         worst = _hurt(subject, settings, run).worst(_WORST * 2**retry)
-        if worst == before:  # no more of them hurt
+        more = tuple(dict.fromkeys([*settings.keep_float, *worst]))
+        if set(more) == set(kept_float):  # no more of them hurt
             return
-        before = worst
-        yield settings.model_copy(update={"keep_float": tuple(dict.fromkeys([*settings.keep_float, *worst]))})
+        kept_float = more
+        yield settings.model_copy(update={"keep_float": more})
 
 
 def _step(subject: Subject, settings: QuantiseSettings, run: Path, start: Scores, name: str) -> Quantised:
     from finetune.quantisation.quantise import quantise
 
     out = subject.settings.out
-    folder, took = out / "steps" / name, out / "val" / f"{name}-seconds.json"
+    folder, took, fault = out / "steps" / name, out / "val" / f"{name}-seconds.json", out / "val" / f"{name}-failed.json"
     beside = f", {len(settings.keep_float)} layers in float32" if settings.keep_float else ""
+    if fault.is_file():
+        return _failed(name, settings, run, folder, fault)
     if not folder.is_dir():
         say(f"compress {name}: {settings.method}{beside}")
         began = time.perf_counter()
@@ -93,15 +96,15 @@ def _step(subject: Subject, settings: QuantiseSettings, run: Path, start: Scores
             quantise(run, settings, folder)
         except CheckFailed as error:
             say(f"compress {name}: failed: {error}")
-            verdict, seconds = failed(str(error)), time.perf_counter() - began
-            return Quantised(name, settings, run, folder, 0, verdict, round(seconds, 1), ())
+            write_text(fault, json.dumps({"reason": str(error), "seconds": round(time.perf_counter() - began, 1)}))
+            return _failed(name, settings, run, folder, fault)
         write_text(took, json.dumps(round(time.perf_counter() - began, 1)))
     measured = kept(
         out / "val" / f"{name}.json",
         Scores,
         lambda: scores_of([one.row() for one in measure_int8(subject, folder, run, subject.data.val)]),
     )
-    verdict = judge(start, measured, subject.settings.gate)
+    verdict = judge(start, measured, subject.settings.gate, subject.targets.names)
     say(f"compress {name}: {'accepted' if verdict.accepted else 'refused: ' + '; '.join(verdict.reasons)}")
     hurt: tuple[str, ...] = ()
     if not verdict.accepted and not settings.by_nncf:
@@ -110,6 +113,12 @@ def _step(subject: Subject, settings: QuantiseSettings, run: Path, start: Scores
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in _GRAPHS)
     seconds = json.loads(took.read_text(encoding="utf-8")) if took.is_file() else 0.0
     return Quantised(name, settings, run, folder, size, verdict, seconds, hurt)
+
+
+def _failed(name: str, settings: QuantiseSettings, run: Path, folder: Path, fault: Path) -> Quantised:
+    """A try that came to nothing, as it was noted."""
+    noted = json.loads(fault.read_text(encoding="utf-8"))
+    return Quantised(name, settings, run, folder, 0, failed(noted["reason"]), noted["seconds"], ())
 
 
 def _hurt(subject: Subject, settings: QuantiseSettings, run: Path) -> RoundingSensitivity:

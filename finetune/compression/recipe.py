@@ -64,6 +64,12 @@ class GateSettings(Frozen):
     """What a step may cost on val, measured against the network that came in."""
 
     dice: float = Field(0.02, ge=0, lt=1, description="a step is refused if Dice falls by this much, relatively, or more")
+    class_dice: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="or, of several classes, if that of any one falls so in the cases that hold it; 1 judges none",
+    )
     recall: float = Field(
         0.02,
         ge=0,

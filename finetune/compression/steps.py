@@ -129,7 +129,12 @@ def _step(
     try:
         if not is_done(run):
             finetune(subject.training(settings, pruned, run, steps, number))
-        verdict = judge(start, kept(out / "val" / f"{name}.json", Scores, lambda: subject.scores(run)), subject.settings.gate)
+        verdict = judge(
+            start,
+            kept(out / "val" / f"{name}.json", Scores, lambda: subject.scores(run)),
+            subject.settings.gate,
+            subject.targets.names,
+        )
     except CheckFailed as error:  # a loss that is not finite: what was accepted before stands
         verdict = failed(str(error))
     hurt = tuple(sensitivity.worst(lost)) if sensitivity is not None and not verdict.accepted else ()

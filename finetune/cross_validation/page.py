@@ -9,6 +9,7 @@ from finetune.evaluation.page import policy_section
 from finetune.evaluation.targets import targets_of
 from finetune.labelled import FoldedData
 from finetune.recipe import FinetuneRecipe
+from finetune.start import origin_of
 from resunet.data.cases import LoadedCase
 from resunet.report import Picture, Section, curves, read_metrics, shown, write_page
 from resunet.transfer import Receipt
@@ -50,9 +51,7 @@ def write_folds_page(
         notes: what a reader has to know. chosen: what else was chosen out of fold.
     """
     receipt = recipe.out / "receipt.json"
-    origin = "Trained from scratch."
-    if receipt.is_file():
-        origin = f"Encoder: {Receipt.model_validate_json(receipt.read_text(encoding='utf-8')).line()}."
+    origin = origin_of(recipe, Receipt.model_validate_json(receipt.read_text(encoding="utf-8")) if receipt.is_file() else None)
     lead = [
         "Not evaluated on test: there are no test cases, or the recipe says evaluate_test=false."
         if tested is None

@@ -268,6 +268,8 @@ def _write_model(folder: Path, source: Source) -> None:
 def _refuse_failures(rows: Sequence[Row]) -> None:
     if failed := [f"  {row.graph.runtime} {row.graph.precision}: {row.fault}" for row in rows if row.fault is not None]:
         raise CheckFailed("graphs do not answer as the live network does; nothing was written:\n" + "\n".join(failed))
+    if unseen := [f"  {row.graph.runtime} {row.graph.precision}: {row.verdict}" for row in rows if not row.replayed]:
+        raise EnvironmentFault("graphs could not be replayed here, so that nothing was written:\n" + "\n".join(unseen))
 
 
 def _contract(source: Source) -> Contract:

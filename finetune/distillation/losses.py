@@ -66,14 +66,14 @@ def attention_maps(levels: Sequence[Tensor]) -> list[Tensor]:
 def attention_loss(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], total: Total = one_rank) -> Tensor:
     """The mean over patches and levels of the squared distance of `attention_maps`, between 0 and 2.
 
-    Zagoruyko & Komodakis 2017, equation 2, with the square that their code has. Levels meet by their size, so that networks of
-    other depths compare by those that both have.
+    Zagoruyko & Komodakis 2017, equation 2, with the square that their code has. Levels meet by their size, those of one size in
+    their order, so that networks of other depths compare by those that both have.
 
     Raises:
         InputError: no level of one has the size of any level of the other.
     """
-    by_size = {one.shape[1:]: one for one in teacher_maps}
-    pairs = [(ours, by_size[ours.shape[1:]]) for ours in maps if ours.shape[1:] in by_size]
+    theirs = _by_size(teacher_maps)
+    pairs = [(ours, theirs[which]) for which, ours in _by_size(maps).items() if which in theirs]
     if not pairs:
         raise InputError(
             "distillation.attention_weight: no level of the student's decoder has the size of one of the teacher's. Give "
@@ -82,6 +82,15 @@ def attention_loss(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], total
     distances = torch.stack([(ours - theirs).square().flatten(1).sum(dim=1) for ours, theirs in pairs])
     summed, count = total(torch.stack([distances.sum(), distances.new_tensor(distances.numel())])).unbind()
     return summed / count
+
+
+def _by_size(maps: Sequence[Tensor]) -> dict[tuple[torch.Size, int], Tensor]:
+    """By size, and by place among those of that size."""
+    found: dict[tuple[torch.Size, int], Tensor] = {}
+    for one in maps:
+        size = one.shape[1:]
+        found[size, sum(known == size for known, _ in found)] = one
+    return found
 
 
 class Attentive(nn.Module):

@@ -1,6 +1,5 @@
 """The figures of a label curve: Dice against labels, the paired difference, and Dice against hours."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ Record = Mapping[str, Any]
 def curve_figure(record: Record) -> Figure:
     """Dice against labels: every draw a point, the mean a line, with its interval."""
     figure, axes = _axes(record, "Dice of test groups")
-    for (arm, points), colour, aside in _series(record["dice"]):
+    for (arm, points), colour, aside in _series(record["dice"], record["arms"]):
         _draw(axes, points, colour, aside, arm)
     _legend(figure, axes)
     return figure
@@ -33,7 +32,7 @@ def difference_figure(record: Record) -> Figure:
     figure, axes = _axes(record, f"Dice less that of {record['baseline']}")
     axes.axhline(0, color="#57606a", linewidth=1)
     others = {arm: record["differences"][arm] for arm in record["arms"] if arm in record["differences"]}
-    for (arm, points), colour, aside in _series(others, skip=1):
+    for (arm, points), colour, aside in _series(others, record["arms"]):
         _draw(axes, points, colour, aside, arm)
         for point in points:
             shown = point["verdict"] in ("better", "worse")
@@ -52,7 +51,7 @@ def cost_figure(record: Record) -> Figure | None:
         return None
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (arm, points), colour, _ in _series(record["dice"]):
+    for (arm, points), colour, _ in _series(record["dice"], record["arms"]):
         hours = [costs[arm]["pretraining_hours"] + one for one in costs[arm]["hours_a_network"]]
         axes.plot(hours, [point["mean"] for point in points], "o-", color=colour, label=arm, linewidth=1.6)
         for hour, point in zip(hours, points, strict=True):
@@ -89,13 +88,14 @@ def _axes(record: Record, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _series(by_arm: Mapping[str, Sequence[Record]], skip: int = 0) -> list[tuple[tuple[str, Sequence[Record]], str, float]]:
-    """(arm, its points), its colour, and the factor that sets it beside the others."""
+def _series(
+    by_arm: Mapping[str, Sequence[Record]], arms: Sequence[str]
+) -> list[tuple[tuple[str, Sequence[Record]], str, float]]:
+    """(arm, its points), its colour, the same in every figure of these arms, and the factor that sets it beside the others."""
     middle = (len(by_arm) - 1) / 2
-    colours = itertools.islice(itertools.cycle(COLOURS), skip, None)
     return [
-        (item, colour, _ASIDE ** (index - middle))
-        for index, (item, colour) in enumerate(zip(by_arm.items(), colours, strict=False))
+        (item, COLOURS[arms.index(item[0]) % len(COLOURS)], _ASIDE ** (index - middle))
+        for index, item in enumerate(by_arm.items())
     ]
 
 

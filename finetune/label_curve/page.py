@@ -239,19 +239,10 @@ def _arms(curve: Curve) -> list[list[str]]:
     rows = [["arm", "begins", "its own keys of the fine-tuning recipe"]]
     for arm, values in curve.recipe.arms.items():
         own = without_paths(values)
+        begins = curve.recipe.cell(arm, 1, 0, 1, Path("cell")).begins
         rests = "".join(f", {name} {digest[:12]}" for name, digest in curve.models[arm].items() if name.endswith(WEIGHTS))
-        rows.append([arm, _beginning(curve.recipe.finetune, values) + rests, json.dumps(own) if own else "none"])
+        rows.append([arm, begins + rests, json.dumps(own) if own else "none"])
     return rows
-
-
-def _beginning(shared: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """What an arm's networks begin with, by its keys and those that all arms share."""
-    if own.get("start", shared.get("start")) is not None:
-        return "a finished segmenter"
-    if own.get("encoder", shared.get("encoder")) is not None:
-        return "pretrained"
-    weights = ((shared.get("model") or {}) | (own.get("model") or {})).get("weights")
-    return "from scratch" if weights is None else "given MobileNetV3 weights"
 
 
 def _every_value(curve: Curve) -> list[list[str]]:

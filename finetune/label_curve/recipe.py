@@ -174,8 +174,18 @@ def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
 
 
 def _read(name: str) -> Values:
-    """The keys that a fine-tuning recipe gives, but for those that the curve sets."""
-    return _plain(load_recipe(FinetuneRecipe, "finetune", name))
+    """The keys that a fine-tuning recipe gives, but for those that the curve sets.
+
+    Raises:
+        InputError: it names an encoder, with which every arm would begin.
+    """
+    values = _plain(load_recipe(FinetuneRecipe, "finetune", name))
+    if (encoder := values.pop("encoder", None)) is not None:
+        raise InputError(
+            f"recipe={name}: names encoder={encoder}, with which every arm would begin, the scratch arm too. Take it out of the "
+            "recipe and give it as arms.NAME.encoder."
+        )
+    return values
 
 
 def _plain(recipe: FinetuneRecipe) -> Values:

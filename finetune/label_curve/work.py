@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.beforehand import is_blind
 from finetune.evaluation.evaluate import predicting
 from finetune.evaluation.targets import targets_of
 from finetune.judging import measure
@@ -71,6 +72,7 @@ def look_for_leaks(points: Sequence[Point], locks: Path) -> None:
     has cells left, once for all processes.
 
     Raises:
+        InputError: no test case has anything to find.
         CheckFailed: test cases are among the training cases or in the encoder's, start's or teacher's archive.
     """
     for arm in dict.fromkeys(point.arm for point in points if not point.done):
@@ -81,7 +83,12 @@ def look_for_leaks(points: Sequence[Point], locks: Path) -> None:
             if not looked.exists():
                 say(f"label-curve: looking for copies of test behind {arm}")
                 recipe = point.cells[0].recipe.model_copy(update={"evaluate_test": True})
-                read_labelled(resolve(recipe), quiet=False)
+                data = read_labelled(resolve(recipe), quiet=False)
+                if is_blind(data.test):
+                    raise InputError(
+                        f"finetune.data.source={recipe.data.source}: none of its {len(data.test)} test cases has a pixel of any "
+                        f"class, and a curve is of test Dice. {recipe.data.remedy}."
+                    )
                 looked.touch()
 
 

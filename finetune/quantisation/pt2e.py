@@ -59,13 +59,18 @@ def prepare(
         captured = capture(network, channels, training=with_batch_norm)
         if not with_batch_norm:
             fold_batch_norm(captured)
-        layers = list(dict.fromkeys(layer_of(node) for node in captured.graph.nodes if is_rounded(node)))
-        if unknown := sorted(set(keep_float) - set(layers)):
-            raise InputError(f"quantise.keep_float: {', '.join(unknown)}: no such layer. They are: {', '.join(layers)}.")
+        refuse_unknown_layers(captured, keep_float)
         quantizer = ConvolutionQuantizer(trained, grid, keep_float)
         prepared = prepare_qat_pt2e(captured, quantizer) if trained else prepare_pt2e(captured, quantizer)
     assert isinstance(prepared, fx.GraphModule)
     return prepared
+
+
+def refuse_unknown_layers(captured: fx.GraphModule, keep_float: Sequence[str]) -> None:
+    """Raises InputError for a name that none of a graph's rounded layers has."""
+    layers = list(dict.fromkeys(layer_of(node) for node in captured.graph.nodes if is_rounded(node)))
+    if unknown := sorted(set(keep_float) - set(layers)):
+        raise InputError(f"quantise.keep_float: {', '.join(unknown)}: no such layer. They are: {', '.join(layers)}.")
 
 
 def capture(network: nn.Module, channels: int, training: bool) -> fx.GraphModule:

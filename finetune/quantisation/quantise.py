@@ -71,7 +71,7 @@ def quantise(run: Path, settings: QuantiseSettings, out: Path) -> Path:
     recipe = recipe.model_copy(update={"precision": "fp32"})  # values are rounded to integers, not to bfloat16
     folder = model_folder(run)
     network, config = load_finetuned(folder)
-    _refuse_unfit(run, network, settings)
+    refuse_unfit(run, network, settings)
     accelerator = start_ranks(recipe.model_copy(update={"steps": settings.steps}), recipe.batch, "patches")
     train = read_labelled(recipe, quiet=False).train
     sampler = PatchSampler(train, recipe.patch, recipe.foreground, recipe.foreground_by == "object")
@@ -115,7 +115,8 @@ def refuse_missing(settings: QuantiseSettings) -> None:
         )
 
 
-def _refuse_unfit(run: Path, network: Segmenter, settings: QuantiseSettings) -> None:
+def refuse_unfit(run: Path, network: Segmenter, settings: QuantiseSettings) -> None:
+    """Raises InputError for what cannot be quantised so: an ensemble, some batch norm, or a layer's name that no layer has."""
     if isinstance(network, Ensemble):
         raise InputError(f"{run}: is an ensemble; quantise one of its members, or distil it into one network first (teacher=).")
     if settings.freeze_statistics:
@@ -126,6 +127,10 @@ def _refuse_unfit(run: Path, network: Segmenter, settings: QuantiseSettings) -> 
                 f"freeze_statistics={settings.freeze_statistics:g}: torchao trains with batch norm in 2D, and where its epsilon is "
                 "1e-5. Set 0, which folds it before the first step."
             )
+    if settings.keep_float and not settings.by_nncf:
+        from finetune.quantisation.pt2e import capture, refuse_unknown_layers
+
+        refuse_unknown_layers(capture(network, network.config.architecture.in_channels, training=False), settings.keep_float)
 
 
 def _by_torchao(work: _Work, folder: Path) -> tuple[Engine, tuple[Graph, ...]]:

@@ -1,5 +1,6 @@
 """A bundle, opened: its contract, and the segmenter that it holds. README.md shows how it is used."""
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -12,7 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from resunet.bundle.contract import CONTRACT, Contract, Graph
+from resunet.bundle.contract import CONTRACT, SEAL, Contract, Graph
 from resunet.bundle.engines import Engine, name_of, open_engine, version_of
 from resunet.bundle.scorer import scorer_of
 from resunet.bundle.seal import read_sealed
@@ -124,9 +125,14 @@ class BundleSegmenter:
             flips: the mean over mirror images.
 
         Raises:
-            InputError: other channels than the contract's, values that are not finite, or a scan that does not fit.
+            InputError: other channels than the contract's, values that are no finite numbers, a spacing that is not above 0, or a
+                scan that does not fit.
         """
         wanted = self.bundle.contract.input
+        if values.dtype.kind not in "buif" or not values.size:
+            raise InputError(f"values of {values.dtype}, {values.shape}: must be real numbers, and at least one.")
+        if not all(math.isfinite(step) and step > 0 for step in spacing):
+            raise InputError(f"spacing={tuple(spacing)}: must be millimetres above 0.")
         if values.ndim not in (3, 4) or values.shape[0] != wanted.count or len(spacing) != values.ndim - 1:
             raise InputError(
                 f"values of {values.shape} with {len(spacing)} spacings: must be ({wanted.count}, y, x) or "
@@ -134,6 +140,7 @@ class BundleSegmenter:
             )
         if not np.isfinite(values).all():
             raise InputError("values: NaN or infinite values in it. Replace them.")
+        values = values.astype(np.uint8) if values.dtype.kind == "b" else values
         how = replace(self.bundle.seeing(), flips=flips, probabilities=probabilities)
         behaviour = self.bundle.contract.behaviour()
         return segment(values, tuple(spacing), self.scorer(flips), behaviour, how, None)
@@ -145,5 +152,7 @@ class BundleSegmenter:
 
 
 def is_bundle(path: Path) -> bool:
-    """A folder with a contract, or a zip."""
-    return (path / CONTRACT).is_file() or (path.is_file() and zipfile.is_zipfile(path))
+    """A folder with a contract or its seal, or a zip: a damaged one too, which `Bundle.open` refuses."""
+    return any((path / name).is_file() for name in (CONTRACT, SEAL)) or (
+        path.is_file() and (path.suffix == ".zip" or zipfile.is_zipfile(path))
+    )

@@ -276,7 +276,15 @@ def _contradiction(contract: Contract) -> str | None:
         "normalisation: mean and std belong to kind 'fixed', and std is above 0": constants
         == (normalisation.kind == "fixed",) * 2
         and (normalisation.std is None or normalisation.std > 0),
-        "window: size at least 1, overlap 0 to 0.75": contract.window.size >= 1 and 0 <= contract.window.overlap <= 0.75,
+        "normalisation: low below high, percentiles from 0 to 100": normalisation.low < normalisation.high
+        and (normalisation.kind == "fixed" or (normalisation.low >= 0 and normalisation.high <= 100)),
+        "footprint: floats above 0, stride at least 1": contract.footprint.floats > 0 and contract.footprint.stride >= 1,
+        "window: size at least 1, overlap 0 to 0.75, memory and sigma above 0": contract.window.size >= 1
+        and 0 <= contract.window.overlap <= 0.75
+        and min(contract.window.memory, contract.window.sigma) > 0,
+        "operating_point.threshold: between 0 and 1": contract.operating_point is None
+        or 0 < contract.operating_point.threshold < 1,
+        "golden.window: at least 1, or null": all(one.window is None or one.window >= 1 for one in contract.golden),
         "graphs and golden: at least one of each": bool(contract.graphs and contract.golden),
         "golden: a case for graphs in int8, and one for all others": {one.precision for one in contract.golden}
         == {"int8" if graph.precision == "int8" else "fp32" for graph in contract.graphs},

@@ -15,7 +15,7 @@ import numpy as np
 
 from resunet.bundle.contract import Graph, InputFacts, OutputFacts, Runtime
 from resunet.bundle.onnx_header import opset_of
-from resunet.errors import CheckFailed, EnvironmentFault
+from resunet.errors import CheckFailed, EnvironmentFault, InputError
 from resunet.inference.window import Floats
 
 Engine = Callable[[Floats], Floats]
@@ -82,7 +82,7 @@ def open_engine(folder: Path, contract: Signed, graph: Graph) -> Engine:
         "tensorrt": _tensorrt,
     }
     try:
-        return openers[graph.runtime](path, contract, graph)
+        return _telling(openers[graph.runtime](path, contract, graph), graph)
     except RuntimeError as error:  # of onnxruntime's own errors, and OpenVINO's, the base
         raise CheckFailed(f"{graph.file}: {name_of(graph.runtime)} does not take it: {_first_line(error)}") from error
     except ModuleNotFoundError as error:  # PyTorch alone does not make the network: resunet's own dependencies do
@@ -90,6 +90,26 @@ def open_engine(folder: Path, contract: Signed, graph: Graph) -> Engine:
             f"{graph.file}: running it with {name_of(graph.runtime)} needs {error.name}, too: pip install resunet with all that it "
             "needs, or use a graph of another runtime (--runtime)."
         ) from error
+    except ImportError as error:  # installed, and a library that it links to is not there
+        raise EnvironmentFault(
+            f"{graph.file}: {name_of(graph.runtime)} is installed and does not load: {_first_line(error)}. Install it again, or "
+            "use a graph of another runtime (--runtime)."
+        ) from error
+
+
+def _telling(engine: Engine, graph: Graph) -> Engine:
+    """An engine whose own errors, of memory mostly, are faults of the scan that it was given."""
+
+    def run(images: Floats) -> Floats:
+        try:
+            return engine(images)
+        except Exception as error:  # the runtimes' errors share no public base
+            raise InputError(
+                f"{graph.file}: {name_of(graph.runtime)} cannot run it on {images.shape}: {_first_line(error)}. Free memory, lower "
+                "--memory, or use a graph of another runtime (--runtime)."
+            ) from error
+
+    return run
 
 
 def refuse_format(folder: Path, graph: Graph) -> None:

@@ -1,7 +1,7 @@
 """Frozen dataclasses from JSON values, strictly: every key there, none beside, each of its type."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def _build(wanted: Any, value: Any, key: str) -> Any:
         _checked(isinstance(value, dict), value, key, "an object")
         return {name: _build(arguments[1], one, f"{key}.{name}") for name, one in value.items()}
     if wanted is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return float(_checked(number, value, key, "a finite number"))
     if wanted is type(None):
         return _checked(value is None, value, key, "null")

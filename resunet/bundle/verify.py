@@ -9,7 +9,7 @@ from resunet.bundle.bundle import Bundle
 from resunet.bundle.contract import Contract, Graph
 from resunet.bundle.engines import name_of, open_engine, refuse_format, version_of
 from resunet.bundle.golden import Replayed, replay
-from resunet.errors import CheckFailed, EnvironmentFault
+from resunet.errors import CheckFailed, EnvironmentFault, InputError
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _check(folder: Path, contract: Contract, graph: Graph) -> Row:
         refuse_format(folder, graph)
         if version is not None:
             replayed = replay(folder, contract, graph, open_engine(folder, contract, graph))
-    except CheckFailed as error:
+    except (CheckFailed, InputError) as error:  # InputError: a runtime that cannot run a golden case
         fault = str(error)
     except EnvironmentFault as error:  # a GPU or its driver: the other runtimes are replayed all the same
         missing = str(error)

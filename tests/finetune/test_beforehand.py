@@ -66,6 +66,13 @@ def test_boxes_need_two_patches_on_every_rank(recipe):
     assert "a rank's share of a batch has one unlabelled patch" in idle_keys(ours, 4)[0][1]
 
 
+@pytest.mark.parametrize("batch, ranks, told", [(8, 2, False), (12, 2, True), (4, 2, True), (12, 1, False), (12, 3, False)])
+def test_pairs_that_differ_by_the_number_of_ranks_are_told(recipe, capsys, batch, ranks, told):
+    ours = resolve(recipe(consistency={}, ema=0.9, batch=batch))
+    tell_beforehand(ours, read_labelled(ours, quiet=True), ranks)
+    assert ("boxes come from others than on one rank" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize("memory, told", [(4.0, False), (1.36, True), (0.1, None)])
 def test_windows_below_the_patch_are_told_before_anything_is_trained(recipe, capsys, memory, told):
     ours = resolve(recipe(memory=memory, patch=[256, 256]))

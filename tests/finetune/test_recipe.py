@@ -41,6 +41,10 @@ FAULTS = {
     "contrast zero": ({"augment": {"contrast": [0, 1]}}, r"augment\.contrast=\[0, 1\]: .*two numbers above 0"),
     "elastic sigma": ({"augment": {"elastic": {"sigma": 0}}}, r"augment\.elastic\.sigma=0: .*greater than 0"),
     "gamma": ({"loss": {"gamma": -1}}, r"loss\.gamma=-1: "),
+    "decoder first to the end": (
+        {"steps": 10, "optimizer": {"decoder_first": 0.95}},
+        r"optimizer\.decoder_first=0\.95: of 10 steps that is all; the encoder would stand still to the end",
+    ),
     "decoder_first": ({"optimizer": {"decoder_first": 1}}, r"optimizer\.decoder_first=1: .*less than 1"),
     "encoder_lr_factor": ({"optimizer": {"encoder_lr_factor": 0}}, r"optimizer\.encoder_lr_factor=0: .*greater than 0"),
     "consistency without an average": ({"consistency": {}}, r"consistency: is with the moving average.*set ema=0\.99"),

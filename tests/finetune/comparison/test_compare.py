@@ -3,6 +3,8 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ import torch
 from PIL import Image
 
 from finetune.comparison.arms import numbered, read_arm, recipe_differences
-from finetune.comparison.compare import compare, hardly_learned, verdict
+from finetune.comparison.compare import compare, hardly_learned, paired_section, verdict
 from finetune.evaluation.evaluate import EvaluateRequest, evaluate
 from finetune.evaluation.overlay import error_picture
 from finetune.evaluation.targets import targets_of
 from finetune.inference.predict import predict_case
 from finetune.loop import finetune
 from finetune.recipe import FinetuneRecipe
+from finetune.start import origin_of
 from resunet.data.cases import load_cases
 from resunet.data.source import open_source
 from resunet.errors import InputError
@@ -60,7 +63,7 @@ def test_the_report_holds_what_it_should(compared):
     for words in (
         "A note of the caller",
         "Paired",
-        "trained from scratch",
+        "Trained from scratch.",
         "seconds of training",
         "Dice of the val scans",
     ):
@@ -181,6 +184,23 @@ def test_dice_is_over_cases_with_a_target_then_over_groups(runs, tmp_path):
     arm = read_arm(run, "a")
     assert arm.case_dice() == pytest.approx({"x": 0.5, "y": 0.3})
     assert arm.group_dice() == pytest.approx({"g": 0.4}) and set(arm.groups) == {"x", "y", "z"}
+
+
+def test_without_a_target_in_test_there_is_no_picture(runs):
+    arms = [SimpleNamespace(name=name, group_dice=dict, case_dice=dict) for name in ("a", "b")]
+    assert paired_section(arms, {}) == []
+    arms = [read_arm(run, run.name) for run in runs]
+    (section,) = paired_section(arms, {arms[1].name: {"wins": 1}})
+    assert len(section.pictures) == 1
+
+
+def test_a_run_that_began_with_given_weights_is_not_from_scratch(runs, tmp_path):
+    given = replace(arm := read_arm(runs[0], "given"), recipe=arm.recipe.model_copy(deep=True))
+    object.__setattr__(given.recipe.model, "weights", "imagenet")
+    rows = {row[0]: row[1:] for row in recipe_differences([given, read_arm(runs[1], "scratch")])}
+    assert rows["begins"] == ["given MobileNetV3 weights", "from scratch"]
+    assert origin_of(given.recipe, None) == "The encoder began with given MobileNetV3 weights, the rest fresh."
+    assert origin_of(arm.recipe, None) == "Trained from scratch."
 
 
 def test_what_differs_is_listed(runs):

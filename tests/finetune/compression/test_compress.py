@@ -5,11 +5,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
 
+from finetune.compression import int8
 from finetune.compression.command import compress, tell_changed
 from finetune.compression.gate import judge
 from finetune.compression.importance import taylor_importance
@@ -19,6 +21,7 @@ from finetune.compression.sensitivity import Sensitivity
 from finetune.compression.subject import read_subject
 from finetune.loop import finetune
 from finetune.quantisation.sensitivity import RoundingSensitivity
+from finetune.quantisation.settings import QuantiseSettings
 from finetune.step import forward_backward
 from finetune.training.patches import PatchSampler
 from resunet.cli import main
@@ -235,6 +238,19 @@ def test_what_int8_needs_is_asked_for_before_anything_is_pruned(run: Path, tmp_p
     with pytest.raises(EnvironmentFault, match=r"torchao is not installed: pip install 'resunet\[export\]'"):
         compress(settings(run, tmp_path / "out", quantise={"method": "ptq"}))
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"keep_float: conv9: no such layer\. They are: encoder"):
+        compress(settings(run, tmp_path / "out", quantise={"method": "ptq", "keep_float": ["conv9"]}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_tried_is_not_tried_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    worst = {2: ["a", "b"], 4: ["a", "b", "c"], 8: ["a", "b", "c"]}
+    monkeypatch.setattr(int8, "_hurt", lambda *_: SimpleNamespace(worst=lambda count: worst[count]))
+    asked = QuantiseSettings(method="qat", keep_float=("a", "b"), retries=3)
+    assert [(one.method, one.keep_float) for one in int8._ways(None, asked, run)] == [("qat", ("a", "b")), ("ptq", ("a", "b"))]
+    asked = QuantiseSettings(method="ptq", retries=3)
+    assert [one.keep_float for one in int8._ways(None, asked, run)] == [(), ("a", "b"), ("a", "b", "c")]
 
 
 def test_by_default_it_goes_beside_the_run(run: Path, capsys: pytest.CaptureFixture[str]):
@@ -297,15 +313,23 @@ def test_a_refusal_of_int8_says_which_layers_hurt_and_spares_them(run: Path, tmp
     )
 
 
-def test_int8_whose_training_fails_falls_back_to_calibration(run: Path, tmp_path: Path):
+def test_int8_whose_training_fails_falls_back_to_calibration(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "int8"
     broken = {"method": "qat", "steps": 4, "lr": 1e30, "calibration": 2}
-    compress(settings(run, out, gate={"dice": 0.99, "recall": 0.99}, quantise=broken).model_copy(update={"prune": None}))
+    made = settings(run, out, gate={"dice": 0.99, "recall": 0.99}, quantise=broken).model_copy(update={"prune": None})
+    compress(made)
     first, second = json.loads((out / "compress.json").read_text())["quantised_steps"]
     assert not first["accepted"] and "not finite" in first["reasons"][0] and first["dice"]["mean"] is None
     assert (second["method"], second["accepted"]) == ("ptq", True) and (out / "quantised" / "model.onnx").is_file()
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "failed" in page and "nan" not in page
+
+    (out / "compress.json").unlink()  # as killed before its end: what failed is not trained again
+    asked = []
+    monkeypatch.setattr("finetune.quantisation.quantise.quantise", lambda *given: asked.append(given))
+    compress(made.model_copy(update={"resume": True, "run": run.parent / "." / run.name}))
+    again = json.loads((out / "compress.json").read_text())["quantised_steps"]
+    assert again == [first, second] and not asked
 
 
 def test_a_bite_whose_training_fails_is_refused(run: Path, tmp_path: Path):

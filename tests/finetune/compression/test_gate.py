@@ -42,6 +42,21 @@ def test_fewer_false_alarms_do_not_pay_for_lost_targets():
     assert verdict.fall < 0 and not verdict.accepted and "something to find falls by 6.3%" in verdict.reasons[0]
 
 
+def test_a_class_that_vanishes_is_not_paid_for_by_its_false_alarms():
+    """Dice of all cases rises: where the second class was seen and is not, its Dice of 0 leaves the mean."""
+    first, second = {f"g{i}": [0.9] for i in range(20)}, {f"g{i}": [0.8] for i in range(4)}
+    dice = {f"g{i}": [0.85 if i < 4 else 0.45 if i < 12 else 0.9] for i in range(20)}
+    before = Scores(dice=dice, dice_of_targets=dice, recall={}, classes=(first, second))
+    lost = {f"g{i}": [0.45 if i < 4 else 0.9] for i in range(20)}
+    gone = Scores(dice=lost, dice_of_targets=lost, recall={}, classes=(first, {name: [0.0] for name in second}))
+    verdict = judge(before, gone, GATE, ("inclusion", "scratch"))
+    assert verdict.fall < 0 and not verdict.accepted
+    assert verdict.reasons == ("Dice of scratch, in the cases that hold it, falls by 100.0% from 0.8000; the gate is 10.0%",)
+    assert judge(before, gone, GATE.model_copy(update={"class_dice": 1.0}), ("inclusion", "scratch")).reasons
+    little = gone.model_copy(update={"classes": (first, {name: [0.75] for name in second})})
+    assert judge(before, little, GATE).accepted
+
+
 def test_few_groups_of_small_objects_are_better_than_none():
     assert smallest_size(scores([1], {"<10": [], "10-49": [1, 1], "50-199": [0]})) == "10-49"
     assert smallest_size(scores([1], {"<10": []})) is None
@@ -68,5 +83,11 @@ def test_scores_are_evaluations():
     ]
     made = scores_of(rows)
     assert made.dice == {"one": [pytest.approx(36 / 58)], "two": [0.0]}
-    assert set(made.dice_of_targets) == {"one"}
+    assert set(made.dice_of_targets) == {"one"} and made.classes == ()
+    second = truth.copy()
+    second[truth == 1], second[1:3, 1:3] = 2, 1
+    both = scores_of(
+        [("a", "one", measure_case(second, found, 3, (1, 1))), ("b", "two", measure_case(truth, found, 3, (1, 1)))]
+    )
+    assert both.classes == ({"one": [0.0], "two": [pytest.approx(36 / 58)]}, {"one": [0.0]})  # "two" has none of the second
     assert made.recall["<10"] == {"one": [0.0]} and made.recall["10-49"] == {"one": [1.0]} and made.recall["50-199"] == {}

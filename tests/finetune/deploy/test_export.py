@@ -18,7 +18,7 @@ from resunet.bundle.verify import verify
 from resunet.checkpoint import LabelledGroups, ModelConfig, Provenance
 from resunet.cli import main
 from resunet.config import FixedNormalisation
-from resunet.errors import InputError
+from resunet.errors import EnvironmentFault, InputError
 from resunet.model import ResUNet
 from resunet.runtime import Intensity
 
@@ -162,6 +162,18 @@ def test_the_command(run, tmp_path, capsys):
     assert main(["export", str(run), "--out", str(tmp_path / "c"), "--formats", "tensorrt"]) == 3
     assert "--formats tensorrt: tensorrt is not installed" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "b.zip")]) == 0
+
+
+def test_a_graph_that_nobody_replayed_does_not_stand(run, tmp_path, monkeypatch):
+    """A runtime that is installed and lacks something, as TensorRT without cuda-python."""
+
+    def unusable(folder, contract, graph):
+        raise EnvironmentFault("needs cuda-python")
+
+    monkeypatch.setattr("resunet.bundle.verify.open_engine", unusable)
+    with pytest.raises(EnvironmentFault, match=r"not be replayed here(.|\n)*pytorch fp32: not usable here: needs cuda-python"):
+        export(run, tmp_path / "x.bundle", ExportRequest(formats=("pytorch",)))
+    assert not (tmp_path / "x.bundle").exists()
 
 
 def test_without_onnx_it_says_what_to_install(tmp_path: Path):

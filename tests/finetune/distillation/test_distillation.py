@@ -95,7 +95,10 @@ def test_a_student_and_its_records(taught, runs, source):
     assert state.keys() == {"network", "optimizer", "scaler", "step", "best", "val_dice", "seconds", "cpu_seconds"}
     assert state["network"].keys() == read_weights(out / "model" / "model.safetensors").keys()
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
-    assert f"Distilled from a teacher, weights {digest[:12]}…: soft targets of weight 1 and soft Dice of weight 1, temperature 2." in page
+    assert (
+        f"Distilled from a teacher, weights {digest[:12]}…: soft targets of weight 1 and soft Dice of weight 1, temperature 2."
+        in page
+    )
     assert "4 labelled groups; the teacher was trained on or chosen by 8, 4 of them beside these: 8 had to be labelled." in page
     assert "unlabelled scans of 3 groups are learned from, too" in page
 

@@ -85,6 +85,12 @@ def test_attention_is_the_distance_of_normalised_energy():
     assert float(attention_loss(attention_maps([ours]), attention_maps([-5 * ours]))) == pytest.approx(0, abs=1e-6)
 
 
+def test_levels_of_one_size_meet_in_their_order():
+    """As the two coarsest of a light network whose encoder ends at stride 8."""
+    levels = [random(1, 2, 8, 8), random(1, 2, 4, 4, seed=1), random(1, 3, 4, 4, seed=2)]
+    assert float(attention_loss(attention_maps(levels), attention_maps(levels))) == 0
+
+
 def test_levels_meet_by_their_size():
     shallow, deep = [random(1, 2, 8, 8)], [random(1, 2, 8, 8, seed=1), random(1, 2, 4, 4, seed=2)]
     alone = attention_loss(attention_maps(shallow), attention_maps(deep[:1]))

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from finetune.label_curve.cells import numbers_of_groups, points_of
 from finetune.label_curve.command import label_curve
@@ -291,7 +293,10 @@ def test_a_new_arm_that_is_refused_leaves_the_curve_as_it_was(curve, tmp_path, m
             label_curve(grown(batch=2))
     assert (out / "config.json").read_bytes() == before
     asked = []
-    monkeypatch.setattr("finetune.label_curve.work.read_labelled", lambda finetuning, quiet: asked.append(finetuning.batch))
+    read_nothing = SimpleNamespace(test=[])
+    monkeypatch.setattr(
+        "finetune.label_curve.work.read_labelled", lambda finetuning, quiet: asked.append(finetuning.batch) or read_nothing
+    )
     monkeypatch.setattr("finetune.label_curve.command.do_all", lambda points, locks: pytest.fail("trained", pytrace=False))
     for batch in (2, 4, 4):  # what never trained may change, and is looked at again only then
         with pytest.raises(pytest.fail.Exception, match="trained"):
@@ -435,6 +440,17 @@ def test_a_source_without_test_cases_is_refused(recipe, values, tmp_path):
     with pytest.raises(InputError, match=r"has no test cases, and a curve is of test Dice"):
         label_curve(recipe(finetune=shared))
     assert not (tmp_path / "curve").exists()
+
+
+def test_test_cases_without_a_target_are_refused_before_anything_is_trained(recipe, values, tmp_path):
+    source = Path(shutil.copytree(values["finetune"]["data"]["source"], tmp_path / "labelled"))
+    for stem in read(source / "splits.json")["test"]:
+        (path,) = (source / "masks").glob(f"{stem}.*")
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    shared = values["finetune"] | {"data": values["finetune"]["data"] | {"source": str(source)}}
+    with pytest.raises(InputError, match=r"test cases has a pixel of any class, and a curve is of test Dice"):
+        label_curve(recipe(finetune=shared))
+    assert not list((tmp_path / "curve").rglob("metrics.jsonl"))
 
 
 def test_an_unfinished_cell_is_finished_and_all_others_are_kept(curve, tmp_path):

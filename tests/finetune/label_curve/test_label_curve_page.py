@@ -7,6 +7,7 @@ import pytest
 
 from finetune.label_curve.cells import Budget
 from finetune.label_curve.cost import Cost
+from finetune.label_curve.figures import curve_figure, difference_figure
 from finetune.label_curve.page import write_report
 from finetune.label_curve.recipe import LabelCurveRecipe
 from finetune.label_curve.result import Curve, summarise, with_looks
@@ -115,6 +116,17 @@ def test_a_baseline_that_may_not_be_at_its_best_is_told(tmp_path):
     assert grid_caution(summarise(fewer)) == [], "the others' own loss"
     one = replace(curve, recipe=curve.recipe.model_copy(update={"steps": (10,)}))
     assert grid_caution(summarise(one))[0].startswith("The grid has one number of steps, 10: scratch may do better with more")
+
+
+def test_an_arm_has_one_colour_wherever_the_baseline_stands():
+    record = summarise(make_curve())
+    turned = record | {"arms": ["pretrained", "scratch"], "dice": dict(reversed(record["dice"].items()))}
+    for one in (record, turned):
+        curve, difference = (
+            {line.get_label(): line.get_color() for line in drawn(one).axes[0].lines}
+            for drawn in (curve_figure, difference_figure)
+        )
+        assert curve["pretrained"] == difference["pretrained"] != curve["scratch"]
 
 
 def test_the_family_is_all_arms_at_all_budgets():

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def test_a_cell_is_the_named_recipe_with_what_the_curve_sets():
     scratch = curve.cell("scratch", 6, 2, 250, Path("cell"))
     differing = {key for key in type(cell).model_fields if getattr(cell, key) != getattr(scratch, key)}
     assert differing == {"encoder", "optimizer", "wandb"} and scratch.encoder is None
+
+
+def test_a_recipe_that_was_written_whole_can_be_named(load, tmp_path):
+    """Its `encoder: null`, as resunet finetune --write has it, is nobody's choice; an encoder would be the scratch arm's too."""
+    named = tmp_path / "whole.yaml"
+    shared = load_recipe(FinetuneRecipe, "finetune", "brain_tumor").model_dump(mode="json")
+    named.write_text(json.dumps(shared))
+    arms = "arms: {scratch: {}, other: {encoder: runs/encoder}}"
+    text = f"out: runs/curve\nrecipe: {named}\n{arms}\nbudgets: [2]\nsteps: [10]\n"
+    recipe = load(text=text)
+    assert LabelCurveRecipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert recipe.cell("scratch", 2, 0, 10, Path("cell")).encoder is None
+    named.write_text(json.dumps(shared | {"encoder": "runs/first"}))
+    with pytest.raises(InputError, match=r"whole\.yaml: names encoder=runs/first, with which every arm would begin"):
+        load(text=text)
 
 
 def test_in_wandb_the_cells_of_a_curve_are_one_group_and_have_names(load):

@@ -177,3 +177,25 @@ def test_the_api(exported, scans):
         segmenter.predict(np.zeros((2, 9, 7)), (1, 1))
     with pytest.raises(InputError, match="NaN"):
         segmenter.predict(np.full((1, 9, 7), np.nan), (1, 1))
+
+
+@pytest.mark.parametrize(
+    "values, spacing, message",
+    [
+        (np.zeros((1, 8, 8), complex), (1, 1), "must be real numbers"),
+        (np.full((1, 8, 8), None), (1, 1), "must be real numbers"),
+        (np.zeros((1, 0, 8), np.float32), (1, 1), "and at least one"),
+        (np.zeros((1, 8, 8), np.float32), (0, 1), "must be millimetres above 0"),
+        (np.zeros((1, 4, 8, 8), np.float32), (float("nan"), 1, 1), "must be millimetres above 0"),
+        (np.full((1, 8, 8), np.inf, np.float32), (1, 1), "NaN or infinite"),
+    ],
+)
+def test_values_that_a_product_should_not_hand_in(exported, values, spacing, message):
+    with pytest.raises(InputError, match=message):
+        Bundle.open(exported[1]).segmenter().predict(values, spacing)
+
+
+def test_a_binary_image_is_an_image(exported):
+    image = np.random.default_rng(0).random((1, 32, 32)) > 0.5
+    segmenter = Bundle.open(exported[1]).segmenter()
+    assert np.array_equal(segmenter.predict(image, (1, 1)), segmenter.predict(image.astype(np.uint8), (1, 1)))
