@@ -39,8 +39,8 @@ def tell_beforehand(recipe: FinetuneRecipe, data: LabelledData, ranks: int = 1) 
         say("every scan of the pool is labelled in this draw: nothing is learned from unlabelled ones.")
     if not _pairs_alike(recipe, ranks):
         say(
-            f"consistency.cutmix: {ranks} ranks have not each an even number of a batch's unlabelled patches, so that boxes come "
-            "from others than on one rank. The run is sound, and not that of one rank: choose batch and consistency.unlabelled for it."
+            f"consistency.cutmix: {ranks} ranks have not each an even number of a batch's unlabelled patches: boxes come "
+            "from others than on one rank. The run is sound, and not that of one rank; batch and consistency.unlabelled decide it."
         )
     for key, why in idle_keys(recipe, ranks):
         say(f"{key}: does nothing here, {why}.")
