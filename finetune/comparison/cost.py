@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.inference.window import footprint
 from resunet.checkpoint import WEIGHTS, model_folder, read_config
 from resunet.data.images import channel_count
 from resunet.layout import channels_last, place, spatial_dims_of
 from resunet.model import load_model
 from resunet.report import Section
 
-_SIZES = {2: (256, 256), 3: (64, 64, 64)}  # pixels or voxels of the input, by the network's spatial dimensions
+_SIDES = {2: 256, 3: 64}  # pixels or voxels of the input, by the network's spatial dimensions; more of a very deep one
 _ROUNDS = 3
 _ROUND_SECONDS = 0.2  # at least, for each network
 
@@ -40,12 +41,15 @@ class Cost:
 
 def costs_of(runs: Mapping[str, Path]) -> dict[str, Cost]:
     """Of finished runs, name → run directory; measured side by side, so that their ratio holds on a busy machine too."""
-    models, inputs = {}, {}
-    for name, folder in runs.items():
-        model = load_model(folder)
-        models[name] = place(model, torch.device("cpu"))
-        channels = channel_count(read_config(model_folder(folder)).input_channels)
-        inputs[name] = channels_last(torch.zeros(1, channels, *_SIZES[spatial_dims_of(model)]))
+    cpu = torch.device("cpu")
+    models = {name: place(load_model(folder), cpu) for name, folder in runs.items()}
+    channels = {name: channel_count(read_config(model_folder(folder)).input_channels) for name, folder in runs.items()}
+    # instance norm needs more than one position at the coarsest level
+    deepest = max(footprint(model, channels[name], cpu).stride for name, model in models.items())
+    inputs = {}
+    for name, model in models.items():
+        dims = spatial_dims_of(model)
+        inputs[name] = channels_last(torch.zeros(1, channels[name], *[max(_SIDES[dims], 2 * deepest)] * dims))
     rounds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(_ROUNDS):
         for name, model in models.items():

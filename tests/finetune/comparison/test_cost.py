@@ -46,3 +46,9 @@ def test_the_table_has_a_column_for_each_and_the_first_is_one(models):
     assert rows["Input"] == ["256×256", "64×64×64", "256×256"]
     assert rows["Speed, flat = 1"][0] == "1.00"
     assert float(rows["Parameters, million"][2]) == pytest.approx(costs["wide"].parameters / 1e6, abs=0.005)
+
+
+def test_a_network_that_is_deeper_than_the_usual_input_has_a_larger_one(tmp_path):
+    """At stride 64 an input of 64³ is one position, which instance norm refuses."""
+    ResUNet(1, 2, (2,) * 7, units=1, norm="instance", spatial_dims=3).save_pretrained(tmp_path / "model")
+    assert costs_of({"model": tmp_path / "model"})["model"].size == (128, 128, 128)
