@@ -113,7 +113,9 @@ def judge(before: Scores, after: Scores, settings: GateSettings, names: Sequence
         lost := -found.dice_difference["mean"] / of_targets
     ) >= settings.dice:
         reasons.append(f"Dice of the cases that have something to find falls by {lost:.1%}; the gate is {settings.dice:.1%}")
-    for index, (its, left) in enumerate(zip(before.classes, after.classes, strict=False)):  # an earlier version had none
+    both = before.classes and after.classes  # what an earlier version kept has none
+    pairs = zip(before.classes, after.classes, strict=True) if both else ()
+    for index, (its, left) in enumerate(pairs):
         had = figure(its, (0.0, 1.0))["mean"]
         if had and (lost := -_paired(left, its)["mean"] / had) >= settings.class_dice:
             named = names[index] if names else f"class {index + 1}"
